@@ -1,0 +1,1 @@
+"""Where images, scenes and questions come from."""

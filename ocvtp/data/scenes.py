@@ -1,0 +1,276 @@
+"""Synthetic scenes in COCO format: small pictures of which everything is known.
+
+A scene is 96 x 96 pixels: two to six coloured shapes, about half of them small (8 to 11 pixels wide, so one to
+two patches of a tower with 8-pixel patches in area), often a digit drawn as text, on an uneven, noisy background.
+Every scene is a pure function of (seed, split, index), so splits never share a scene and a scene does not depend on
+how many others are made.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ocvtp.errors import BadInput
+
+SIZE = 96
+"""Width and height of a scene in pixels."""
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 35, 40),
+    "green": (35, 160, 60),
+    "blue": (45, 75, 220),
+    "yellow": (240, 220, 50),
+    "purple": (150, 50, 185),
+    "orange": (245, 135, 25),
+    "cyan": (60, 205, 220),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+DIGITS = tuple("0123456789")
+CATEGORIES = (*SHAPES, "digit")
+"""COCO category ids are the positions in this tuple plus one."""
+
+Split = Literal["train", "benchmark", "vlm", "vlm-validation"]
+"""`train` is for pruners, `benchmark` for questions, the other two for making tiny-llava."""
+SizeName = Literal["small", "medium", "large"]
+_WIDTHS: dict[SizeName, tuple[int, int]] = {"small": (8, 11), "medium": (14, 22), "large": (26, 36)}
+_SIZE_SHARES = (0.45, 0.33, 0.22)
+_DIGIT_SHARE = 0.6
+_OVERSAMPLING = 4
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One thing in a scene.
+
+    Attributes:
+        category: one of `CATEGORIES`.
+        color: a name from `COLORS`; `""` for a digit, which is black or white.
+        text: the digit as text; `""` for a shape.
+        size: small, medium or large.
+        mask_HW: the pixels that it covers by at least half.
+    """
+
+    category: str
+    color: str
+    text: str
+    size: SizeName
+    mask_HW: Mask
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """x, y, width and height in pixels: the tightest box around the mask."""
+        ys, xs = np.nonzero(self.mask_HW)
+        return int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1
+
+    @property
+    def area(self) -> int:
+        """Pixels of the mask."""
+        return int(self.mask_HW.sum())
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, RGB [96, 96, 3] of uint8, and all that is in it. `index` is its place in its split."""
+
+    index: int
+    pixels_HW3: NDArray[np.uint8]
+    objects: tuple[SceneObject, ...]
+
+    @property
+    def shapes(self) -> tuple[SceneObject, ...]:
+        """The objects that are coloured shapes."""
+        return tuple(o for o in self.objects if o.category != "digit")
+
+    @property
+    def digit(self) -> str | None:
+        """The digit in the scene, if there is one."""
+        return next((o.text for o in self.objects if o.category == "digit"), None)
+
+
+def make_scene(seed: int, split: Split, index: int) -> Scene:
+    """The scene number `index` of a split."""
+    rng = np.random.default_rng([seed, get_args(Split).index(split), index])
+    canvas_HW3 = _background(rng)
+    taken_HW = np.zeros((SIZE, SIZE), bool)
+    objects: list[SceneObject] = []
+    if rng.random() < _DIGIT_SHARE:
+        _place(rng, canvas_HW3, taken_HW, objects, "digit", "medium")
+    for _ in range(int(rng.integers(2, 7))):
+        size = get_args(SizeName)[int(rng.choice(3, p=_SIZE_SHARES))]
+        _place(rng, canvas_HW3, taken_HW, objects, str(rng.choice(SHAPES)), size)
+    canvas_HW3 += rng.normal(0, 5, canvas_HW3.shape)
+    return Scene(index, np.clip(canvas_HW3, 0, 255).astype(np.uint8), tuple(objects))
+
+
+def make_scenes(seed: int, split: Split, count: int) -> Iterator[Scene]:
+    """The first `count` scenes of a split."""
+    return (make_scene(seed, split, index) for index in range(count))
+
+
+def _background(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Grey, tilted from one side to another, with a few soft spots."""
+    y_HW, x_HW = np.mgrid[0:SIZE, 0:SIZE] / SIZE
+    angle = rng.uniform(0, 2 * np.pi)
+    light_HW = rng.uniform(70, 170) + rng.uniform(10, 50) * (np.cos(angle) * x_HW + np.sin(angle) * y_HW)
+    for _ in range(3):
+        (cy, cx), radius = rng.uniform(0, 1, 2), rng.uniform(0.08, 0.3)
+        light_HW += rng.uniform(-25, 25) * np.exp(-((y_HW - cy) ** 2 + (x_HW - cx) ** 2) / (2 * radius**2))
+    tint_3 = rng.uniform(-10, 10, 3)
+    return np.asarray(light_HW[..., None] + tint_3, np.float64)
+
+
+def _place(
+    rng: np.random.Generator,
+    canvas_HW3: NDArray[np.float64],
+    taken_HW: Mask,
+    objects: list[SceneObject],
+    category: str,
+    size: SizeName,
+) -> None:
+    """Draw one object where nothing else is; a scene that has become too full goes without it."""
+    low, high = _WIDTHS[size]
+    width = int(rng.integers(low, high + 1))
+    text = str(rng.choice(DIGITS)) if category == "digit" else ""
+    color = "" if category == "digit" else str(rng.choice(list(COLORS)))
+    alpha_hw = _glyph(text, width) if text else _shape(category, width)
+    height, breadth = alpha_hw.shape
+    for _ in range(30):
+        y, x = (int(rng.integers(0, SIZE - extent + 1)) for extent in (height, breadth))
+        if taken_HW[max(0, y - 2) : y + height + 2, max(0, x - 2) : x + breadth + 2].any():
+            continue
+        taken_HW[y : y + height, x : x + breadth] = True
+        window_hw3 = canvas_HW3[y : y + height, x : x + breadth]
+        if color:
+            ink_3 = np.asarray(COLORS[color]) + rng.uniform(-14, 14, 3)
+        else:
+            ink_3 = np.full(3, 250.0 if window_hw3.mean() < 128 else 5.0)
+        window_hw3 += alpha_hw[..., None] * (ink_3 - window_hw3)
+        mask_HW = np.zeros((SIZE, SIZE), bool)
+        mask_HW[y : y + height, x : x + breadth] = alpha_hw >= 0.5
+        objects.append(SceneObject(category, color, text, size, mask_HW))
+        return
+
+
+def _shape(name: str, width: int) -> NDArray[np.float64]:
+    """Coverage [width, width] in 0..1 of a shape that fills its square."""
+    n = width * _OVERSAMPLING
+    image = Image.new("L", (n, n))
+    draw = ImageDraw.Draw(image)
+    if name in ("circle", "ring"):
+        draw.ellipse((0, 0, n - 1, n - 1), fill=255)
+        if name == "ring":
+            rim = n * 0.27
+            draw.ellipse((rim, rim, n - 1 - rim, n - 1 - rim), fill=0)
+    elif name == "square":
+        draw.rectangle((0, 0, n - 1, n - 1), fill=255)
+    elif name == "triangle":
+        draw.polygon([(0, n - 1), (n - 1, n - 1), ((n - 1) / 2, 0)], fill=255)
+    else:
+        third = n / 3
+        draw.rectangle((third, 0, n - 1 - third, n - 1), fill=255)
+        draw.rectangle((0, third, n - 1, n - 1 - third), fill=255)
+    return _downsample(image)
+
+
+def _glyph(text: str, height: int) -> NDArray[np.float64]:
+    """Coverage of a digit drawn as text, `height` pixels high."""
+    font = ImageFont.load_default(size=height * _OVERSAMPLING * 1.35)
+    left, top, right, bottom = font.getbbox(text)
+    image = Image.new("L", (int(right - left), int(bottom - top)))
+    ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=font)
+    width = max(1, round(image.width * height / image.height))
+    return _downsample(image.resize((width * _OVERSAMPLING, height * _OVERSAMPLING)))
+
+
+def _downsample(image: Image.Image) -> NDArray[np.float64]:
+    return np.asarray(image.reduce(_OVERSAMPLING), np.float64) / 255
+
+
+# --- COCO -----------------------------------------------------------------------------------------------------------
+
+
+def write_scenes(
+    folder: Path, count: int, seed: int, split: Split, *, first: int = 0, annotations: str = "instances.json"
+) -> Path:
+    """Write scenes `first` to `first + count - 1` of a split as `folder/images/*.jpg` and `folder/<annotations>`.
+
+    Returns the path of the json, which is in COCO's instances format: boxes, areas and masks (uncompressed
+    run-length codes) are exact; `attributes` gives colour, size and text of each object.
+    """
+    if count < 1:
+        raise BadInput(f"count of scenes is {count}: at least one is needed")
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    coco: dict[str, Any] = {
+        "info": {"description": "ocvtp scenes", "seed": seed, "split": split},
+        "licenses": [],
+        "categories": [{"id": i + 1, "name": name, "supercategory": "shape"} for i, name in enumerate(CATEGORIES)],
+        "images": [],
+        "annotations": [],
+    }
+    for index in range(first, first + count):
+        scene = make_scene(seed, split, index)
+        name = file_name(split, index)
+        (images / name).write_bytes(jpeg(scene))
+        coco["images"].append({"id": index, "file_name": name, "width": SIZE, "height": SIZE})
+        for thing in scene.objects:
+            coco["annotations"].append(_annotation(len(coco["annotations"]) + 1, index, thing))
+    path = folder / annotations
+    path.write_text(json.dumps(coco, separators=(",", ":")))
+    return path
+
+
+def file_name(split: Split, index: int) -> str:
+    """What the picture of a scene is called."""
+    return f"{split}-{index:06d}.jpg"
+
+
+def jpeg(scene: Scene) -> bytes:
+    """The picture as JPEG, little compressed and without colour subsampling: small objects keep their colour."""
+    buffer = io.BytesIO()
+    Image.fromarray(scene.pixels_HW3).save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def digest(scene: Scene) -> str:
+    """A fingerprint of the pixels, to tell scenes apart."""
+    return hashlib.sha256(scene.pixels_HW3.tobytes()).hexdigest()
+
+
+def _annotation(identity: int, image: int, thing: SceneObject) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "image_id": image,
+        "category_id": CATEGORIES.index(thing.category) + 1,
+        "bbox": list(thing.box),
+        "area": thing.area,
+        "iscrowd": 0,
+        "segmentation": encode_mask(thing.mask_HW),
+        "attributes": {"color": thing.color, "size": thing.size, "text": thing.text},
+    }
+
+
+def encode_mask(mask_HW: Mask) -> dict[str, list[int]]:
+    """COCO's uncompressed run-length code: lengths of runs of 0, 1, 0, ... down the columns."""
+    flat = np.concatenate([[False], mask_HW.ravel(order="F"), [False]])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    runs = np.diff(np.concatenate([[0], changes, [mask_HW.size]])).tolist()
+    return {"size": list(mask_HW.shape), "counts": runs if runs[-1] else runs[:-1]}
+
+
+def decode_mask(code: dict[str, list[int]]) -> Mask:
+    """The mask [H, W] of an uncompressed run-length code; `BadInput` if the runs do not fill the image."""
+    height, width = code["size"]
+    if sum(code["counts"]) != height * width:
+        raise BadInput(f"run-length code of {sum(code['counts'])} pixels for an image of {height} x {width}")
+    values = np.arange(len(code["counts"])) % 2 == 1
+    return np.repeat(values, code["counts"]).reshape((height, width), order="F")
