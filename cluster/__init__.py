@@ -1,0 +1,51 @@
+"""Where work runs: tasks, their atomic publication, retries by cause, and the machines that do the work.
+
+a task may run any number of times; its result is published at most once, whole, verified, under a name that
+is a function of everything that determines it.
+"""
+
+from cluster.attempt import progress
+from cluster.config import ClusterConfig
+from cluster.errors import (
+    BadConfig,
+    BadTask,
+    ClusterError,
+    Corrupt,
+    Fenced,
+    Interrupted,
+    Locked,
+    NotAvailable,
+    TasksFailed,
+)
+from cluster.protocol import Cause
+from cluster.publish import Manifest, adopt, is_published, quarantine, verify
+from cluster.report import Outcome, Report
+from cluster.run import run
+from cluster.store import Store
+from cluster.task import Resources, Task
+
+__all__ = [
+    "BadConfig",
+    "BadTask",
+    "Cause",
+    "ClusterConfig",
+    "ClusterError",
+    "Corrupt",
+    "Fenced",
+    "Interrupted",
+    "Locked",
+    "Manifest",
+    "NotAvailable",
+    "Outcome",
+    "Report",
+    "Resources",
+    "Store",
+    "Task",
+    "TasksFailed",
+    "adopt",
+    "is_published",
+    "progress",
+    "quarantine",
+    "run",
+    "verify",
+]

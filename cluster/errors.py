@@ -1,0 +1,54 @@
+"""Errors of `cluster`: one small tree, so that callers can catch what they can mend.
+
+Every message says what was wrong, where, and what would be right.
+"""
+
+from __future__ import annotations
+
+
+class ClusterError(Exception):
+    """Root of every error raised by this package."""
+
+
+class BadTask(ClusterError, ValueError):
+    """A task that cannot be run as described: spec not JSON, call not importable, `out` not its own."""
+
+
+class BadConfig(ClusterError, ValueError):
+    """An unknown key or an impossible value in the `cluster` section of the parameters."""
+
+
+class NotAvailable(ClusterError):
+    """An executor that does not exist here, or a request no machine of this executor can meet."""
+
+
+class Corrupt(ClusterError):
+    """A published folder that does not agree with its manifest."""
+
+
+class Fenced(ClusterError):
+    """An attempt lost its lease: another one took its place, so it must not publish."""
+
+
+class Locked(ClusterError):
+    """Another run holds the lock of this store and label."""
+
+
+class TasksFailed(ClusterError):
+    """Some tasks of a run failed; the message is a table of name, cause, last log lines and log file."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by SIGINT or SIGTERM, after everything it had started was cleaned up.
+
+    A `KeyboardInterrupt`, so that code that knows nothing of this package treats it as Ctrl-C.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """What a program ended by that signal returns: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum

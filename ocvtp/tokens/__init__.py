@@ -1,0 +1,1 @@
+"""Vision tokens on disk: extracted once a VLM, read by every training of a pruner."""
