@@ -33,7 +33,7 @@ class Recipe:
     tower: Schedule = field(default_factory=lambda: Schedule(1_400, 1.5e-3, warmup=100))
     language: Schedule = field(default_factory=lambda: Schedule(1_600, 2e-3, warmup=100))
     projector: Schedule = field(default_factory=lambda: Schedule(200, 2e-3, warmup=20))
-    vlm: Schedule = field(default_factory=lambda: Schedule(1_200, 1e-3, warmup=50))
+    vlm: Schedule = field(default_factory=lambda: Schedule(1_000, 1e-3, warmup=50))
 
 
 class Maker:
