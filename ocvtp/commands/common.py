@@ -1,0 +1,77 @@
+"""What the subcommands share: where they write, and how they read budgets."""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ocvtp.errors import BadInput
+
+Subparsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run = Callable[[argparse.Namespace], int]
+
+
+def console() -> Console:
+    """Where people read."""
+    return Console(highlight=False)
+
+
+def add(subparsers: Any, name: str, run: Run, summary: str, detail: str = "") -> argparse.ArgumentParser:
+    """A subcommand with its help and what it runs."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {detail}".strip()
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The switch that prints figures for programs."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def print_json(data: Any) -> None:
+    """For programs: JSON on standard output, whatever the width of the terminal."""
+    console().file.write(json.dumps(data, indent=2) + "\n")
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table; columns named in `right` are numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left")
+    return made
+
+
+def keep(text: str) -> int | float:
+    """A budget as people write it: `48` tokens, `0.333` or `33.3%` of them."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a count such as 48 nor a share such as 33.3%") from None
+    if value <= 0 or (isinstance(value, float) and not value <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: a count is at least 1, a share more than 0 and at most 1 (100%)")
+    return value
+
+
+def tokens(budget: int | float, whole: int) -> int:
+    """The number of tokens that a budget leaves of an image of `whole`.
+
+    Raises:
+        BadInput: more than the image has.
+    """
+    count = budget if isinstance(budget, int) else max(1, int(budget * whole + 0.5))
+    if count > whole:
+        raise BadInput(f"keep is {count}, but an image has {whole} tokens: at most {whole} can be kept")
+    return count
+
+
+def words(text: str) -> list[str]:
+    """`a,b,c` as a list, without blanks and repeats."""
+    found = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError("a list such as random,oc-vtp is needed")
+    return found

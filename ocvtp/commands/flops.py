@@ -1,0 +1,110 @@
+"""`ocvtp flops`: what a prefill costs, by the paper's formula and in truth."""
+
+import argparse
+from typing import Any
+
+from ocvtp.commands import common
+from ocvtp.errors import BadInput
+
+_WHOLE = {
+    "llava-1.5-7b": 576,
+    "llava-1.5-13b": 576,
+    "llava-next-7b": 2880,
+    "qwen2.5-vl-3b": 999,
+    "qwen2.5-vl-7b": 999,
+}
+"""Tokens of an image unless given: fixed for LLaVA; for Qwen those of a photograph of about 1000 x 780."""
+
+
+def add(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = common.add(
+        subparsers, "flops", run, "count the operations of a prefill",
+        "Closed forms; nothing is loaded or run. A multiply-accumulate counts as two operations.",
+    )  # fmt: skip
+    parser.add_argument("--vlm", default="llava-1.5-7b", help="a VLM of the catalogue, or a folder with a config.json")
+    parser.add_argument("--keep", type=common.keep, nargs="+", default=None, metavar="N",
+                        help="tokens kept, as counts or shares (default: 33.3%% 22.2%% 11.1%%)")  # fmt: skip
+    parser.add_argument("--image-tokens", type=int, default=None, help="vision tokens of the unpruned image")
+    parser.add_argument("--text-tokens", type=int, default=32, help="text tokens of the prompt (default: 32)")
+    parser.add_argument("--slots", type=int, default=None, help="slots of the pruner (default: as many as are kept)")
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count and print."""
+    rows = count(args.vlm, args.keep, args.image_tokens, args.text_tokens, args.slots)
+    if args.json:
+        common.print_json({"vlm": args.vlm, "text_tokens": args.text_tokens, "rows": rows})
+        return 0
+    parts = ("tower", "projector", "pruner", "llm", "lm_head", "total")
+    numbers = ("tokens", "paper", "tower", "project", "pruner", "LLM", "head", "all", "%", "KV cache")
+    table = common.table(
+        f"Operations of a prefill of {args.vlm}; `paper` by the paper's formula", *numbers, right=numbers
+    )
+    whole = rows[0]["flops"]["total"]
+    for row in rows:
+        table.add_row(
+            str(row["tokens"]),
+            _short(row["paper_flops"]),
+            *(_short(row["flops"][part]) for part in parts),
+            f"{100 * row['flops']['total'] / whole:.1f}",
+            f"{_short(row['kv_cache_bytes'])}B",
+        )
+    common.console().print(table)
+    return 0
+
+
+def count(
+    vlm: str, keep: list[int | float] | None, image_tokens: int | None, text_tokens: int, slots: int | None
+) -> list[dict[str, Any]]:
+    """One row for the whole image and one for each budget."""
+    from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
+
+    shape = shape_of(vlm)
+    whole = image_tokens or _WHOLE.get(vlm) or shape.tower.tokens_per_tile
+    if whole is None:
+        raise BadInput(f"{vlm} has images of many sizes: say how many tokens with --image-tokens")
+    budgets = [common.tokens(budget, whole) for budget in keep or (0.333, 0.222, 0.111)]
+    rows = []
+    for tokens in (None, *budgets):
+        kept = whole if tokens is None else tokens
+        pruner = 0 if tokens is None else pruner_flops(whole, shape.tower.width, slots or tokens)
+        flops = prefill_flops(shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner)
+        llm = shape.llm
+        rows.append({
+            "tokens": kept,
+            "share": kept / whole,
+            "paper_flops": paper_llm_flops(kept + text_tokens, width=llm.width, layers=llm.layers, mlp=llm.mlp),
+            "flops": flops.as_dict(),
+            "kv_cache_bytes": kv_cache_bytes(llm, kept + text_tokens),
+        })  # fmt: skip
+    return rows
+
+
+def _short(number: float) -> str:
+    """Four places: `6.314T`, `366.0G`; a dash for nothing."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.{max(0, 3 - len(str(int(number / size))) + 1)}f}{unit}"
+    return f"{number:.0f}" if number else "-"
+
+
+def shape_of(vlm: str) -> Any:
+    """The shape of a VLM of the catalogue or of a folder."""
+    from pathlib import Path
+
+    from ocvtp.efficiency import shapes
+
+    if vlm in shapes.KNOWN:
+        return shapes.known_shape(vlm)
+    from transformers import AutoConfig
+
+    folder = Path(vlm)
+    if (folder / "config.json").is_file():
+        return shapes.shape_of(AutoConfig.from_pretrained(folder))
+    shipped = Path(__file__).parent.parent / "vlms" / vlm.replace("-", "_")
+    if (shipped / "config.json").is_file():
+        return shapes.shape_of(AutoConfig.from_pretrained(shipped))
+    known = ", ".join(["tiny-llava", *shapes.KNOWN])
+    raise BadInput(f"{vlm!r} is neither a VLM of the catalogue ({known}) nor a folder with a config.json")

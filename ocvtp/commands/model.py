@@ -1,0 +1,79 @@
+"""What `show` and `latency` share: a VLM with an image and a prompt, pruned in one way or another."""
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ocvtp.commands import common
+from ocvtp.errors import BadInput
+
+QUESTION = "What is in the image?"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The VLM, how it is pruned, and what it is asked."""
+    parser.add_argument("--vlm", default="tiny-llava", help="a VLM of the catalogue, or a folder (default: tiny-llava)")
+    parser.add_argument("--methods", "--method", type=common.words, default=["random"], metavar="A,B",
+                        help="pruning methods (`ocvtp methods` lists them; default: random)")  # fmt: skip
+    parser.add_argument("--keep", type=common.keep, nargs="+", default=[0.111], metavar="N",
+                        help="tokens kept, as counts or shares (default: 11.1%%)")  # fmt: skip
+    parser.add_argument("--pruner", default=None, help="folder or hub id of a trained pruner, for oc-vtp")
+    parser.add_argument("--prompt", default=QUESTION, help=f"what is asked (default: {QUESTION!r})")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def device(asked: str | None) -> str:
+    """The device asked for, or the best there is.
+
+    Raises:
+        BadInput: a device that this machine does not have.
+    """
+    import torch
+
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    chosen = asked or (best.type if best else "cpu")
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {chosen!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image in RGB, upright."""
+    from ocvtp.data.images import open_image
+
+    image: Image.Image = open_image(path)
+    return image
+
+
+def inputs(vlm: Any, image: Image.Image, prompt: str) -> Any:
+    """What the processor makes of one image and a prompt, on the model's device."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return vlm.processor(text=[text], images=[image], return_tensors="pt").to(vlm.model.device)
+
+
+def pruned(vlm: Any, method: str, keep: int | float, pruner: str | None) -> AbstractContextManager[Any]:
+    """The model pruned by a method within a `with`; vanilla leaves it as it is.
+
+    Raises:
+        BadInput: `oc-vtp` without a trained pruner.
+    """
+    import ocvtp
+
+    if method == "vanilla":
+        return nullcontext()
+    if method != "oc-vtp":
+        handle: AbstractContextManager[Any] = ocvtp.prune(vlm.model, method=method, keep=keep)
+        return handle
+    if pruner is None:
+        raise BadInput(
+            "oc-vtp needs a trained pruner: name its folder with --pruner, such as "
+            "models/tiny-llava/layer_9-aw_mse-slots_16_32_48-seed_0 after `dvc repro`"
+        )
+    trained: AbstractContextManager[Any] = ocvtp.prune(vlm.model, method=method, keep=keep, pruner=pruner)
+    return trained

@@ -1,0 +1,1 @@
+"""What pruning saves: counted in closed form (`flops`) and measured (`latency`)."""

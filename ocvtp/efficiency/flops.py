@@ -1,0 +1,213 @@
+"""Floating-point operations of a prefill, in closed form.
+
+Two counts stand side by side. `paper_llm_flops` is the formula behind the paper's Table 4: the language model
+only, two matrices in its MLP, attention over all pairs. `prefill_flops` is the true count: tower, projector,
+pruner, language model with the matrices that it has, and `lm_head`. A multiply-accumulate counts as two
+operations throughout, and operations on single elements (norms, activations, softmax) are left out unless
+asked for.
+
+Legend: n tokens, d width, m width of the MLP, T vision tokens of an image, K slots, C width of a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape
+from ocvtp.errors import BadInput
+
+MAC = 2
+"""Operations of a multiply-accumulate."""
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Operations of each part of a prefill of one image and its prompt."""
+
+    tower: int
+    projector: int
+    pruner: int
+    llm: int
+    lm_head: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.tower + self.projector + self.pruner + self.llm + self.lm_head
+
+    def as_dict(self) -> dict[str, int]:
+        """Parts and total, for JSON."""
+        return {**asdict(self), "total": self.total}
+
+
+def paper_llm_flops(tokens: int, *, width: int = 4096, layers: int = 32, mlp: int = 11008) -> int:
+    """The paper's count of a prefill of `tokens` (vision and text), by default of a 7B model.
+
+    2 L (4 n d^2 + 2 n^2 d + 2 n d m). It leaves out one of the MLP's three matrices, the tower, the projector
+    and `lm_head`. With the paper's 32 text tokens it gives all of Table 4 but 6.30 T, which is 6.31 T by the
+    formula (n = 608) and 6.30 T for one token less.
+    """
+    _check("tokens", tokens, 0)
+    n, d, m = tokens, width, mlp
+    return MAC * layers * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m)
+
+
+def pruner_flops(
+    tokens: int,
+    width: int,
+    slots: int,
+    *,
+    slot_dim: int | None = None,
+    hidden: int | None = None,
+    ffn: int | None = None,
+    iterations: int = 3,
+    elementwise: bool = False,
+) -> int:
+    """Operations of the OC-Pruner without its decoder, for one image.
+
+    T (C h + h D) + 2 T D^2 + iterations x (K D^2 + 2 K T D + 6 K D^2 + 2 K D f) multiply-accumulates:
+    projection, keys and values once, then queries, the two attention products, the GRU and the FFN of each
+    iteration.
+
+    Args:
+        tokens: T, the tokens that the slots look at.
+        width: C, their width.
+        slots: K.
+        slot_dim: D; half of `width` unless given, as in the paper's pruner.
+        hidden: h, the hidden width of the projection; twice `width` unless given.
+        ffn: f, the hidden width of the FFN; four times `slot_dim` unless given.
+        iterations: of slot attention.
+        elementwise: count norms (5 an element), activations, softmax, scaling and biases (1 an element) too,
+            as profilers do. So counted, 64 slots cost the paper's 5.97 G (T = 576) and 23.82 G (T = 2880).
+    """
+    _check("tokens", tokens, 1)
+    _check("width", width, 1)
+    _check("slots", slots, 1)
+    dim = slot_dim or max(1, width // 2)
+    inner = hidden or 2 * width
+    ffn = ffn or 4 * dim
+    encode = tokens * (width * inner + inner * dim) + 2 * tokens * dim**2
+    iteration = slots * dim**2 + 2 * slots * tokens * dim + 6 * slots * dim**2 + 2 * slots * dim * ffn
+    flops = MAC * (encode + iterations * iteration)
+    if elementwise:
+        norm, bias_and_gelu = 5, 2
+        once = tokens * (norm * width + bias_and_gelu * inner + dim + norm * dim)
+        gru_biases, ffn_elements = 6 * dim, bias_and_gelu * ffn + dim
+        each = slots * (2 * norm * dim + gru_biases + ffn_elements) + 2 * slots * tokens
+        flops += once + iterations * each
+    return flops
+
+
+def prefill_flops(
+    shape: VlmShape,
+    *,
+    image_tokens: int,
+    kept: int | Sequence[int] | None = None,
+    text_tokens: int = 32,
+    projected: int | None = None,
+    pruner: int = 0,
+    tiles: int | None = None,
+    grid: tuple[int, int] | None = None,
+    tower_layers: int | None = None,
+    causal: bool = False,
+) -> Prefill:
+    """The true operations of a prefill of one image and its prompt.
+
+    Args:
+        shape: from `shapes.shape_of(config)` or `shapes.known_shape(name)`.
+        image_tokens: vision tokens of the image before pruning.
+        kept: vision tokens that the language model computes: one count, or one for each of its layers for
+            methods that drop tokens inside it; None is all.
+        text_tokens: tokens of the prompt beside the image's.
+        projected: tokens that pass the projector; as many as the language model's first layer sees unless
+            given. Where the projector is part of the tower, all do.
+        pruner: operations of the pruner, from `pruner_flops`.
+        tiles: tiles of an image cut into several; from `image_tokens` unless given.
+        grid: rows and columns of merged tokens, which decide the windows of Qwen2.5-VL's tower; whole windows
+            are assumed unless given.
+        tower_layers: layers of the tower that run; those that the features need unless given.
+        causal: count only the attention pairs that a causal mask leaves.
+
+    Raises:
+        BadInput: counts that are negative, larger than the image or not one a layer.
+    """
+    _check("image_tokens", image_tokens, 0)
+    _check("text_tokens", text_tokens, 0)
+    by_layer = _by_layer(kept, image_tokens, shape.llm.layers)
+    if projected is None:
+        projected = image_tokens if shape.projects_before_pruning else by_layer[0]
+    return Prefill(
+        tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers),
+        projector=MAC * projected * _projector(shape),
+        pruner=pruner,
+        llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in by_layer),
+        lm_head=MAC * shape.llm.width * shape.llm.vocabulary,
+    )
+
+
+def llm_layer_flops(llm: LlmShape, tokens: int, *, causal: bool = False) -> int:
+    """Operations of one layer of the language model over `tokens`."""
+    weights = llm.width * (2 * llm.queries + 2 * llm.keys + 3 * llm.mlp)
+    pairs = tokens * (tokens + 1) // 2 if causal else tokens**2
+    return MAC * (tokens * weights + 2 * pairs * llm.queries)
+
+
+def kv_cache_bytes(llm: LlmShape, tokens: int, *, bytes_per_number: int = 2) -> int:
+    """Memory of the keys and values of `tokens` over all layers."""
+    return 2 * llm.layers * llm.keys * tokens * bytes_per_number
+
+
+def _projector(shape: VlmShape) -> int:
+    """Multiply-accumulates a token: LLaVA's C -> d -> d, or Qwen2.5-VL's 4C -> 4C -> d."""
+    features, width = shape.feature_width, shape.llm.width
+    hidden = features if shape.tower.kind == "qwen" else width
+    return features * hidden + hidden * width
+
+
+def _tower(
+    tower: TowerShape, image_tokens: int, tiles: int | None, grid: tuple[int, int] | None, run: int | None
+) -> int:
+    run = tower.used_layers if run is None else run
+    if not 0 <= run <= tower.layers:
+        raise BadInput(f"tower_layers is {run}: the tower has {tower.layers} layers")
+    if tower.kind == "clip":
+        per_tile = tower.tokens_per_tile or image_tokens
+        tiles = -(-image_tokens // per_tile) if tiles is None else tiles
+        n, d = per_tile + 1, tower.width  # CLS is one more
+        layer = 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * tower.mlp
+        return MAC * tiles * (per_tile * tower.patch_inputs * d + run * layer)
+    n, d = image_tokens * tower.merge**2, tower.width
+    weights = n * (4 * d**2 + 3 * d * tower.mlp)
+    pairs = [n**2 if index in tower.global_layers else _window_pairs(tower, image_tokens, grid) for index in range(run)]
+    return MAC * (n * tower.patch_inputs * d + run * weights + 2 * sum(pairs) * d)
+
+
+def _window_pairs(tower: TowerShape, image_tokens: int, grid: tuple[int, int] | None) -> int:
+    """Pairs of patches that attend to each other in a layer with windows."""
+    side = tower.window or 1
+    patches = tower.merge**2
+    if grid is None:
+        return image_tokens * patches * side**2 * patches
+    rows, columns = grid
+    if rows * columns != image_tokens:
+        raise BadInput(f"grid {rows} x {columns} has {rows * columns} tokens, image_tokens is {image_tokens}")
+
+    def extents(length: int) -> list[int]:
+        return [min(side, length - start) for start in range(0, length, side)]
+
+    return sum((h * w * patches) ** 2 for h in extents(rows) for w in extents(columns))
+
+
+def _by_layer(kept: int | Sequence[int] | None, image_tokens: int, layers: int) -> list[int]:
+    counts = [image_tokens if kept is None else kept] * layers if kept is None or isinstance(kept, int) else list(kept)
+    if len(counts) != layers:
+        raise BadInput(f"kept has {len(counts)} counts: one for each of the {layers} layers is needed")
+    for count in counts:
+        if not 0 <= count <= image_tokens:
+            raise BadInput(f"kept is {count}: an image of {image_tokens} tokens keeps 0 to {image_tokens}")
+    return counts
+
+
+def _check(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise BadInput(f"{name} is {value!r}: a whole number of at least {low} is needed")

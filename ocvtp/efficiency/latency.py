@@ -1,0 +1,176 @@
+"""What pruning saves in time: first token, later tokens, and the part before the language model, measured.
+
+Cases are measured in turns, one run of each after the other, so that a machine that slows down slows all of
+them. Medians are given with quartiles. Times are not deterministic: nothing here is part of the pipeline's
+results.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ocvtp.errors import BadInput
+
+Case = Callable[[], AbstractContextManager[Any]]
+"""Makes a context in which the model is pruned, such as `lambda: ocvtp.prune(model, ...)`."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles, in milliseconds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Spread":
+        """Of several times in seconds."""
+        quartiles = torch.tensor(seconds, dtype=torch.float64).quantile(
+            torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+        )
+        median, low, high = (1000 * quartiles).tolist()
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one case.
+
+    Attributes:
+        first_token: from the call of `generate` to the first token.
+        vision: the part of it before the language model starts: tower, projector, pruner.
+        next_token: each further token.
+        total: the whole answer.
+        peak_memory_bytes: of the accelerator during the whole answer; None on a CPU, which does not count it.
+    """
+
+    first_token: Spread
+    vision: Spread
+    next_token: Spread | None
+    total: Spread
+    new_tokens: int
+    repeats: int
+    device: str
+    peak_memory_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cases: Mapping[str, Case] | None = None,
+    *,
+    new_tokens: int = 16,
+    repeats: int = 10,
+    warmup: int = 2,
+) -> dict[str, Latency]:
+    """Measure `model.generate(**inputs)` in every case, greedy, with exactly `new_tokens` new tokens.
+
+    Args:
+        model: a VLM of transformers (`model.model.language_model` is its language model).
+        inputs: what its processor made, on the model's device.
+        cases: a context for each case; None measures the model as it is, as `vanilla`.
+        new_tokens: tokens of an answer; 1 measures the first token only.
+        repeats: measured runs of each case.
+        warmup: runs of each case before them.
+
+    Returns:
+        A `Latency` for every case, in the order of `cases`.
+    """
+    for name, value, low in (("new_tokens", new_tokens, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
+        if value < low:
+            raise BadInput(f"{name} is {value}: at least {low} is needed")
+    cases = cases or {"vanilla": nullcontext}
+    runs: dict[str, _Runs] = {name: _Runs([], [], [], []) for name in cases}
+    for turn in range(warmup + repeats):
+        for name, case in cases.items():
+            with case():
+                result = _run(model, inputs, new_tokens)
+            if turn >= warmup:
+                runs[name].add(result)
+    device = next(model.parameters()).device
+    return {name: run.latency(new_tokens, str(device)) for name, run in runs.items()}
+
+
+@dataclass
+class _Runs:
+    """Seconds and bytes of the measured runs of one case."""
+
+    first: list[float]
+    vision: list[float]
+    total: list[float]
+    memory: list[int]
+
+    def add(self, run: tuple[float, float, float, int | None]) -> None:
+        first, vision, total, memory = run
+        self.first.append(first)
+        self.vision.append(vision)
+        self.total.append(total)
+        self.memory += [] if memory is None else [memory]
+
+    def latency(self, new_tokens: int, device: str) -> Latency:
+        steps = (
+            [max(0.0, t - f) / (new_tokens - 1) for t, f in zip(self.total, self.first, strict=True)]
+            if (new_tokens > 1)
+            else []
+        )
+        return Latency(
+            first_token=Spread.of(self.first),
+            vision=Spread.of(self.vision),
+            next_token=Spread.of(steps) if steps else None,
+            total=Spread.of(self.total),
+            new_tokens=new_tokens,
+            repeats=len(self.first),
+            device=device,
+            peak_memory_bytes=max(self.memory) if self.memory else None,
+        )
+
+
+@torch.inference_mode()
+def _run(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float, float, int | None]:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    vision = first = 0.0
+    with _clock_at_language_model(model, device) as entered:
+        start = _now(device)
+        _generate(model, inputs, 1)
+        first = _now(device) - start
+        vision = (entered[0] if entered else start) - start
+    total = first
+    if new_tokens > 1:
+        start = _now(device)
+        _generate(model, inputs, new_tokens)
+        total = _now(device) - start
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return first, vision, total, memory
+
+
+def _generate(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> None:
+    model.generate(**inputs, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+
+
+@contextmanager
+def _clock_at_language_model(model: Any, device: torch.device) -> Iterator[list[float]]:
+    """Collects the times at which the language model is entered."""
+    entered: list[float] = []
+    hook = model.model.language_model.register_forward_pre_hook(lambda *_: entered.append(_now(device)))
+    try:
+        yield entered
+    finally:
+        hook.remove()
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after all that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,369 @@
+"""Every picture: kept tokens and slots over an image, accuracy against tokens kept, training curves.
+
+All functions take plain arrays and dicts and return the bytes of a PNG or an SVG, equal for equal input: no
+date, no name of a program, no random id. Lines are told apart by colour and by marker and dash, so that no
+reader depends on colour alone; the colours are Okabe and Ito's. An SVG has text as text, and `INK`, `RULE`
+and `COLORS` in it stand where a page may put colours of its own.
+
+Legend: H, W rows and columns of the token grid; K slots; N = H x W tokens.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from ocvtp.errors import BadInput
+
+Format = Literal["png", "svg"]
+Fit = Literal["pad", "stretch"]
+
+INK = "#1b1f24"
+"""Text, ticks and axes."""
+RULE = "#d5d9de"
+"""Grid lines."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b68c8", "#8c6d31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
+VEIL = (0.05, 0.06, 0.08, 0.74)
+"""What lies over dropped tokens: red, green, blue, opacity."""
+STANDING = ("oc-vtp", "random", "oc-vtp-untrained", "visionzip", "hiprune", "downsample", "fastv",
+"sparsevlm",
+            "pyramiddrop", "trim", "tome")  # fmt: skip
+"""Methods that look the same in every picture, whichever others are there."""
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ocvtp",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One image with the tokens that were kept of it.
+
+    Attributes:
+        image: the picture.
+        kept: indices of the kept tokens in raster order; None draws the picture as it is.
+        grid: rows and columns of tokens.
+        title: what stands above.
+        fit: `pad`: the grid lies over the picture padded to a square; `stretch`: over the picture itself.
+    """
+
+    image: Image.Image
+    kept: Sequence[int] | None = None
+    grid: tuple[int, int] = (1, 1)
+    title: str = ""
+    fit: Fit = "stretch"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line with optional 95 % intervals: `low` and `high` are None or as long as `x`.
+
+    `label` decides how it looks; `name` is what the legend says, `label` unless given.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    name: str = ""
+
+
+# --- Kept tokens and slots
+# -------------------------------------------------------------------------------------------
+
+
+def kept_tokens(rows: Sequence[Sequence[Panel]], *, width: float = 1.55) -> bytes:
+    """Images in which dropped tokens are dimmed and kept ones framed, side by side, as a PNG.
+
+    Args:
+        rows: panels, a list for each row of the picture; rows may differ in length.
+        width: of a panel, in inches.
+    """
+
+    def draw(panel: Panel) -> Callable[[Axes], None]:
+        return lambda axes: _draw_kept(axes, panel)
+
+    return _panels([[(panel.title, draw(panel)) for panel in row] for row in rows], width)
+
+
+def slot_segments(
+    image: Image.Image,
+    attention_KN: ArrayLike,
+    grid: tuple[int, int],
+    *,
+    kept: Sequence[int] | None = None,
+    title: str = "",
+    fit: Fit = "stretch",
+) -> bytes:
+    """The image, the kept tokens if given, and the segments of the slots, side by side, as a PNG.
+
+    In the segments each token has the colour of the slot that attends to it most.
+
+    Args:
+        image: the picture.
+        attention_KN: attention of K slots over N tokens.
+        grid: rows and columns of tokens.
+        kept: kept tokens, framed in the segments too.
+        title: what stands above the kept tokens.
+        fit: as in `Panel`.
+    """
+    attention = np.asarray(attention_KN, dtype=np.float64)
+    tokens = grid[0] * grid[1]
+    if attention.ndim != 2 or attention.shape[1] != tokens:
+        raise BadInput(
+            f"attention has shape {list(attention.shape)}: [slots, {tokens}] is needed for a grid of "
+            f"{grid[0]} x {grid[1]} tokens"
+        )
+    segments_HW = attention.argmax(axis=0).reshape(grid)
+
+    def draw(axes: Axes) -> None:
+        width, height = _show(axes, Panel(image, None, grid, "", fit))
+        tint_HW3 = _slot_colors(attention.shape[0])[segments_HW]
+        axes.imshow(tint_HW3, extent=(0, width, height, 0), alpha=0.55, interpolation="nearest")
+        _edges(axes, segments_HW, (width, height), "white", 0.7)
+        if kept is not None:
+            _frame(axes, _mask(kept, grid), (width, height))
+
+    cells = [("image", lambda axes: _draw_kept(axes, Panel(image, None, grid, "", fit)))]
+    if kept is not None:
+        cells.append((title or "kept", lambda axes: _draw_kept(axes, Panel(image, kept, grid, "", fit))))
+    cells.append((f"{len(np.unique(segments_HW))} slots lead a token or more", draw))
+    return _panels([cells], 2.3)
+
+
+def kept_mask(kept: Sequence[int], grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which tokens [H, W] are kept; `BadInput` names an index that is not in the grid."""
+    return _mask(kept, grid)
+
+
+def padded(image: Image.Image, fit: Fit) -> Image.Image:
+    """The picture that the grid lies over, in RGB: for `pad`, in the middle of a grey square."""
+    image = image.convert("RGB")
+    side = max(image.size)
+    if fit == "stretch" or image.size == (side, side):
+        return image
+    canvas = Image.new("RGB", (side, side), (123, 117, 104))  # CLIP's mean colour, as the processors pad
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def _draw_kept(axes: Axes, panel: Panel) -> None:
+    size = _show(axes, panel)
+    if panel.kept is None:
+        return
+    mask_HW = _mask(panel.kept, panel.grid)
+    veil_HW4 = np.zeros((*panel.grid, 4))
+    veil_HW4[~mask_HW] = VEIL
+    axes.imshow(veil_HW4, extent=(0, size[0], size[1], 0), interpolation="nearest")
+    _frame(axes, mask_HW, size)
+
+
+def _show(axes: Axes, panel: Panel) -> tuple[int, int]:
+    picture = padded(panel.image, panel.fit)
+    axes.imshow(np.asarray(picture), extent=(0, picture.width, picture.height, 0), interpolation="bicubic")
+    return picture.size
+
+
+def _mask(kept: Sequence[int], grid: tuple[int, int]) -> NDArray[np.bool_]:
+    tokens = grid[0] * grid[1]
+    wrong = [index for index in kept if not 0 <= index < tokens]
+    if wrong:
+        raise BadInput(f"kept token {wrong[0]} is outside a grid of {grid[0]} x {grid[1]}: 0 to {tokens - 1}")
+    mask = np.zeros(tokens, dtype=bool)
+    mask[np.asarray(kept, dtype=np.int64)] = True
+    return mask.reshape(grid)
+
+
+def _frame(axes: Axes, mask_HW: NDArray[np.bool_], size: tuple[int, int]) -> None:
+    """A light line around every kept token."""
+    numbers_HW = np.where(mask_HW, np.arange(mask_HW.size).reshape(mask_HW.shape) + 1, 0)
+    _edges(axes, np.pad(numbers_HW, 1), size, "white", 0.8, pad=1)
+
+
+def _edges(axes: Axes, labels_HW: NDArray[Any], size: tuple[int, int], color: str, width: float, pad: int = 0) -> None:
+    """Lines between neighbours of different label; `pad` is how many cells lie around the picture."""
+    height, breadth = labels_HW.shape
+    dy, dx = size[1] / (height - 2 * pad), size[0] / (breadth - 2 * pad)
+    down = [
+        [((x + 1 - pad) * dx, (y - pad) * dy), ((x + 1 - pad) * dx, (y + 1 - pad) * dy)]
+        for y, x in np.argwhere(labels_HW[:, 1:] != labels_HW[:, :-1])
+    ]
+    across = [
+        [((x - pad) * dx, (y + 1 - pad) * dy), ((x + 1 - pad) * dx, (y + 1 - pad) * dy)]
+        for y, x in np.argwhere(labels_HW[1:] != labels_HW[:-1])
+    ]
+    axes.add_collection(LineCollection(down + across, colors=color, linewidths=width, capstyle="projecting"))
+
+
+def _slot_colors(count: int) -> NDArray[np.float64]:
+    """[count, 3]: hues a golden angle apart, so that neighbours differ however many there are."""
+    hues = (np.arange(count) * 0.61803398875) % 1
+    hsv = np.stack([hues, np.full(count, 0.75), np.full(count, 0.95)], axis=1)
+    return np.asarray(mpl.colors.hsv_to_rgb(hsv), dtype=np.float64)
+
+
+def _panels(rows: Sequence[Sequence[tuple[str, Callable[[Axes], None]]]], width: float) -> bytes:
+    if not any(rows):
+        raise BadInput("there is no image to draw")
+    columns = max(len(row) for row in rows)
+    with _figure((columns * width, len(rows) * (width + 0.24))) as figure:
+        for r, row in enumerate(rows):
+            for c, (title, draw) in enumerate(row):
+                axes = figure.add_subplot(len(rows), columns, r * columns + c + 1)
+                axes.set_axis_off()
+                axes.set_title(title, fontsize=7.5, pad=3)
+                draw(axes)
+        figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+        return _save(figure, "png")
+
+
+# --- Lines
+# -----------------------------------------------------------------------------------------------------------
+
+
+def accuracy(
+    series: Sequence[Series],
+    *,
+    whole: int | None = None,
+    xlabel: str = "tokens kept of an image",
+    ylabel: str = "average accuracy, % of vanilla",
+    form: Format = "png",
+) -> bytes:
+    """Relative accuracy against tokens kept, one line a method, with 95 % intervals where given.
+
+    Args:
+        series: x in tokens, y in percent of vanilla.
+        whole: tokens of the unpruned image; budgets are then marked with their share too.
+        xlabel: below the axis.
+        ylabel: beside the axis.
+        form: `png` or `svg`.
+    """
+    if not series:
+        raise BadInput("accuracy has no line to draw")
+    budgets = sorted({x for line in series for x in line.x})
+    step = 0.06 * min((b - a for a, b in pairwise(budgets)), default=1.0)
+    with _figure((6.4, 3.5)) as figure:
+        axes = figure.add_subplot()
+        axes.axhline(100, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+        axes.annotate("vanilla", (1, 100), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                      textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+        for index, line in enumerate(series):
+            shift = (index - (len(series) - 1) / 2) * step if len(series) > 1 else 0.0
+            _line(axes, line, looks(line.label, [s.label for s in series]), shift)
+        axes.set_xticks(budgets, [_budget(b, whole) for b in budgets])
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.margins(x=0.08)
+        axes.grid(axis="x", visible=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+        return _save(figure, form)
+
+
+def curves(panels: Sequence[tuple[str, Sequence[Series]]], *, xlabel: str = "step", form: Format = "png") -> bytes:
+    """Curves over training: a small plot for each (title, lines). Lines of one label share one look."""
+    panels = [(title, lines) for title, lines in panels if lines]
+    if not panels:
+        raise BadInput("curves has no line to draw")
+    labels = list(dict.fromkeys(line.label for _, lines in panels for line in lines))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with _figure((max(3.2, 2.5 * columns), 2.1 * rows + 0.25 * (len(labels) > 1))) as figure:
+        for index, (title, lines) in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            axes.set_title(title)
+            for line in lines:
+                color, _, dash = looks(line.label, labels)
+                axes.plot(line.x, line.y, color=color, linestyle=dash, linewidth=1.1, label=line.name or line.label)
+            if index >= len(panels) - columns:
+                axes.set_xlabel(xlabel)
+        if len(labels) > 1:
+            handles = {str(h.get_label()): h for axes in figure.axes for h in axes.get_lines()}
+            figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8)
+        return _save(figure, form)
+
+
+def looks(label: str, among: Sequence[str]) -> tuple[str, str, Any]:
+    """Colour, marker and dash of a label: fixed for methods, in the order of `among` for anything else."""
+    index = STANDING.index(label) if label in STANDING else list(among).index(label)
+    turn = index // len(COLORS)
+    return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)], DASHES[(index + turn) % len(DASHES)]
+
+
+def _line(axes: Axes, line: Series, look: tuple[str, str, Any], shift: float) -> None:
+    color, marker, dash = look
+    x = [value + shift for value in line.x]
+    if line.low is not None and line.high is not None:
+        axes.vlines(x, line.low, line.high, color=color, linewidth=1.2, alpha=0.75)
+    axes.plot(
+        x,
+        line.y,
+        color=color,
+        marker=marker,
+        markersize=4.5,
+        linewidth=1.4,
+        linestyle=dash,
+        label=line.name or line.label,
+    )
+
+
+def _budget(tokens: float, whole: int | None) -> str:
+    return f"{tokens:g}" if not whole else f"{tokens:g} ({100 * tokens / whole:.1f}%)"
+
+
+# --- Saving
+# ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure in our style, that belongs to no window and no global state."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _save(figure: Figure, form: Format) -> bytes:
+    buffer = io.BytesIO()
+    nothing = {"Software": None} if form == "png" else dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format=form, metadata=nothing, transparent=form == "svg")
+    return buffer.getvalue()

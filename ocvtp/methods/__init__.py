@@ -1,0 +1,27 @@
+"""Pruning methods, one file each, behind one small interface."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ocvtp.errors import BadInput
+from ocvtp.methods import oc_vtp, random, vanilla
+from ocvtp.methods.base import Entry, Kept, Look, Method, nearest, options_of
+from ocvtp.methods.budget import Budget, Keep
+
+REGISTRY: Mapping[str, Entry] = {
+    entry.name: entry for entry in (vanilla.ENTRY, random.ENTRY, oc_vtp.ENTRY, oc_vtp.UNTRAINED)
+}
+
+__all__ = ["REGISTRY", "Budget", "Entry", "Keep", "Kept", "Look", "Method", "describe", "entry_of", "options_of"]
+
+
+def entry_of(name: str) -> Entry:
+    """The method of a name; `BadInput` offers the nearest."""
+    if name not in REGISTRY:
+        raise BadInput(f"no method {name!r}{nearest(str(name), REGISTRY)}")
+    return REGISTRY[name]
+
+
+def describe() -> list[dict[str, Any]]:
+    """Name, where it acts, whether it reads the prompt, and source of each method."""
+    return [{"name": e.name, "acts": e.acts, "needs_text": e.needs_text, "source": e.source} for e in REGISTRY.values()]

@@ -1,0 +1,127 @@
+"""OC-VTP: slots gathered from a middle layer of the tower say which tokens go on (eq. 6 to 8 of the paper).
+
+Letters: G images of a group, N tokens of an image, C tower width, k tokens kept.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ocvtp.errors import BadInput, Incompatible
+from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner
+from ocvtp.pruner import OCPruner, PrunerConfig
+from ocvtp.vlms.family import Facts, Family
+
+_SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surplus": None}
+"""Options of `OCPruner.select`; None leaves them to the pruner's config."""
+
+
+class OCVTP(Method):
+    """A pruner looks at one layer; the tokens that its slots attend to most are handed on from the last."""
+
+    def __init__(self, pruner: OCPruner, layer: int, facts: Facts, selection: Mapping[str, Any]) -> None:
+        """`layer` is an index into `hidden_states`."""
+        self.pruner, self._layer, self._selection = pruner, layer, selection
+        # The authors fill gaps by the attention that tokens receive in the block whose output goes to the LLM.
+        self._fill_block = facts.feature_layer - 1
+        self._fills = (selection["fill"] or pruner.config.fill) == "attention"
+
+    def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
+        return {self._layer, self._fill_block} if self._fills else {self._layer}
+
+    def choose(self, look: Look) -> Kept:  # noqa: D102
+        tokens_GNC = look.tokens(self._layer)
+        if self.pruner.device != tokens_GNC.device:
+            self.pruner.to(tokens_GNC.device)
+        if self.pruner.training:  # its FFN may have dropout
+            self.pruner.eval()
+        scores_GN = look.received(self._fill_block) if self._fills else None
+        options = {name: value for name, value in self._selection.items() if value is not None}
+        return Kept(self.pruner.select(tokens_GNC, look.keep, seeds=look.seeds, fill_scores=scores_GN, **options))
+
+
+def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
+    if pruner is None:
+        raise BadInput(
+            "oc-vtp needs a trained pruner: pruner=FOLDER_OR_OCPRUNER, such as models/tiny-llava/... after `dvc "
+            "repro`. Without training: method='oc-vtp-untrained'"
+        )
+    if isinstance(pruner, str | Path):
+        pruner = OCPruner.from_pretrained(pruner, decoder=False, device=family.model.device)
+    if not isinstance(pruner, OCPruner):
+        raise BadInput(f"pruner is a {type(pruner).__name__}: an OCPruner, a folder, or an id on the hub is needed")
+    layer = _layer(family, pruner, options["layer"])
+    _check(family, pruner, layer, anyway=options["other_vlm"])
+    return OCVTP(pruner, layer, family.facts, {name: options[name] for name in _SELECTION})
+
+
+def _layer(family: Family, pruner: OCPruner, asked: int | None) -> int:
+    """The index into `hidden_states` of the layer that the pruner reads."""
+    trained = pruner.trained_for.layer
+    layer = asked if trained is None else trained
+    if layer is None:
+        raise BadInput("this pruner does not say which layer it was trained for: give layer=9 or another")
+    if asked is not None and family.index(asked) != family.index(layer):
+        raise Incompatible(f"the pruner was trained for layer {trained}, but layer={asked} is asked for")
+    return family.index(layer)
+
+
+def _check(family: Family, pruner: OCPruner, layer: int, *, anyway: bool) -> None:
+    """Refuse a pruner of another width, layer or VLM."""
+    width, trained = pruner.config.token_dim, pruner.trained_for
+    if width != family.facts.width:
+        raise Incompatible(
+            f"the pruner (of {trained.vlm or 'an unnamed VLM'}) reads tokens of width {width}, but the vision tower "
+            f"of {_name(family)} has width {family.facts.width}"
+        )
+    if trained.tower_layer not in (None, layer):
+        raise Incompatible(
+            f"the pruner was trained for layer {trained.layer}, which was hidden_states[{trained.tower_layer}] of "
+            f"{trained.vlm}, but is hidden_states[{layer}] of {_name(family)}"
+        )
+    entry = getattr(family.model, "ocvtp_entry", None)
+    if not anyway and entry is not None and trained.weights not in (None, entry.weights):
+        raise Incompatible(
+            f"the pruner was trained for {trained.vlm} with weights {trained.weights}, but the model is {entry.name} "
+            f"with weights {entry.weights}. If both have the same vision tower, give other_vlm=True"
+        )
+
+
+def _name(family: Family) -> str:
+    entry = getattr(family.model, "ocvtp_entry", None)
+    return str(entry.name if entry is not None else family.model.config.name_or_path or type(family.model).__name__)
+
+
+def _build_untrained(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
+    """The same architecture with the random weights it starts from: what does training buy?"""
+    no_pruner("oc-vtp-untrained", pruner)
+    grid = family.facts.grid or (24, 24)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options["weights_seed"])
+        drawn = OCPruner(PrunerConfig(family.facts.width, grid=grid, decoder=None)).eval()
+    selection = {name: options[name] for name in _SELECTION}
+    return OCVTP(drawn.to(family.model.device), family.index(options["layer"]), family.facts, selection)
+
+
+ENTRY = Entry(
+    name="oc-vtp",
+    acts="before the LLM",
+    needs_text=False,
+    source="OC-VTP, arXiv 2511.20439",
+    random=True,
+    trained=True,
+    options={**_SELECTION, "layer": None, "other_vlm": False},
+    build=_build,
+)
+UNTRAINED = Entry(
+    name="oc-vtp-untrained",
+    acts="before the LLM",
+    needs_text=False,
+    source="OC-VTP's pruner with the random weights that its training starts from",
+    random=True,
+    trained=False,
+    options={**_SELECTION, "layer": 9, "weights_seed": 0},
+    build=_build_untrained,
+)

@@ -1,0 +1,68 @@
+"""Arguments of `generate` and `forward`: by name, and which of them a pruned model has to refuse."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ocvtp.errors import BadInput
+
+_REFUSED = {
+    "assistant_model": "assisted decoding checks several tokens at once against the whole prompt",
+    "prompt_lookup_num_tokens": "prompt lookup checks several tokens at once against the whole prompt",
+    "prefill_chunk_size": "a prompt in chunks cannot be shortened",
+    "mm_encoder_outputs": "give pixel_values instead, for the pruner looks into the tower",
+    "pixel_values_videos": "videos are not pruned",
+    "inputs_embeds": "give input_ids, for image tokens cannot be found in embeddings",
+}
+_DYNAMIC = (None, "dynamic", "offloaded")
+
+
+class Replacement:
+    """Stands in for a method of one model, under the signature of what it replaces."""
+
+    def __init__(self, plain: Callable[..., Any], ours: Callable[..., Any]) -> None:
+        self._ours = ours
+        functools.update_wrapper(self, plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what was put in place."""
+        return self._ours(*args, **kwargs)
+
+
+def by_name(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; None is as good as left out, for pictures and prompts at least."""
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(plain)
+    found = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
+
+
+def refuse(call: Mapping[str, Any], config: Any = None) -> None:
+    """`BadInput` for arguments that a pruned model cannot honour.
+
+    Args:
+        call: arguments of `generate` or `forward` that come with images.
+        config: the model's generation config, for `generate`.
+    """
+    given = call.get("generation_config")
+
+    def asked(name: str) -> Any:
+        for source in (call.get(name), getattr(given, name, None), getattr(config, name, None)):
+            if source is not None:
+                return source
+        return None
+
+    for name, why in _REFUSED.items():
+        if asked(name) is not None:
+            raise BadInput(f"a pruned model cannot take {name}: {why}")
+    if asked("cache_implementation") not in _DYNAMIC:
+        raise BadInput(
+            f"a pruned model needs a dynamic cache, not cache_implementation={asked('cache_implementation')!r}"
+        )
+    if getattr(call.get("past_key_values"), "is_compileable", False):
+        raise BadInput("a pruned model needs a dynamic cache: a static one is laid out for whole prompts")

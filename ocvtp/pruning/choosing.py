@@ -1,0 +1,57 @@
+"""From images to what the language model reads of them: one pass of the tower, the method's choice, the projector.
+
+Letters: I images, G images with equally many tokens, N tokens of an image, k tokens kept, D width of the LLM.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ocvtp.methods import Budget, Kept, Look, Method
+from ocvtp.vlms.family import Family, Images
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What stays of one image: numbers of its tokens, ascending, on the CPU, and what the LLM reads in their place."""
+
+    indices_k: Tensor
+    features_kD: Tensor
+
+
+def choose(family: Family, method: Method, budget: Budget, images: Images, seeds: Sequence[int]) -> list[Choice]:
+    """Choose the tokens of each image. Images with equally many tokens go through the method together."""
+    counts = family.counts(images)
+    keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
+    vision = family.look(images, method.layers())
+    values: dict[int, Tensor] = {}
+    indices: dict[int, Tensor] = {}
+    for (_, keep), members in _groups(counts, keeps).items():
+        look = Look(vision, members, keep, [seeds[i] for i in members], [vision.grids[i] for i in members])
+        with torch.no_grad():
+            kept = method.choose(look)
+        for member, (chosen, taken) in zip(members, _taken(kept, look), strict=True):
+            indices[member], values[member] = chosen, taken
+    order = range(len(images))
+    features = family.project([values[i] for i in order])
+    return [Choice(indices[i].cpu(), features[i]) for i in order]
+
+
+def _groups(counts: Sequence[int], keeps: Sequence[int]) -> Mapping[tuple[int, int], list[int]]:
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, key in enumerate(zip(counts, keeps, strict=True)):
+        groups.setdefault(key, []).append(number)
+    return groups
+
+
+def _taken(kept: Kept, look: Look) -> list[tuple[Tensor, Tensor]]:
+    """Numbers and values of what stays of each image; -1 at the end of the numbers stands for none."""
+    values_GNV = look.vision.values(look.members)
+    indices_Gk = kept.indices_Gk.to(values_GNV.device)
+    values_GkV = kept.values_GkV
+    if values_GkV is None:
+        values_GkV = values_GNV.gather(1, indices_Gk.clamp(min=0)[..., None].expand(-1, -1, values_GNV.shape[2]))
+    numbers_G = (indices_Gk >= 0).sum(1).tolist()
+    return [(indices_Gk[i, :number], values_GkV[i, :number]) for i, number in enumerate(numbers_G)]

@@ -1,0 +1,65 @@
+"""What has to be known of shortened prompts whose keys and values are in a cache, to go on from them.
+
+It lies on the cache object itself, so that it goes where the cache goes: two calls in turns, a deep copy, a crop.
+
+Letters: B prompts, S columns in the cache after the prompts, q new columns.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.errors import BadInput
+
+_NAME = "_ocvtp_prefix"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A cache right after its last prompt.
+
+    Attributes:
+        mask_BS: 1 for tokens, 0 for padding.
+        next_B: position of the next token.
+        full: there is no padding.
+    """
+
+    mask_BS: Tensor
+    next_B: Tensor
+    full: bool
+
+    def remember(self, cache: Any) -> None:
+        """Leave this on a cache."""
+        setattr(cache, _NAME, self)
+
+    @staticmethod
+    def of(cache: Any) -> "Prefix | None":
+        """What was left on a cache."""
+        found = getattr(cache, _NAME, None)
+        return found if isinstance(found, Prefix) else None
+
+    def since(self, cache: Any, mask_BL: Tensor | None, new: int, batch: int) -> tuple[Tensor, Tensor]:
+        """The whole mask [B, S + t + q] up to the new columns, and the positions [B, t + q] from the prompt on.
+
+        Args:
+            cache: holds S + t columns: the prompts and t tokens since.
+            mask_BL: the caller's mask of everything; only its end, from the prompt on, is looked at.
+            new: q.
+            batch: B of the call.
+        """
+        rows, prompt = self.mask_BS.shape
+        if batch != rows:
+            raise BadInput(f"the cache was filled by a batch of {rows} pruned prompts, but this batch has {batch}")
+        later = cache.get_seq_length() - prompt + new
+        if later < new:
+            raise BadInput("the cache of pruned prompts was cropped into the prompts: fill it anew")
+        if mask_BL is not None and mask_BL.ndim != 2:
+            raise BadInput(f"a pruned model needs a mask of two dimensions, not of shape {list(mask_BL.shape)}")
+        if mask_BL is None:
+            tail_Bt = self.mask_BS.new_ones(batch, later)
+        else:
+            tail_Bt = mask_BL[:, mask_BL.shape[1] - later :].to(self.mask_BS)
+        positions_Bt = self.next_B[:, None] + (tail_Bt.cumsum(1) - 1).clamp(min=0)
+        return torch.cat([self.mask_BS, tail_Bt], 1), positions_Bt

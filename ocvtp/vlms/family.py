@@ -1,0 +1,232 @@
+"""What a family of VLMs must offer, so that one pruning code serves all of them.
+
+Letters: I images, G images of a group (all with the same N), N tokens of an image (CLS is none of them), k tokens kept,
+C tower width, V width of the values that the projector reads, D width of the language model, B prompts, L positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ocvtp.errors import BadInput
+from ocvtp.tokens.layers import resolve_layer
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a config says of a VLM.
+
+    Attributes:
+        tokens: N; None where it depends on the image.
+        grid: rows and columns of an image's tokens; None where they depend on the image.
+        width: C.
+        depth: encoder blocks of the tower.
+        feature_layer: the layer that the language model is fed from, as index into `hidden_states`.
+        cls: whether the tower has a CLS token.
+    """
+
+    tokens: int | None
+    grid: Grid | None
+    width: int
+    depth: int
+    feature_layer: int
+    cls: bool
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images as a processor made them.
+
+    Attributes:
+        pixels: LLaVA: [I, 3, height, width]. LLaVA-NeXT: [I, tiles, 3, height, width], missing tiles at the end.
+            Qwen2.5-VL: [patches, numbers], those of all images in a row.
+        sizes: LLaVA-NeXT: [I, 2] height and width of the originals. Qwen2.5-VL: [I, 3] frames, rows and columns of
+            patches. LLaVA: None.
+    """
+
+    pixels: Tensor
+    sizes: Tensor | None = None
+
+    def __len__(self) -> int:
+        """I."""
+        return len(self.pixels if self.sizes is None else self.sizes)
+
+
+class Vision(ABC):
+    """What the tower made of some images. `members` are the numbers of images that have the same N."""
+
+    counts: list[int]
+    """N of each image."""
+    grids: list[Grid]
+    """Rows and columns of each image's tokens."""
+
+    @abstractmethod
+    def tokens(self, layer: int, members: Sequence[int]) -> Tensor:
+        """`hidden_states[layer]` without CLS, [G, N, C]; only of layers that were asked for."""
+
+    @abstractmethod
+    def values(self, members: Sequence[int]) -> Tensor:
+        """What is handed on of each token that is kept, [G, N, V]."""
+
+    @abstractmethod
+    def received(self, block: int, members: Sequence[int]) -> Tensor:
+        """Attention that each token receives in an encoder block (counted from 0), [G, N].
+
+        Mean over heads and over all queries, CLS among them. `hidden_states[block]` must have been asked for.
+        """
+
+
+class Family(ABC):
+    """One loaded VLM as pruning sees it. Holds no state of its own beside the model."""
+
+    vision_inputs: ClassVar[frozenset[str]]
+    """Arguments of the model's `forward` that describe images."""
+    facts: Facts
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.facts = self.facts_of(model.config)
+
+    @classmethod
+    @abstractmethod
+    def facts_of(cls, config: Any) -> Facts:
+        """Read a config; `BadInput` where this kind of the family is not supported."""
+
+    def index(self, layer: int) -> int:
+        """The index into `hidden_states`, 1 to depth, of a layer counted as in the paper."""
+        return resolve_layer(layer, self.facts.depth, vlm="the vision tower of this VLM")
+
+    # --- Images ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def preprocess(self, processor: Any, images: list[Image.Image], *, mode: str) -> Images:
+        """Images for the tower. `mode` says how they become the shape that it wants: `pad` or `squash`."""
+
+    @abstractmethod
+    def images(self, call: Mapping[str, Any]) -> Images | None:
+        """The images among the arguments of `forward` or `generate`; None if there are none."""
+
+    @abstractmethod
+    def pixels_of(self, images: Images, number: int) -> Tensor:
+        """What belongs to one image, whatever the others of its batch are."""
+
+    @abstractmethod
+    def counts(self, images: Images) -> list[int]:
+        """N of each image, from shapes alone."""
+
+    @abstractmethod
+    def grids(self, images: Images) -> list[Grid]:
+        """Rows and columns of tokens of each image, from shapes alone."""
+
+    @abstractmethod
+    def spans(self, images: Images) -> list[int]:
+        """Placeholders that each image has in an unpruned prompt."""
+
+    # --- Vision ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def look(self, images: Images, layers: Collection[int], *, values: bool = True) -> Vision:
+        """Run the tower once and keep `hidden_states` of these layers.
+
+        It stops after the deepest layer that is asked for or, with `values`, that values come from.
+        """
+
+    @abstractmethod
+    def project(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Values [k, V] of each image as the language model reads them, [k, D]."""
+
+    # --- Prompts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def placeholder(self) -> int:
+        """The token id that stands for a vision token."""
+        token: int = self.model.config.image_token_id
+        return token
+
+    @property
+    def padding(self) -> int:
+        """The token id that stands where there is nothing."""
+        config = self.model.config
+        found = getattr(config, "pad_token_id", None)
+        found = getattr(config.get_text_config(), "pad_token_id", None) if found is None else found
+        return 0 if found is None or found < 0 else int(found)
+
+    def positions(self, call: Mapping[str, Any], mask_BL: Tensor, past: int) -> Tensor:
+        """Positions of all columns of unpruned prompts, [P, B, q], as the model has them.
+
+        Args:
+            call: arguments of `forward`.
+            mask_BL: of the cache's columns and of the new ones.
+            past: columns in the cache.
+        """
+        given = call.get("position_ids")
+        if given is not None:
+            return given.expand(len(mask_BL), -1)[None]
+        if past:  # as the model counted when it filled the cache
+            return torch.arange(past, mask_BL.shape[1], device=mask_BL.device).expand(len(mask_BL), -1)[None]
+        return (mask_BL.long().cumsum(1) - 1).clamp(min=0)[None]
+
+    def position_ids(self, positions_PBS: Tensor) -> Tensor:
+        """Positions in the shape that the model takes."""
+        return positions_PBS[0]
+
+    def find(self, ids_BL: Tensor, images: Images) -> list[tuple[int, int, int]]:
+        """Row, first column and length of each image's placeholders.
+
+        Raises:
+            BadInput: placeholders and images do not fit.
+        """
+        spans = self.spans(images)
+        where = (ids_BL == self.placeholder).nonzero().tolist()
+        if len(where) != sum(spans):
+            raise BadInput(
+                f"{len(spans)} images of {_listed(spans)} tokens need {sum(spans)} placeholders (token id "
+                f"{self.placeholder}), but the prompts have {len(where)}: use the processor of this model"
+            )
+        found, start = [], 0
+        for number, span in enumerate(spans):
+            (row, first), (last_row, last) = where[start], where[start + span - 1]
+            if row != last_row or last - first != span - 1:
+                raise BadInput(
+                    f"the {span} placeholders of image {number} do not stand in a row: from row {row}, column {first} "
+                    f"to row {last_row}, column {last}"
+                )
+            found.append((row, first, span))
+            start += span
+        return found
+
+
+def _listed(numbers: list[int]) -> str:
+    distinct = sorted(set(numbers))
+    return str(distinct[0]) if len(distinct) == 1 else ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
+
+
+def take(tensor: Tensor, members: Sequence[int]) -> Tensor:
+    """Rows of a tensor; the tensor itself if they are all of them."""
+    if list(members) == list(range(len(tensor))):
+        return tensor
+    return tensor[list(members)]
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of one colour, as LLaVA-1.5 has it in evaluation."""
+    image = image.convert("RGB")
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def check_mode(mode: str) -> None:
+    """`BadInput` for an unknown way to shape images."""
+    if mode not in ("pad", "squash"):
+        raise BadInput(f"preprocessing {mode!r}: pad or squash is needed")

@@ -1,0 +1,96 @@
+"""The clock: what it runs, how often, and whether it tells a slow part from a fast one."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from ocvtp.efficiency.latency import Spread, measure
+from ocvtp.errors import BadInput
+
+PAUSE = 0.05
+
+
+@pytest.fixture(scope="module")
+def model() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=60,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=59, image_seq_length=16)
+    ).eval()
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.full((1, 20), 7)
+    ids[:, 2:18] = 59
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.zeros(1, 3, 32, 32),
+    }
+
+
+def test_a_pause_is_found_in_the_part_where_it_is(model, inputs) -> None:
+    @contextmanager
+    def slow(module: torch.nn.Module) -> Iterator[None]:
+        hook = module.register_forward_pre_hook(lambda *_: time.sleep(PAUSE))
+        yield
+        hook.remove()
+
+    cases = {
+        "plain": lambda: slow(torch.nn.Identity()),
+        "tower": lambda: slow(model.model.vision_tower),
+        "head": lambda: slow(model.lm_head),
+    }
+    times = measure(model, inputs, cases, new_tokens=3, repeats=3, warmup=1)
+    pause = 1000 * PAUSE
+    assert list(times) == ["plain", "tower", "head"]
+    assert times["tower"].vision.median >= pause
+    assert times["tower"].first_token.median >= times["tower"].vision.median
+    assert times["plain"].vision.median < pause
+    assert times["head"].vision.median < pause
+    assert times["head"].next_token is not None
+    assert times["head"].next_token.median >= 0.9 * pause
+    assert times["tower"].next_token.median < 0.9 * pause
+    assert times["plain"].peak_memory_bytes is None
+
+
+def test_cases_take_turns(model, inputs) -> None:
+    seen: list[str] = []
+
+    def case(name: str):
+        @contextmanager
+        def entered() -> Iterator[None]:
+            seen.append(name)
+            yield
+
+        return entered
+
+    got = measure(model, inputs, {"a": case("a"), "b": case("b")}, new_tokens=1, repeats=2, warmup=1)
+    assert seen == ["a", "b"] * 3
+    assert got["a"].repeats == 2
+    assert got["a"].next_token is None
+
+
+def test_median_and_quartiles() -> None:
+    assert Spread.of([0.004, 0.001, 0.002, 0.003, 0.005]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_counts_below_one_are_refused(model, inputs) -> None:
+    with pytest.raises(BadInput, match="new_tokens is 0"):
+        measure(model, inputs, new_tokens=0)

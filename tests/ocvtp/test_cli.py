@@ -1,0 +1,340 @@
+"""The command line as people meet it: exit codes, messages, JSON, and what it leaves on disk."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ocvtp
+from cluster.lock import run_lock
+from cluster.publish import MANIFEST, About, File, Manifest
+from ocvtp import cli, vlms
+from ocvtp.commands import catalog, common
+from ocvtp.data.scenes import jpeg, make_scene
+from ocvtp.efficiency.flops import paper_llm_flops
+
+COMMANDS = ("doctor", "prefetch", "show", "methods", "flops", "latency", "verify", "clean")
+
+
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ocvtp.cli", *arguments],
+        capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+
+
+# --- The frame -------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_subcommand() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(f"\n    {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_subcommand_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_the_frame_is_light() -> None:
+    code = (
+        "import sys, ocvtp.cli; ocvtp.cli.parser();"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'cluster', 'datasets') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("flops", "--keep", "577"), "keep is 577, but an image has 576 tokens"),
+        (("flops", "--keep", "0"), "a count is at least 1"),
+        (("flops", "--keep", "120%"), "a share more than 0 and at most 1"),
+        (("flops", "--keep", "many"), "'many' is neither a count such as 48 nor a share"),
+        (("flops", "--vlm", "llava"), "'llava' is neither a VLM of the catalogue"),
+        (("show", "/nowhere/image.jpg"), "/nowhere/image.jpg"),
+        (("show", "image.jpg", "--out", "/nowhere/kept.png"), "the folder /nowhere does not exist"),
+        (("prefetch",), "nothing to fetch"),
+        (("verify", "--store", "/nowhere"), "there is no store at /nowhere"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_bad_input_ends_in_2_with_a_message_and_no_traceback(arguments: tuple[str, ...], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("48", 48), ("0.333", 0.333), ("33.3%", 0.333), ("100%", 1.0), ("1.0", 1.0), ("1", 1)]
+)
+def test_budgets_as_people_write_them(text: str, value: float) -> None:
+    assert common.keep(text) == pytest.approx(value)
+    assert isinstance(common.keep(text), type(value))
+
+
+# --- flops, doctor ---------------------------------------------------------------------------------------------------
+
+
+def test_flops_prints_the_papers_numbers() -> None:
+    found = json.loads(run("flops", "--vlm", "llava-1.5-7b", "--keep", "64", "11.1%", "--json").stdout)
+    assert [row["tokens"] for row in found["rows"]] == [576, 64, 64]
+    assert found["rows"][1]["paper_flops"] == paper_llm_flops(96)
+    assert round(found["rows"][1]["flops"]["total"] / 1e12, 2) == 1.62
+    table = run("flops", "--vlm", "llava-1.5-7b", "--keep", "64").stdout
+    assert "6.314T" in table
+    assert "971.2G" in table
+    assert "…" not in table
+
+
+def test_doctor_says_what_is_wrong_and_how_to_mend_it() -> None:
+    done = run("doctor", "--json", PATH="/nowhere")
+    found = {(f["part"], f["name"]): f for f in json.loads(done.stdout)["findings"]}
+    assert found["Packages", "torch"]["detail"] == importlib.metadata.version("torch")
+    assert found["Executors", "slurm"]["state"] == "missing"
+    assert found["Executors", "local"]["state"] == "ok"
+    assert {part for part, _ in found} >= {"Machine", "Packages", "VLMs", "Benchmarks", "Executors", "Disk"}
+    assert all(f["mend"] for f in found.values() if f["state"] == "missing")
+    assert done.returncode == int(any(f["needed"] and f["state"] == "missing" for f in found.values()))
+
+
+# --- verify, clean ---------------------------------------------------------------------------------------------------
+
+
+def _publish(store: Path, kind: str, key: str, content: bytes) -> Path:
+    folder = store / kind / key
+    folder.mkdir(parents=True)
+    (folder / "result.bin").write_bytes(content)
+    about = About(key=key, kind=kind, call="m.f", spec={}, code="1", part="")
+    file = File("result.bin", hashlib.sha256(content).hexdigest(), len(content))
+    (folder / MANIFEST).write_text(Manifest(about, (file,)).to_text())
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A working folder: three results in a store, one held by an output, one named in one, one of no use."""
+    store = tmp_path / ".ocvtp" / "store"
+    _publish(store, "models", "aaaa1111", b"weights of a pruner")
+    _publish(store, "tokens", "bbbb2222", b"tokens of a shard")
+    _publish(store, "tokens", "cccc3333", b"tokens of an earlier grid")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.safetensors").write_bytes(b"weights of a pruner")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "layer_9.json").write_text('{"shards": [{"path": "tokens/bbbb2222/result.bin"}]}')
+    return tmp_path
+
+
+def test_verify_passes_what_is_sound(work: Path) -> None:
+    done = run("verify", "--json", cwd=work)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) | {"store": ""} == {"store": "", "checked": 3, "bytes": 61, "corrupt": []}
+
+
+def test_verify_finds_one_flipped_bit_and_moves_it_aside(work: Path) -> None:
+    path = work / ".ocvtp/store/tokens/bbbb2222/result.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    done = run("verify", cwd=work)
+    assert done.returncode == 1
+    assert "tokens/bbbb2222" in done.stdout
+    assert "2 of 3 published results are sound" in done.stdout
+    assert path.exists()
+    assert run("verify", "--quarantine", cwd=work).returncode == 1
+    assert not path.exists()
+    assert run("verify", cwd=work).returncode == 0
+
+
+def test_clean_lists_first_and_drops_only_what_nothing_refers_to(work: Path) -> None:
+    listed = json.loads(run("clean", "--json", cwd=work).stdout)
+    assert listed["unused"] == ["tokens/cccc3333"]
+    assert (work / ".ocvtp/store/tokens/cccc3333").exists()
+    stale = work / ".ocvtp/store/locks/train.json"  # of a run that was killed
+    stale.parent.mkdir()
+    stale.write_text('{"run": "r0"}')
+    assert json.loads(run("clean", "--yes", "--json", cwd=work).stdout)["dropped"] is True
+    assert not stale.exists()
+    assert sorted(p.name for p in (work / ".ocvtp/store/tokens").iterdir()) == ["bbbb2222"]
+    assert (work / ".ocvtp/store/models/aaaa1111/result.bin").exists()
+
+
+def test_clean_drops_nothing_beside_a_run_or_without_outputs(work: Path, tmp_path: Path) -> None:
+    locks = work / ".ocvtp/store/locks"
+    with run_lock(locks, "train", "r1", "refuse"):
+        done = run("clean", "--yes", cwd=work)
+    assert done.returncode == 2
+    assert "run r1 on" in done.stderr
+    assert "is at work in this store (train.json)" in done.stderr
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    done = run("clean", "--yes", "--store", str(work / ".ocvtp/store"), cwd=bare)
+    assert done.returncode == 2
+    assert "holds no outputs of stages" in done.stderr
+    assert (work / ".ocvtp/store/tokens/cccc3333").exists()
+
+
+def test_the_store_of_params_yaml_is_found(work: Path) -> None:
+    (work / ".ocvtp").rename(work / "elsewhere")
+    (work / "params.yaml").write_text("cluster: {store: elsewhere/store}\n")
+    assert run("verify", cwd=work).returncode == 0
+    assert run("verify", cwd=work, OCVTP_STORE="/nowhere").returncode == 2
+
+
+def test_without_the_package_cluster_the_store_is_not_available(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['cluster'] = None; from ocvtp.cli import main; sys.exit(main(['verify']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "run this in a clone of the repository" in done.stderr
+
+
+# --- prefetch --------------------------------------------------------------------------------------------------------
+
+
+def test_prefetch_knows_what_is_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    revision = "a" * 40
+    here = tmp_path / "models--org--here" / "snapshots" / revision
+    here.mkdir(parents=True)
+    (here / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    items = [catalog.Item("here", "model", "org/here", revision), catalog.Item("away", "model", "org/away", revision)]
+    monkeypatch.setattr(catalog, "vlms", lambda: items)
+    monkeypatch.setattr(catalog, "datasets", list)
+    assert cli.main(["prefetch", "--list", "--json"]) == 0
+    rows = {row["name"]: row["path"] for row in json.loads(capsys.readouterr().out)}
+    assert rows == {"here": str(here), "away": None}
+    assert cli.main(["prefetch", "hree"]) == 2
+    assert "'hree' is not in the catalogues; there are: here, away" in capsys.readouterr().err
+
+
+def test_prefetch_fetches_weights_but_no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def download(repo: str, **options: object) -> str:
+        asked.update(options, repo=repo)
+        return "/cache/there"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(catalog, "vlms", lambda: [catalog.Item("vlm", "model", "org/vlm", "b" * 40)])
+    monkeypatch.setattr(catalog, "datasets", list)
+    assert cli.main(["prefetch", "vlm"]) == 0
+    assert asked["revision"] == "b" * 40
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_hub_out_of_reach_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("cannot find the files")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(catalog, "vlms", lambda: [catalog.Item("vlm", "model", "org/vlm", None)])
+    monkeypatch.setattr(catalog, "datasets", list)
+    assert cli.main(["prefetch", "vlm"]) == 1
+    assert "org/vlm could not be fetched: cannot find the files" in capsys.readouterr().err
+
+
+# --- show, latency ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """A tiny random LLaVA, and a `prune` that notes how it was called and keeps the first tokens."""
+    from ocvtp.vlms.tiny.model import make_model, make_processor
+
+    torch.manual_seed(0)
+    vlm = SimpleNamespace(model=make_model().eval(), processor=make_processor())
+    calls: list[tuple[str, object]] = []
+
+    @contextmanager
+    def prune(model: object, *, method: str, keep: float, pruner: object = None) -> Iterator[SimpleNamespace]:
+        calls.append((method, keep))
+        count = keep if isinstance(keep, int) else round(144 * keep)
+        yield SimpleNamespace(last_kept=[torch.arange(count)])
+
+    monkeypatch.setattr(vlms, "load", lambda name, **_: vlm, raising=False)
+    monkeypatch.setattr(ocvtp, "prune", prune, raising=False)
+    return calls
+
+
+def test_show_draws_what_was_kept(
+    tiny: list[tuple[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, out = tmp_path / "scene.jpg", tmp_path / "kept.png"
+    image.write_bytes(jpeg(make_scene(0, "benchmark", 0)))
+    code = cli.main(["show", str(image), "--methods", "random,hiprune", "--keep", "72", "12", "--out", str(out),
+                     "--device", "cpu", "--json"])  # fmt: skip
+    assert code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["grid"] == [12, 12]
+    assert [(m["method"], m["tokens"]) for m in found["methods"]] == [
+        ("random", 72), ("hiprune", 72), ("random", 12), ("hiprune", 12),
+    ]  # fmt: skip
+    assert found["methods"][2]["kept"] == list(range(12))
+    assert tiny == [("random", 72), ("hiprune", 72), ("random", 12), ("hiprune", 12)]
+    pixels = np.asarray(Image.open(out).convert("L"), dtype=float)
+    middle = pixels[: pixels.shape[0] // 2, pixels.shape[1] // 3 : 2 * pixels.shape[1] // 3]
+    height = middle.shape[0]
+    assert middle[height // 5 : height // 2].mean() > 1.5 * middle[3 * height // 5 : -height // 10].mean()
+
+
+def test_oc_vtp_without_a_pruner_is_refused(
+    tiny: list[tuple[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "scene.jpg"
+    image.write_bytes(jpeg(make_scene(0, "benchmark", 0)))
+    out = str(tmp_path / "kept.png")
+    assert cli.main(["show", str(image), "--method", "oc-vtp", "--out", out, "--device", "cpu"]) == 2
+    assert "--pruner" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(
+    tiny: list[tuple[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["latency", "--device", "cuda:97"]) == 2
+    assert "device 'cuda:97' cannot be used" in capsys.readouterr().err
+
+
+def test_latency_measures_every_case(tiny: list[tuple[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "latency",
+        "--keep",
+        "48",
+        "16",
+        "--new-tokens",
+        "2",
+        "--repeats",
+        "2",
+        "--warmup",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["cases"]
+    assert list(found) == ["vanilla", "random, keep 48", "random, keep 16"]
+    assert all(case["first_token"]["median"] > case["vision"]["median"] > 0 for case in found.values())
+    assert tiny == [("random", 48), ("random", 16)] * 3
+    assert cli.main(arguments) == 0
+    assert "of vanilla" in capsys.readouterr().out

@@ -1,0 +1,122 @@
+"""Names, folders, fingerprints, and what is said when something is missing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ocvtp.errors import BadInput, NotAvailable
+from ocvtp.vlms import base, catalog, load, resolve
+
+
+@pytest.fixture
+def folder(llava: Any, tmp_path: Path) -> Path:
+    llava.model.save_pretrained(tmp_path / "vlm")
+    llava.processor.save_pretrained(tmp_path / "vlm")
+    return tmp_path / "vlm"
+
+
+def test_a_folder_is_described_without_its_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safetensors.safe_open", None)
+    entry = resolve(folder)
+    assert (entry.tokens, entry.grid, entry.width, entry.depth, entry.feature_layer) == (16, (4, 4), 32, 5, 4)
+    assert (entry.name, entry.family, entry.revision) == (str(folder), "LlavaForConditionalGeneration", "")
+
+
+def test_the_fingerprint_follows_the_weights_and_nothing_else(folder: Path) -> None:
+    before = resolve(folder).weights
+    (folder / "README.md").write_text("a card")
+    assert resolve(folder).weights == before
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].flatten()[0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert resolve(folder).weights != before
+    weights[name].flatten()[0] -= 1
+
+
+def test_a_loaded_vlm_gives_layers_as_the_paper_counts_them(
+    folder: Path, llava: Any, picture_of: Callable[..., Image.Image]
+) -> None:
+    vlm = load(folder)
+    assert vlm.model.config.get_text_config()._attn_implementation == "sdpa"
+    assert vlm.processor.tokenizer.padding_side == "left"
+    assert (vlm.name, vlm.depth, vlm.width, vlm.grid) == (str(folder), 5, 32, (4, 4))
+    images = vlm.preprocess([picture_of(0), picture_of(1, 80, 40)], mode="pad")
+    assert vlm.grids(images) == [(4, 4), (4, 4)]
+    states = llava.model.model.vision_tower(images.pixels, output_hidden_states=True).hidden_states
+    found = vlm.tower(images, [3, -2, -1])
+    assert list(found) == [3, -2, -1]
+    for layer, index in {3: 3, -2: 4, -1: 5}.items():
+        assert torch.equal(found[layer], states[index][:, 1:])
+    with pytest.raises(BadInput, match="layer 6 is outside of the vision tower"):
+        vlm.tower(images, [6])
+
+
+def test_types_of_weights(folder: Path) -> None:
+    assert load(folder).model.dtype == torch.float32
+    assert load(folder, dtype="bfloat16").model.dtype == torch.bfloat16
+    for wrong in ("int8", "float17"):
+        with pytest.raises(BadInput, match="float32, bfloat16 or float16 is needed"):
+            load(folder, dtype=wrong)
+
+
+def test_what_is_missing_is_named_with_its_mend(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        BadInput, match=r"no VLM 'llava-2': a folder with a config.json, or one of tiny-llava, llava-1.5-7b"
+    ):
+        resolve("llava-2")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(
+        NotAvailable, match=r"llava-hf/llava-1.5-7b-hf at main.*`ocvtp prefetch llava-1.5-7b` fetches it"
+    ):
+        resolve("llava-1.5-7b")
+    with pytest.raises(BadInput, match="only models of the hub have revisions"):
+        resolve(folder, revision="abc")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(NotAvailable, match=r"holds no \*.safetensors"):
+        resolve(folder)
+    monkeypatch.setattr(base, "catalog", lambda: {"tiny-llava": {"folder": "not_made"}})
+    with pytest.raises(NotAvailable, match=r"`python -m ocvtp.vlms.tiny train` makes it"):
+        resolve("tiny-llava")
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(hub: str, **options: Any) -> str:
+        asked.update(options, hub=hub)
+        target = tmp_path / "snapshots" / commit
+        if not target.exists():
+            target.parent.mkdir()
+            folder.rename(target)
+        return str(target)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    entry = resolve("llava-1.5-7b")
+    assert (entry.revision, entry.weights, entry.budgets) == (commit, commit, (192, 128, 64))
+    assert asked["local_files_only"] is True
+    assert (asked["hub"], asked["revision"]) == ("llava-hf/llava-1.5-7b-hf", "main")
+    resolve("llava-1.5-7b", revision="v2")
+    assert asked["revision"] == "v2"
+
+
+def test_an_unsupported_class_is_refused_with_what_is_supported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match="is a GPT2LMHeadModel, which cannot be pruned; supported are LlavaFor"):
+        resolve(tmp_path)
+
+
+def test_every_entry_says_where_it_is_and_what_the_paper_did_with_it() -> None:
+    for name, entry in catalog().items():
+        assert ("hub" in entry and "revision" in entry) != ("folder" in entry), name
+        assert set(entry["layers"]) == {9, 10, -2}, name
+        assert len(entry["budgets"]) == 3, name
