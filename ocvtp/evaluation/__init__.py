@@ -1,0 +1,1 @@
+"""Benchmarks asked and scored by lmms-eval, with intervals."""

@@ -1,0 +1,155 @@
+"""Asks a VLM, pruned or not, in batches: chat messages in, answers and what was kept of each image out.
+
+An answer does not depend on the batch that it is computed in: prompts are padded on the left, and what a method draws
+depends on its seed and the image alone.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ocvtp.errors import BadInput
+from ocvtp.vlms.family import pad_to_square
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: `role`, and `content` as text or a list of parts; images are PIL under `image` or `url`."""
+_SQUARE = ("LlavaForConditionalGeneration",)
+"""Families that see one square: other images are padded to it, as LLaVA-1.5 does in evaluation."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a VLM said.
+
+    Attributes:
+        text: the answer without special tokens and control characters, cut at what ends it.
+        kept: of each image the indices of its kept tokens; unpruned: of each image the number of its tokens.
+        prompt_tokens: length of the prompt, image tokens included, before pruning.
+        new_tokens: tokens generated, without padding.
+    """
+
+    text: str
+    kept: list[list[int]] | list[int]
+    prompt_tokens: int
+    new_tokens: int
+
+
+class Answerer:
+    """A VLM ready to be asked.
+
+    Args:
+        vlm: as `ocvtp.vlms.base.load` gives it.
+        handle: of `ocvtp.prune` on the VLM's model; None if it is not pruned.
+        max_new_tokens: of a question that does not say.
+    """
+
+    def __init__(self, vlm: Any, handle: Any = None, max_new_tokens: int = 16) -> None:
+        self.vlm, self.handle, self.max_new_tokens = vlm, handle, max_new_tokens
+        vlm.processor.tokenizer.padding_side = "left"
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        where: torch.device = self.vlm.model.device
+        return where
+
+    @property
+    def prompt_template(self) -> str:
+        """What the model reads of a question about one image, `{question}` standing for the question."""
+        return self._prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{question}"}]}])
+
+    def answer(self, conversations: Sequence[Messages], options: Mapping[str, Any] | None = None) -> list[Answer]:
+        """Answers to a batch of conversations, in their order.
+
+        Args:
+            conversations: one batch.
+            options: as lmms-eval's tasks give them: `max_new_tokens`, `until`, `do_sample`, `temperature`, `top_p`,
+                `num_beams`. Others are for other models and mean nothing here.
+        """
+        options = options or {}
+        images = [self._images(messages) for messages in conversations]
+        inputs = self.vlm.processor(
+            text=[self._prompt(messages) for messages in conversations],
+            images=[image for some in images for image in some] or None,
+            padding=True,
+            return_tensors="pt",
+        ).to(self.device, dtype=self.vlm.model.dtype)
+        with torch.inference_mode():
+            sequences = self.vlm.model.generate(**inputs, **self._generation(options))
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.vlm.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        kept = self._kept(inputs["input_ids"], [len(some) for some in images])
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        made = (new != self._pad_id).sum(1).tolist()
+        return [
+            Answer(finish(text, options.get("until")), *rest)
+            for text, *rest in zip(texts, kept, lengths, made, strict=True)
+        ]
+
+    @property
+    def _pad_id(self) -> int:
+        tokenizer = self.vlm.processor.tokenizer
+        found: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return found
+
+    def _generation(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        sample = bool(options.get("do_sample")) and float(options.get("temperature") or 1.0) > 0
+        # A model's own generation config may ask for sampling; what is not asked for here is switched off.
+        return {
+            "max_new_tokens": int(options.get("max_new_tokens") or self.max_new_tokens),
+            "num_beams": int(options.get("num_beams") or 1),
+            "do_sample": sample,
+            "temperature": float(options.get("temperature") or 1.0) if sample else None,
+            "top_p": options.get("top_p") if sample else None,
+            "top_k": None,
+            "pad_token_id": self._pad_id,
+        }
+
+    def _prompt(self, messages: Messages) -> str:
+        text: str = self.vlm.processor.apply_chat_template(
+            [{"role": message["role"], "content": _parts(message["content"])} for message in messages],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        return text
+
+    def _images(self, messages: Messages) -> list[Image.Image]:
+        parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+        images = [part.get("image", part.get("url")) for part in parts if part["type"] == "image"]
+        strange = next((image for image in images if not isinstance(image, Image.Image)), None)
+        if strange is not None:
+            raise BadInput(f"an image of a question is a {type(strange).__name__}; it must be a PIL image")
+        if type(self.vlm.model).__name__ not in _SQUARE:
+            return images
+        fill = tuple(int(255 * mean) for mean in self.vlm.processor.image_processor.image_mean)
+        return [pad_to_square(image, fill) for image in images]
+
+    def _kept(self, ids_BL: torch.Tensor, images_B: Sequence[int]) -> list[list[list[int]] | list[int]]:
+        if self.handle is None:
+            totals = (ids_BL == self.vlm.model.config.image_token_id).sum(1).tolist()
+            return [[total // count] * count if count else [] for total, count in zip(totals, images_B, strict=True)]
+        kept = iter(self.handle.last_kept)
+        return [[next(kept) for _ in range(count)] for count in images_B]
+
+
+def finish(text: str, until: Sequence[str] | str | None = None) -> str:
+    """The answer as it is scored: cut at the first of `until`, without control characters, without outer space."""
+    for stop in [until] if isinstance(until, str) else until or ():
+        if stop:
+            text = text.split(stop)[0]
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc").strip()
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    for part in content:
+        if part["type"] not in ("image", "text"):
+            raise BadInput(f"a question has a part of type {part['type']!r}; image and text can be answered")
+    return [
+        {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]} for part in content
+    ]

@@ -1,0 +1,138 @@
+"""Our model for lmms-eval: a VLM, pruned or not, that answers chat messages in batches."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+
+from ocvtp.errors import BadInput, NotAvailable
+from ocvtp.evaluation.generate import Answer, Answerer
+from ocvtp.evaluation.setting import Setting, ready
+
+Progress = Callable[[int, int], None]
+
+
+class OcvtpModel(lmms):  # type: ignore[misc]
+    """A VLM of ocvtp, as `--model ocvtp --model_args vlm=tiny-llava,method=random,keep=16`.
+
+    `answers` holds what was said to each question asked so far, by task and row: the answer, and which image tokens
+    were kept.
+
+    Args:
+        vlm: name in ocvtp's catalogue, or a folder.
+        method: as `ocvtp methods` lists.
+        keep: tokens an image, a share in (0, 1], or a percentage such as 11.1%.
+        pruner: folder of a trained pruner.
+        seed: of methods with randomness.
+        dtype: float32, bfloat16 or float16.
+        batch_size: questions at once.
+        max_batch_size: not used; lmms-eval passes it.
+        device: cpu, cuda, ...
+        max_new_tokens: of tasks that do not say.
+        record: a file to which answers and kept tokens are appended as JSON lines.
+        options: of the method, such as top_k=2.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        vlm: str = "tiny-llava",
+        method: str = "vanilla",
+        keep: int | float | str | None = None,
+        pruner: str | None = None,
+        seed: int = 0,
+        dtype: str = "float32",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_new_tokens: int = 16,
+        record: str | None = None,
+        **options: Any,
+    ) -> None:
+        setting = Setting(
+            vlm, method, keep, seed, pruner, options, dtype, _whole(batch_size, "batch_size"), max_new_tokens
+        )
+        stack = ExitStack()
+        # A model of its own: it stays pruned for as long as this object lives.
+        answerer = stack.enter_context(ready(setting, device or "cpu", shared=False))
+        self._prepare(answerer, setting.batch_size, None, Path(record) if record else None)
+        self._stack = stack
+
+    @classmethod
+    def around(cls, answerer: Answerer, batch_size: int, progress: Progress | None = None) -> "OcvtpModel":
+        """The model around a VLM that is loaded and pruned already; `progress` is called with (done, all)."""
+        model = cls.__new__(cls)
+        model._prepare(answerer, batch_size, progress, None)
+        return model
+
+    def _prepare(self, answerer: Answerer, batch_size: int, progress: Progress | None, record: Path | None) -> None:
+        super().__init__()
+        self.answerer, self.batch_size, self.record = answerer, batch_size, record
+        self._progress = progress
+        self.answers: dict[tuple[str, int], Answer] = {}
+
+    @property
+    def device(self) -> Any:
+        """Where the VLM is."""
+        return self.answerer.device
+
+    def clean(self) -> None:
+        """Keep the VLM: it serves other tasks after this one. (lmms-eval's own deletes a model's modules.)"""
+
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Answers to requests, in their order."""
+        results: list[GenerationResult] = []
+        for options, group in groupby(requests, key=lambda request: request.args[2]):
+            same = list(group)
+            for start in range(0, len(same), self.batch_size):
+                batch = same[start : start + self.batch_size]
+                answers = self.answerer.answer([self._messages(request) for request in batch], options)
+                for request, answer in zip(batch, answers, strict=True):
+                    self._note(request, answer)
+                    results.append(GenerationResult(answer.text, TokenCounts(answer.prompt_tokens, answer.new_tokens)))
+                if self._progress is not None:
+                    self._progress(len(results), len(requests))
+        return results
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not offered: pruning is judged by what the VLM says."""
+        raise NotAvailable(f"{_task(requests)} scores likelihoods of given answers; ocvtp's model generates answers")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered: no benchmark of the paper has several rounds."""
+        raise NotAvailable(f"{_task(requests)} asks in several rounds; ocvtp's model answers in one")
+
+    def _messages(self, request: Any) -> Any:
+        """The chat messages of a request; its images are decoded here."""
+        _, to_messages, _, doc_id, task, split = request.args
+        try:
+            return to_messages(self.task_dict[task][split][doc_id])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+            raise BadInput(f"question {doc_id} of {task} ({split}) cannot be read: {error}") from error
+
+    def _note(self, request: Any, answer: Answer) -> None:
+        _, _, _, doc_id, task, _ = request.args
+        if (request.metadata or {}).get("__padding_only__"):
+            return
+        self.answers[task, doc_id] = answer
+        if self.record is not None:
+            line = {"task": task, "doc_id": doc_id, "prediction": answer.text, "kept": answer.kept}
+            with self.record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _task(requests: Sequence[Any]) -> str:
+    return str(requests[0].task_name) if requests else "this task"
+
+
+def _whole(value: int | str, name: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise BadInput(f"{name} {value!r} is not a whole number") from None

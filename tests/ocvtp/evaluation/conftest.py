@@ -1,0 +1,29 @@
+"""A random tiny VLM on disk, and question sets about scenes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ocvtp.data.questions import write_benchmarks
+from ocvtp.vlms.tiny.model import make_model, make_processor
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-llava with fresh weights."""
+    folder = tmp_path_factory.mktemp("vlm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make_model()
+    model.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def question_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve questions of each of the four benchmarks."""
+    folder = tmp_path_factory.mktemp("questions")
+    write_benchmarks(folder, 12, seed=0)
+    return folder

@@ -1,0 +1,218 @@
+"""lmms-eval on local data: official functions ask and score, and nothing of it leaks."""
+
+import json
+import logging
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluation_data import MAKERS, Parrot, gqa, mme, right_answers, write_parquet
+from PIL import Image, ImageFile
+
+from ocvtp.errors import BadInput, NotAvailable
+from ocvtp.evaluation.catalogue import benchmark, benchmarks
+from ocvtp.evaluation.lmms.quiet import import_lmms_eval
+from ocvtp.evaluation.lmms.run import Outcome, ask
+from ocvtp.evaluation.lmms.tasks import write_task
+from ocvtp.evaluation.scores import score_of
+
+TOP = {"mmbench": 100.0, "mme": 600.0}
+"""The score of all right answers; 1 for the others. MME: three categories of 200 points."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """Before anything here imports lmms-eval as it is: that would change the process for other tests."""
+    import_lmms_eval()
+
+
+def run(name: str, rows: list[dict[str, Any]], answers: list[str], folder: Path, **more: Any) -> tuple[Outcome, Parrot]:
+    parrot = Parrot(answers)
+    path = write_parquet(folder / f"{name}.parquet", rows)
+    return ask(benchmark(name), parrot, data=path, batch_size=4, **more), parrot  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_right_answers_score_everything_and_wrong_ones_nothing(name: str, tmp_path: Path) -> None:
+    rows = MAKERS[name](12)
+    right = right_answers(name, rows)
+    best, parrot = run(name, rows, right, tmp_path)
+    assert best.primary == pytest.approx(TOP.get(name, 1.0))
+    assert [sample["score"] for sample in best.samples] == [1.0] * 12
+    assert [sample["doc_id"] for sample in best.samples] == list(range(12))
+    assert [sample["prediction"] for sample in best.samples] == right
+    assert all(row["question"].split("?")[0].split()[-1] in parrot.text(i) for i, row in enumerate(rows))
+    assert score_of(best.samples, name) == pytest.approx(best.primary)
+
+    swapped = {"yes": "no", "no": "yes", "Yes": "No", "No": "Yes", "A": "B", "B": "A", "C": "A", "D": "A"}
+    worst, _ = run(name, rows, [swapped.get(answer, "nonsense") for answer in right], tmp_path)
+    assert worst.primary == 0.0
+    assert [sample["score"] for sample in worst.samples] == [0.0] * 12
+    assert score_of(worst.samples, name) == 0.0
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_scores_of_mixed_answers_follow_from_the_lines(name: str, tmp_path: Path) -> None:
+    rows = MAKERS[name](24)
+    right = right_answers(name, rows)
+    rng = np.random.default_rng(0)
+    guesses = ["yes", "No", "A", "B.", "maybe", "cat", "", "red", "7"]
+    said = [answer if rng.random() < 0.6 else guesses[rng.integers(len(guesses))] for answer in right]
+    found, _ = run(name, rows, said, tmp_path)
+    assert 0.0 < found.primary < TOP.get(name, 1.0)
+    assert score_of(found.samples, name) == pytest.approx(found.primary, abs=1e-5)
+    assert score_of(json.loads(json.dumps(found.samples)), name) == score_of(found.samples, name)
+
+
+def test_questions_are_asked_as_lmms_eval_does(tmp_path: Path) -> None:
+    rows = mme(4)
+    _, parrot = run("mme", rows, right_answers("mme", rows), tmp_path)
+    assert parrot.text(1) == "Is it 1?\nAnswer the question using a single word or phrase."
+    image = parrot.asked[1][0]["content"][0]
+    assert (image["type"], image["url"].size, image["url"].mode) == ("image", (40, 30), "RGB")
+    assert parrot.options[0]["max_new_tokens"] == 16
+    limited, parrot = run("mme", rows, right_answers("mme", rows), tmp_path, limit=2)
+    assert len(limited.samples) == len(parrot.asked) == 2
+
+
+def test_pope_counts_answers_that_go_on_as_wrong_like_lmms_eval(tmp_path: Path) -> None:
+    rows = MAKERS["pope"](4)
+    found, _ = run("pope", rows, ["Yes", "no", "Yes, there is", "No."], tmp_path)
+    assert [sample["score"] for sample in found.samples] == [1.0, 1.0, 0.0, 0.0]
+    assert found.metrics["pope_accuracy"] == 0.5
+    assert found.primary == found.metrics["pope_f1_score"] == 1.0  # one true positive, no "no" to a yes
+
+
+@pytest.mark.parametrize("broken", [b"not an image at all", None])
+def test_an_image_that_cannot_be_read_is_named(broken: bytes | None, tmp_path: Path) -> None:
+    rows = gqa(6)
+    whole = rows[4]["image"]["bytes"]
+    rows[4]["image"] = {"bytes": broken or whole[: len(whole) // 2], "path": "4.png"}
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    with pytest.raises(BadInput, match=r"question 4 of gqa_local \(test\) cannot be read"):
+        run("gqa", rows, ["red"] * 6, tmp_path)
+    assert before == ImageFile.LOAD_TRUNCATED_IMAGES
+    found, _ = run("gqa", gqa(6), ["red"] * 6, tmp_path)  # the next evaluation in this process is none the worse
+    assert found.primary == 0.5
+
+
+def test_a_scorer_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmms_eval.api import task
+
+    monkeypatch.setattr(task.ConfigurableTask.process_results.retry, "wait", lambda state: 0.0)
+    rows = MAKERS["pope"](4)
+    rows[2]["answer"] = "perhaps"  # preflight would have said so
+    with pytest.raises(BadInput, match=r"lmms-eval failed on pope \(pope\): AssertionError"):
+        run("pope", rows, ["yes"] * 4, tmp_path)
+
+
+def test_it_is_quiet_and_leaves_the_process_as_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    run("gqa", gqa(2), ["red"] * 2, tmp_path)  # imports
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of a job that this process is part of
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    capfd.readouterr()
+
+    def state() -> list[Any]:
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        return [
+            dict(os.environ), list(warnings.filters), random.getstate(), ImageFile.LOAD_TRUNCATED_IMAGES,
+            sys.stdout, sys.stderr, datasets.config.HF_HUB_OFFLINE, datasets.is_progress_bar_enabled(),
+            sorted(cache.rglob("*")) if cache.exists() else None, sorted(Path.cwd().iterdir()),
+        ]  # fmt: skip
+
+    before = state()
+    heard: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        print("heard")
+        heard.append((done, total))
+
+    with caplog.at_level(logging.DEBUG, "ocvtp"):
+        run("mmbench", MAKERS["mmbench"](6), ["B"] * 6, tmp_path, progress=progress)
+    assert state() == before
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert heard == [(4, 6), (6, 6)]
+    printed = capfd.readouterr()
+    assert printed.out == "heard\nheard\n"
+    assert printed.err == ""
+    assert "Static Eval" in caplog.text  # what lmms-eval printed is in the log
+    assert {record.levelno for record in caplog.records} == {logging.DEBUG}
+
+
+def test_official_tasks_are_included_unchanged(tmp_path: Path) -> None:
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import load_yaml_config
+
+    from ocvtp.evaluation.lmms.tasks import package
+
+    for name, entry in benchmarks().items():
+        task = write_task(tmp_path / name, entry)
+        paths = (tmp_path / name / f"{task}.yaml", package() / "tasks" / entry.yaml)
+        config, official = ({**load_yaml_config(str(path), mode="simple")} for path in paths)
+        for one in (config, official):  # functions are nodes of YAML here
+            one |= {key: value.value for key, value in one.items() if hasattr(value, "value")}
+        changed = {key for key in config if key != "metric_list" and config[key] != official.get(key)}
+        assert changed == {"task"}
+        metrics = [[metric["metric"] for metric in one["metric_list"]] for one in (config, official)]
+        assert metrics[0] == [metric for metric in metrics[1] if metric != "submission"]
+        assert (config["dataset_path"], config["test_split"].strip()) == (entry.hub, entry.split)
+        assert config.get("dataset_name") == entry.config
+        assert config["task"] == f"{official['task']}_official"
+        assert task in TaskManager(include_path=str(tmp_path / name), include_defaults=False).all_tasks
+
+
+def test_paths_may_hold_anything(tmp_path: Path) -> None:
+    folder = tmp_path / "a [b] *c* {d} 'e' ü, f"
+    found, _ = run("gqa", gqa(2), ["red", "blue"], folder)
+    assert found.primary == 1.0
+
+
+def test_two_models_of_one_vlm_are_pruned_each_in_its_own_way(vlm_folder: Path) -> None:
+    from lmms_eval.models import get_model
+
+    kind = get_model("ocvtp")  # by the entry point
+    first = kind.create_from_arg_string(f"vlm={vlm_folder},method=random,keep=16,seed=1", {"batch_size": 2})
+    second = kind.create_from_arg_string(
+        f"vlm={vlm_folder},method=oc-vtp-untrained,keep=11.1%,top_k=2", {"device": "cpu"}
+    )
+    question = [{"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (96, 96))}]}]
+    kept = [model.answerer.answer([question], {"max_new_tokens": 1})[0].kept[0] for model in (first, second)]
+    assert kept[0] != kept[1]
+    assert [len(indices) for indices in kept] == [16, 16]
+    assert (first.batch_size, second.batch_size) == (2, 1)
+    with pytest.raises(BadInput, match="batch_size 'auto' is not a whole number"):
+        kind.create_from_arg_string(f"vlm={vlm_folder}", {"batch_size": "auto"})
+
+
+def test_what_is_not_offered_says_so() -> None:
+    from ocvtp.evaluation.lmms.model import OcvtpModel
+
+    model = OcvtpModel.around(Parrot([]), 1)  # type: ignore[arg-type]
+    with pytest.raises(NotAvailable, match="generates answers"):
+        model.loglikelihood([])
+    with pytest.raises(NotAvailable, match="in one"):
+        model.generate_until_multi_round([])
+
+
+def test_an_official_data_set_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+    from lmms_eval.api import task
+
+    monkeypatch.setattr(task.ConfigurableTask.download.retry, "wait", lambda state: 0.0)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(NotAvailable, match=r"lmms-lab-encoder/POPE.*ocvtp prefetch pope"):
+        ask(benchmark("pope"), Parrot([]), data=None, batch_size=4)  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+"""Question sets that cannot be used are found before a model is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_data import MAKERS, Row, gqa, mmbench, mme, pope, write_parquet
+
+from ocvtp.errors import BadInput
+from ocvtp.evaluation import preflight
+from ocvtp.evaluation.catalogue import benchmark, benchmarks
+from ocvtp.evaluation.evaluate import Setting, evaluate
+
+
+def test_all_official_columns_pass(tmp_path: Path) -> None:
+    assert set(MAKERS) == set(benchmarks())
+    for name, make in MAKERS.items():
+        path = write_parquet(tmp_path / f"{name}.parquet", make(8))
+        assert preflight.locate(benchmark(name), tmp_path) == preflight.locate(benchmark(name), path) == path
+        assert preflight.check(benchmark(name), path) == 8
+
+
+def without(rows: list[Row], column: str) -> list[Row]:
+    return [{key: value for key, value in row.items() if key != column} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("gqa", without(gqa(4), "image"), r"gqa.parquet has no column 'image', which gqa reads; it has id, imageId"),
+        ("mme", without(mme(4), "category"), "no column 'category'"),
+        ("gqa", [{**row, "answer": None} for row in gqa(3)[:2]] + gqa(1), "row 0: 'answer' is empty"),
+        ("pope", [*pope(3), {**pope(4)[3], "answer": "maybe"}], "row 3: 'answer' is 'maybe'; pope has yes and no"),
+        ("mme", mme(5), "2.jpg has 1 questions; mme is scored in pairs"),
+        ("mmbench", mmbench(4)[1:], "no row has index 0, the base of a circle"),
+    ],
+)
+def test_unfit_questions_are_named(name: str, rows: list[Row], message: str, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / f"{name}.parquet", rows)
+    # A VLM that does not exist: nothing is loaded before the questions are checked.
+    with pytest.raises(BadInput, match=message):
+        evaluate(Setting(vlm="no-such-vlm"), name, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unfit_files_are_named(tmp_path: Path) -> None:
+    entry = benchmark("gqa")
+    with pytest.raises(BadInput, match=r"gqa.parquet does not exist: gqa needs a parquet with question, answer, image"):
+        preflight.locate(entry, tmp_path)
+    (tmp_path / "text.parquet").write_text("question,answer\n")
+    with pytest.raises(BadInput, match=r"text.parquet is not a parquet file"):
+        preflight.check(entry, tmp_path / "text.parquet")
+    path = write_parquet(tmp_path / "plain.parquet", gqa(2), features=False)
+    with pytest.raises(BadInput, match="column 'image' is not marked as images"):
+        preflight.check(entry, path)
+    import pyarrow.parquet as pq
+
+    pq.write_table(pq.read_table(write_parquet(tmp_path / "g.parquet", gqa(1))).slice(0, 0), path)
+    with pytest.raises(BadInput, match="has no rows"):
+        preflight.check(entry, path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "expected"),
+    [(mme(8), None, 8), (mme(8), 5, 4), (mme(8), 100, 8), (mme(8), 2, 2), ([*mme(8)[0::2], *mme(8)[1::2]], 7, None)],
+)
+def test_a_limit_leaves_pairs_whole(rows: list[Any], limit: int | None, expected: int | None, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "mme.parquet", rows)
+    if expected is not None:
+        assert preflight.check(benchmark("mme"), path, limit) == expected
+    else:  # all first questions stand before all second ones
+        with pytest.raises(BadInput, match="limit 7 leaves no whole unit of mme"):
+            preflight.check(benchmark("mme"), path, limit)
+
+
+def test_a_limit_on_data_that_is_not_seen() -> None:
+    assert [preflight.unseen(benchmark("mme"), n) for n in (None, 2, 7)] == [None, 2, 6]
+    assert preflight.unseen(benchmark("gqa"), 7) == 7
+    with pytest.raises(BadInput, match="limit 1 leaves no pair"):
+        preflight.unseen(benchmark("mme"), 1)
+    with pytest.raises(BadInput, match="at least 1"):
+        preflight.whole_units(benchmark("gqa"), [0, 1], 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"dtype": "int8"}, "dtype 'int8': one of float32"),
+        ({"method": "random"}, "random needs keep"),
+        ({"keep": 16}, "vanilla keeps all tokens"),
+        ({"batch_size": 0}, "batch_size 0"),
+    ],
+)
+def test_settings_that_mean_nothing(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Setting(**wrong)
+
+
+def test_a_pruner_that_is_none(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "gqa.parquet", gqa(2))
+    setting = Setting(vlm="no-such-vlm", method="oc-vtp", keep=16, pruner=tmp_path)
+    with pytest.raises(BadInput, match=r"is no trained pruner: it has no config.json"):
+        evaluate(setting, "gqa", path, tmp_path / "out")
