@@ -1,0 +1,339 @@
+"""The OC-Pruner: projection, queries, slot attention and, for training, a decoder.
+
+Letters: B images, N tokens (of the largest image of the batch), C token width, K slots, D slot width, S kept tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocvtp.errors import BadInput
+from ocvtp.pruner import checks
+from ocvtp.pruner.config import PrunerConfig, check_whole
+from ocvtp.pruner.decoder import DECODER_MODULES, MODES, Decoder
+from ocvtp.pruner.layout import Grid, Layout, layout
+from ocvtp.pruner.provenance import TrainedFor
+from ocvtp.pruner.queries import QUERY_MODULES
+from ocvtp.pruner.seeding import batch_noise, slot_noise
+from ocvtp.pruner.seeding import generator as seeded
+from ocvtp.pruner.select import Selection, choose, everything
+from ocvtp.pruner.slots import Projection, SlotAttention
+
+
+@dataclass(frozen=True)
+class PrunerOutput:
+    """What the pruner makes of some images.
+
+    Attributes:
+        slots: [B, K, D].
+        attention: [B, K, N], of the last iteration, softmax over slots; zero where there is no token.
+        reconstruction: [B, N, C], or None.
+    """
+
+    slots: Tensor
+    attention: Tensor
+    reconstruction: Tensor | None
+
+
+class OCPruner(nn.Module):
+    """Gathers vision tokens into slots and keeps the token that each slot attends to most.
+
+    Attributes:
+        config: what it is made of.
+        trained_for: what it was trained for.
+    """
+
+    def __init__(self, config: PrunerConfig, trained_for: TrainedFor | None = None) -> None:
+        """New weights, from PyTorch's own generator (`torch.manual_seed`)."""
+        super().__init__()
+        self.config = config
+        self.trained_for = trained_for or TrainedFor()
+        self.project = Projection(config)
+        self.queries = QUERY_MODULES[config.queries](config)
+        self.slot_attention = SlotAttention(config)
+        self.decoder: Decoder | None = None if config.decoder is None else DECODER_MODULES[config.decoder](config)
+        self._noise_KD: Tensor
+        self.register_buffer("_noise_KD", torch.empty(0, config.slot_dim), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights, and of what it computes in."""
+        return self.project.up.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.project.up.weight.device
+
+    def forward(
+        self,
+        tokens: Tensor,
+        num_slots: int | Sequence[int],
+        queries: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+        grid: Grid | Sequence[Grid] | None = None,
+        decode: str | Tensor = "auto",
+        seeds: Sequence[int] | None = None,
+        check_values: bool | None = None,
+    ) -> PrunerOutput:
+        """Slots, attention and, if there is a decoder, the rebuilt tokens.
+
+        Args:
+            tokens: [B, N, C], of any floating type; computed in that of the weights.
+            num_slots: K, at most N; or one number for each image (K is then the largest, the rest stays unused).
+            queries: [B, K, D], the initial slots themselves.
+            generator: draws the noise of the initial slots, and what the decoder sees. Without it and without
+                `seeds` the noise is always the same, or, with `query_noise="fresh"`, from PyTorch's own generator.
+            mask: [B, N], True where there is a token; an image's tokens come first. None if everywhere.
+            grid: height and width in tokens of all images or of each, for the decoder. None: the config's, if it has N
+                tokens, else a square.
+            decode: what the decoder sees of the tokens: `random`, as in training; `fixed`, the same few each time;
+                `all`; a plan that `decoder.plan` made; `none` to leave it out. `auto` is `random` in training and
+                otherwise what `eval_visible` says.
+            seeds: one number for each image, from which (and `query_seed`) its noise follows.
+            check_values: look for NaN and infinity, which waits for the device. None: on a CPU.
+
+        Raises:
+            BadInput: tokens of another shape, width or type, or not finite; more slots than tokens; no images; queries,
+                mask, seeds or grid that do not fit.
+        """
+        tokens_BNC, mask_BN = self._tokens(tokens, mask, check_values)
+        slots_BKD, attention_BKN, slot_mask_BK = self._aggregate(
+            tokens_BNC, num_slots, queries, generator, mask_BN, seeds
+        )
+        rebuilt_BNC = None
+        if self.decoder is not None and not (isinstance(decode, str) and decode == "none"):
+            where = layout(tokens_BNC, mask_BN, grid, self.config)
+            plan = self._plan(self.decoder, where, decode, generator)
+            rebuilt_BNC = self.decoder(tokens_BNC, slots_BKD, plan, where, slot_mask_BK)
+        elif self.decoder is None and (isinstance(decode, Tensor) or decode not in ("auto", "none")):
+            raise BadInput(f"decode={decode!r}, but this pruner has no decoder")
+        return PrunerOutput(slots_BKD, attention_BKN, rebuilt_BNC)
+
+    def select(self, tokens: Tensor, keep: int | Sequence[int], **options: Any) -> Tensor:
+        """The tokens to keep of each image: `indices_BS` of `select_details`, which has the same arguments.
+
+        Returns:
+            [B, keep], int64: exactly `keep` distinct indices an image in ascending order. With N <= keep all N are
+            kept. -1 stands at the end where an image of a batch has fewer tokens than that, or with `fill="none"`.
+        """
+        return self.select_details(tokens, keep, **options).indices_BS
+
+    @torch.no_grad()
+    def select_details(
+        self,
+        tokens: Tensor,
+        keep: int | Sequence[int],
+        *,
+        seeds: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        slots: int | Sequence[int] | None = None,
+        top_k: int = 1,
+        assignment: str | None = None,
+        fill: str | None = None,
+        fill_scores: Tensor | None = None,
+        surplus: str | None = None,
+        check_values: bool | None = None,
+    ) -> Selection:
+        """Eq. 7-8: the tokens that slots attend to most, and how they came about.
+
+        Nothing here loops over images, slots or tokens or waits for the device, but for `surplus="hash"` and
+        `check_values=True`.
+
+        Args:
+            tokens: [B, N, C].
+            keep: tokens to keep of each image, or one number for each image.
+            seeds: one number for each image; these four and `check_values` are as in `forward`.
+            mask: [B, N].
+            queries: [B, K, D].
+            generator: of the noise.
+            slots: how many; (keep + 1 if `extra_slot`) // top_k unless given, and max_slots of separate_gaussian.
+            top_k: tokens that each slot picks.
+            assignment: as in `PrunerConfig`, whose value holds unless given; so do those of the next two.
+            fill: what makes up for picks that coincide.
+            fill_scores: [B, N], for `fill="attention"`: of the tokens that no slot picked, the highest are added.
+            surplus: which pick goes if there are too many.
+            check_values: look for NaN and infinity.
+
+        Raises:
+            BadInput: as `forward`; keep, slots or top_k below 1, more slots than tokens, unknown options, scores that
+                are missing or not wanted.
+        """
+        fill, assignment = fill or self.config.fill, assignment or self.config.assignment
+        surplus = surplus or self.config.surplus
+        checks.options(assignment=assignment, fill=fill, surplus=surplus)
+        check_whole("top_k", top_k, 1)
+        tokens_BNC, mask_BN = self._tokens(tokens, mask, check_values)
+        batch, count = tokens_BNC.shape[:2]
+        keeps = checks.numbers("keep", keep, batch)
+        checks.fill_scores(fill, fill_scores, tokens_BNC)
+        if min(keeps) >= count:
+            return everything(batch, count, mask_BN, tokens_BNC.device)
+
+        num_slots = self._slots_for(keeps, slots, top_k, count)
+        _, attention_BKN, slot_mask_BK = self._aggregate(tokens_BNC, num_slots, queries, generator, mask_BN, seeds)
+        exist_B1 = torch.full((1, 1), count) if mask_BN is None else mask_BN.sum(1, keepdim=True)
+        keep_B1 = torch.tensor(keeps)[:, None].to(exist_B1.device, non_blocking=True).minimum(exist_B1)
+        if fill == "random":
+            fill_scores = self._random_scores(batch, count, seeds, generator)
+        return choose(
+            attention_BKN.float(),
+            keep_B1.to(tokens_BNC.device, non_blocking=True),
+            min(max(keeps), count),
+            top_k=min(top_k, count),
+            assignment=assignment,
+            fill=fill,
+            fill_scores_BN=None if fill_scores is None else fill_scores.to(tokens_BNC.device).float(),
+            surplus=surplus,
+            mask_BN=mask_BN,
+            slot_mask_BK=slot_mask_BK,
+        )
+
+    def save_pretrained(self, folder: Path | str, *, include_decoder: bool = True) -> None:
+        """Write config.json and model.safetensors; without the decoder nine tenths smaller, and it still prunes."""
+        from ocvtp.pruner.files import save
+
+        save(self, Path(folder), include_decoder=include_decoder)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Path | str, *, decoder: bool = True, device: torch.device | str = "cpu", revision: str | None = None
+    ) -> "OCPruner":
+        """Read what `save_pretrained` wrote, from a folder or the Hugging Face hub, in evaluation mode.
+
+        Args:
+            name: a folder, or the id of a repository on the hub.
+            decoder: whether to read the decoder, if it was saved; pruning does not need it.
+            device: where to put the weights.
+            revision: of the repository on the hub.
+
+        Raises:
+            NotAvailable: there is no such folder, and the hub has no such repository or cannot be reached.
+            Corrupt: a file is damaged or half-written.
+            Incompatible: weights that do not fit the config; all names and shapes that differ are listed.
+        """
+        from ocvtp.pruner.files import load
+
+        return load(name, decoder=decoder, device=device, revision=revision)
+
+    @classmethod
+    def from_reference_checkpoint(cls, path: Path | str, config: PrunerConfig | None = None) -> "OCPruner":
+        """Read the authors' `weights.pth`: see `ocvtp.pruner.reference.load`."""
+        from ocvtp.pruner.reference import load
+
+        return load(path, config)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the config and of the weights that prune: equal if and only if it prunes alike."""
+        from ocvtp.pruner.files import fingerprint
+
+        return fingerprint(self)
+
+    def _tokens(self, tokens: Tensor, mask: Tensor | None, check_values: bool | None) -> tuple[Tensor, Tensor | None]:
+        """Checked tokens in the type of the weights, zero where there is none, and the mask."""
+        checks.tokens(tokens, self.config.token_dim, self.device)
+        if mask is not None:
+            mask = checks.mask(mask, tokens)
+            tokens = tokens.masked_fill(~mask[:, :, None], 0)
+        if check_values or (check_values is None and tokens.device.type == "cpu"):
+            checks.finite(tokens)
+        return tokens.to(self.dtype), mask
+
+    def _aggregate(
+        self,
+        tokens_BNC: Tensor,
+        num_slots: int | Sequence[int],
+        queries: Tensor | None,
+        generator: torch.Generator | None,
+        mask_BN: Tensor | None,
+        seeds: Sequence[int] | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Eq. 6: slots, attention, and which slots exist (None: all)."""
+        batch, count = tokens_BNC.shape[:2]
+        slots = checks.numbers("num_slots", num_slots, batch)
+        most = max(slots)
+        if most > count:
+            raise BadInput(f"num_slots is {most} for images of {count} tokens: at most one slot a token is possible")
+        self.queries.check(most)
+        slot_mask_BK = None
+        if min(slots) < most:
+            slot_mask_BK = (torch.arange(most) < torch.tensor(slots)[:, None]).to(tokens_BNC.device, non_blocking=True)
+        queries_BKD = self._queries(batch, most, queries, generator, seeds)
+        encoded_BND = self.project(tokens_BNC)
+        slots_BKD, attention_BKN = self.slot_attention(encoded_BND, queries_BKD, mask_BN, slot_mask_BK)
+        return slots_BKD, attention_BKN, slot_mask_BK
+
+    def _queries(
+        self,
+        batch: int,
+        slots: int,
+        queries: Tensor | None,
+        generator: torch.Generator | None,
+        seeds: Sequence[int] | None,
+    ) -> Tensor:
+        width = self.config.slot_dim
+        if queries is not None:
+            if tuple(queries.shape) != (batch, slots, width):
+                raise BadInput(f"queries {list(queries.shape)}: [{batch}, {slots}, {width}] is needed")
+            return queries.to(self.device, self.dtype)
+        if seeds is not None:
+            noise_BKD = batch_noise(self.config.query_seed, checks.seeds(seeds, batch), slots, width)
+        elif generator is not None:
+            noise_BKD = torch.randn(batch, slots, width, generator=generator, device=generator.device)
+        elif self.config.query_noise == "fresh":
+            noise_BKD = torch.randn(batch, slots, width, device=self.device)
+        else:
+            noise_BKD = self._fixed_noise(slots).expand(batch, -1, -1)
+        return self.queries(noise_BKD.to(self.device, self.dtype, non_blocking=True))  # type: ignore[no-any-return]
+
+    def _fixed_noise(self, slots: int) -> Tensor:
+        """The noise of sample 0, [K, D], kept on the device: noise for fewer slots is a part of it."""
+        if len(self._noise_KD) < slots:
+            # Read from the seed as a whole, never as an addition to what is there.
+            size = max(64, 1 << (slots - 1).bit_length())
+            noise_KD = slot_noise(self.config.query_seed, 0, size, self.config.slot_dim)
+            self._noise_KD = noise_KD.to(self.device, self.dtype)
+        return self._noise_KD[:slots]
+
+    def _plan(
+        self, decoder: Decoder, where: Layout, decode: str | Tensor, generator: torch.Generator | None
+    ) -> Tensor | None:
+        if isinstance(decode, Tensor):
+            return decode.to(self.device)
+        if decode == "auto":
+            share = "fixed" if self.config.eval_visible == "share" else "all"
+            decode = "random" if self.training else share
+        if decode not in MODES:
+            raise BadInput(f"decode is {decode!r}: auto, none, a plan or one of {', '.join(MODES)} is needed")
+        if decode == "random" and (generator is None or generator.device.type != "cpu"):
+            generator = seeded("ocvtp plan", self.config.query_seed if generator is None else generator.initial_seed())
+        return decoder.plan(where, decode, generator)
+
+    def _slots_for(
+        self, keeps: list[int], slots: int | Sequence[int] | None, top_k: int, count: int
+    ) -> int | Sequence[int]:
+        if slots is not None:
+            return slots
+        if self.config.max_slots is not None:
+            return self.config.max_slots
+        extra = int(self.config.extra_slot)
+        return [min(count, max(1, (keep + extra) // top_k)) for keep in keeps]
+
+    def _random_scores(
+        self, batch: int, count: int, seeds: Sequence[int] | None, generator: torch.Generator | None
+    ) -> Tensor:
+        if seeds is not None:
+            rows = [torch.rand(count, generator=seeded("ocvtp fill", self.config.query_seed, seed)) for seed in seeds]
+            return torch.stack(rows)
+        if generator is None:
+            generator = seeded("ocvtp fill", self.config.query_seed, 0)
+            return torch.rand(1, count, generator=generator).expand(batch, -1)
+        return torch.rand(batch, count, generator=generator, device=generator.device)

@@ -1,0 +1,132 @@
+"""Eq. 6: vision tokens are projected, then gathered into slots that compete for them.
+
+Letters: B images, N tokens, C token width, K slots, D slot width.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ocvtp.pruner.config import PrunerConfig
+
+EPSILON = 1e-5
+"""Added to a slot's summed attention, so that a slot without tokens is no division by zero."""
+
+
+class Projection(nn.Module):
+    """Tokens [B, N, C] to what slot attention reads, [B, N, D]. No positions."""
+
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.token_dim)
+        self.up = nn.Linear(config.token_dim, config.hidden_dim)
+        self.down = nn.Linear(config.hidden_dim, config.slot_dim)
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, tokens_BNC: Tensor) -> Tensor:
+        """Norm, linear, GELU, linear."""
+        return self.down(F.gelu(self.up(self.norm(tokens_BNC))))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """What follows the GRU, added to its output."""
+
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.slot_dim, config.ffn_dim)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+        self.down = nn.Linear(config.ffn_dim, config.slot_dim)
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, slots_BKD: Tensor) -> Tensor:
+        """Linear, GELU, dropout, linear."""
+        return self.down(self.dropout(F.gelu(self.up(slots_BKD))))  # type: ignore[no-any-return]
+
+
+class SlotAttention(nn.Module):
+    """The SA of eq. 6: slots compete for tokens over a few iterations.
+
+    Matrix products run in the type of the surrounding autocast; softmax, sums and the state of the GRU stay in the
+    type of the queries.
+    """
+
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        width = config.slot_dim
+        self.iterations = config.iterations
+        self.bilevel = config.truncation == "bilevel"
+        self.scale = width**-0.5
+        self.norm_tokens = nn.LayerNorm(width)
+        self.norm_slots = nn.LayerNorm(width)
+        self.norm_ffn = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.gru = nn.GRUCell(width, width)
+        self.ffn = FeedForward(config)
+        nn.init.zeros_(self.gru.bias_ih)
+        nn.init.zeros_(self.gru.bias_hh)
+
+    def forward(
+        self,
+        encoded_BND: Tensor,
+        queries_BKD: Tensor,
+        mask_BN: Tensor | None = None,
+        slot_mask_BK: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gather tokens into slots.
+
+        Args:
+            encoded_BND: projected tokens.
+            queries_BKD: initial slots.
+            mask_BN: True where there is a token; None if everywhere.
+            slot_mask_BK: True where there is a slot; None if everywhere.
+
+        Returns:
+            Slots [B, K, D], and the attention [B, K, N] of the last iteration: softmax over slots, not normalised over
+            tokens, zero where there is no token or no slot.
+        """
+        tokens_BND = self.norm_tokens(encoded_BND)
+        k_BND, v_BND = self.to_k(tokens_BND), self.to_v(tokens_BND)
+        slots_BKD = queries_BKD
+        # With bi-level truncation no gradient comes back through any iteration but the last: they need no graph.
+        with torch.no_grad() if self.bilevel else nullcontext():
+            for _ in range(self.iterations - 1):
+                slots_BKD, _ = self._iterate(slots_BKD, k_BND, v_BND, mask_BN, slot_mask_BK)
+        if self.bilevel and self.iterations > 1:
+            # Straight through: the value of the iterated slots, the gradient of the queries.
+            slots_BKD = slots_BKD.detach() + (queries_BKD - queries_BKD.detach())
+        return self._iterate(slots_BKD, k_BND, v_BND, mask_BN, slot_mask_BK)
+
+    def _iterate(
+        self,
+        slots_BKD: Tensor,
+        k_BND: Tensor,
+        v_BND: Tensor,
+        mask_BN: Tensor | None,
+        slot_mask_BK: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        q_BKD = self.to_q(self.norm_slots(slots_BKD)) * self.scale
+        logits_BKN = (q_BKD @ k_BND.transpose(1, 2)).to(slots_BKD.dtype)
+        if slot_mask_BK is not None:
+            logits_BKN = logits_BKN.masked_fill(~slot_mask_BK[:, :, None], -torch.inf)
+        attention_BKN = logits_BKN.softmax(dim=1)
+        if mask_BN is not None:
+            attention_BKN = attention_BKN * mask_BN[:, None, :]
+        # A weighted mean: dividing K x D sums instead of K x N weights is the same and less work.
+        mass_BK1 = attention_BKN.sum(2, keepdim=True) + EPSILON
+        update_BKD = (attention_BKN @ v_BND).to(slots_BKD.dtype) / mass_BK1
+        slots_BKD = self._gru(update_BKD, slots_BKD)
+        return slots_BKD + self.ffn(self.norm_ffn(slots_BKD)), attention_BKN
+
+    def _gru(self, update_BKD: Tensor, slots_BKD: Tensor) -> Tensor:
+        """`self.gru`, but autocast reaches its products only: as a whole it would keep its state in bfloat16."""
+        gru, dtype = self.gru, slots_BKD.dtype
+        reset_i, gate_i, new_i = F.linear(update_BKD, gru.weight_ih, gru.bias_ih).to(dtype).chunk(3, -1)
+        reset_h, gate_h, new_h = F.linear(slots_BKD, gru.weight_hh, gru.bias_hh).to(dtype).chunk(3, -1)
+        new_BKD = torch.tanh(new_i + torch.sigmoid(reset_i + reset_h) * new_h)
+        return torch.lerp(new_BKD, slots_BKD, torch.sigmoid(gate_i + gate_h))

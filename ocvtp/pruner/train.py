@@ -1,0 +1,282 @@
+"""Trains a pruner. A run that was cut off and goes on ends in the same weights, bit for bit.
+
+Letters: B images, N tokens, K slots.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ocvtp.errors import BadInput, Incompatible, OcvtpError
+from ocvtp.pruner.config import PrunerConfig
+from ocvtp.pruner.model import OCPruner
+from ocvtp.pruner.provenance import TrainedFor
+from ocvtp.pruner.seeding import derive, generator
+from ocvtp.pruner.training import records, state
+from ocvtp.pruner.training.config import TrainConfig
+from ocvtp.pruner.training.data import Batch, Order, TokenSource
+from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
+from ocvtp.pruner.training.validate import Row, autocast, evaluate, training_loss, validate
+
+__all__ = ["NotFinite", "Progress", "TokenSource", "TrainConfig", "train"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with the steps done, all steps, and a few words."""
+_log = logging.getLogger(__name__)
+_VERSION: Final = 1
+"""Of the arithmetic: part of a checkpoint's spec."""
+
+
+class NotFinite(OcvtpError):
+    """Too many steps had a loss or a gradient that is not finite."""
+
+
+def train(
+    pruner_config: PrunerConfig,
+    train_config: TrainConfig,
+    dataset: TokenSource,
+    folder: Path,
+    *,
+    resume: Path,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+    trained_for: TrainedFor | None = None,
+) -> dict[str, Any]:
+    """Train, and write the result into `folder`.
+
+    It holds then `config.json` and `model.safetensors` (the weights of the best validation), `last.safetensors`,
+    `curves.csv`, `metrics.json` and, if steps were left out, `bad_batches.jsonl`.
+
+    Args:
+        pruner_config: of the pruner; it needs a decoder.
+        train_config: how.
+        dataset: the tokens.
+        folder: where the result goes.
+        resume: where checkpoints are written, and from where the training goes on if there are some.
+        progress: told after each step.
+        device: where to compute.
+        trained_for: what the tokens are of; loss, slots and seed are filled in.
+
+    Returns:
+        What is in `metrics.json`.
+
+    Raises:
+        BadInput: a config without a decoder; more slots than tokens.
+        Incompatible: tokens of another width than the pruner's; checkpoints of another training.
+        Corrupt: no checkpoint in `resume` is whole.
+        NotFinite: more than `max_bad_steps` steps had a loss or gradient that is not finite. The checkpoint before them
+            stays, `bad_batches.jsonl` names the images.
+    """
+    run = _Run(pruner_config, train_config, dataset, torch.device(device), trained_for or TrainedFor())
+    run.resume(resume)
+    if not run.state.stopped:
+        run.steps(resume, folder, progress)
+    metrics = run.metrics()
+    records.publish(folder, run.best(), run.kept.state_dict(), run.state, metrics)
+    return metrics
+
+
+class _Run:
+    """One training."""
+
+    def __init__(
+        self,
+        pruner_config: PrunerConfig,
+        config: TrainConfig,
+        dataset: TokenSource,
+        device: torch.device,
+        trained_for: TrainedFor,
+    ) -> None:
+        if pruner_config.decoder is None:
+            raise BadInput("a pruner without decoder cannot be trained: choose decoder=random_ar, mlp or ar")
+        self.config, self.dataset, self.device = config, dataset, device
+        images, self.held_out = dataset.split(config.validation_share, config.seed)
+        self._check_tokens(pruner_config, images)
+        self.order = Order(images, config.batch_size, drop_last=config.drop_last, seed=config.seed)
+        self.total = config.steps or (config.epochs or 0) * self.order.steps_per_epoch
+        trained_for = replace(trained_for, loss=config.loss, slots=config.slots, seed=config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive("ocvtp init", config.seed))
+            self.pruner = OCPruner(pruner_config, trained_for).to(device)
+        self.optimizer = make_optimizer(self.pruner, config)
+        average = copy.deepcopy(self.pruner) if config.ema else None
+        self.tensors = state.Tensors(self.pruner, self.optimizer, average, {})
+        self.state = state.State(self._spec(images))
+        self.row = Row()
+        if config.compile:
+            self._compile()
+
+    @property
+    def kept(self) -> OCPruner:
+        """The weights that are validated and published: the running mean, if there is one."""
+        return self.pruner if self.tensors.average is None else self.tensors.average  # type: ignore[return-value]
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint, if there is one."""
+        self.state = state.load(folder, self.state.spec, self.tensors) or self.state
+
+    def steps(self, resume: Path, folder: Path, progress: Progress | None) -> None:
+        """All steps that are left."""
+        self.pruner.train()
+        if self.state.step == 0 and self.config.validate_on == "held_out":
+            self._validate(None)
+            self._log(learning_rate(self.config, 0, self.total, self.order.steps_per_epoch))
+        for batch in self.order.batches(self.dataset, self.state.step, self.total, self.device):
+            rate = learning_rate(self.config, self.state.step, self.total, self.order.steps_per_epoch)
+            self._step(batch, rate, folder)
+            self.state.step += 1
+            done = self.state.step == self.total
+            if done or self.state.step % self._eval_every == 0:
+                self._validate(batch)
+            if done or self.row or self.state.step % self.config.log_every == 0:
+                self._log(rate)
+            if done or self.state.stopped or self.state.step % self.config.checkpoint_every == 0:
+                self.state.stopped = self.state.stopped or ("finished" if done else "")
+                state.save(resume, self.state, self.tensors)
+            if progress is not None:
+                last = self.state.last_loss
+                progress(self.state.step, self.total, "" if last is None else f"loss {last:.4f}")
+            if self.state.stopped:
+                return
+
+    def best(self) -> OCPruner:
+        """The weights of the best validation."""
+        best = OCPruner(self.pruner.config, self.pruner.trained_for)
+        best.load_state_dict(self.tensors.best)
+        return best.eval()
+
+    def metrics(self) -> dict[str, Any]:
+        """What is worth comparing between trainings."""
+        last = {key: value for row in self.state.rows for key, value in row.items()}
+        best = next((row for row in self.state.rows if row["step"] == self.state.best_step and "val_loss" in row), {})
+        return {
+            "val_loss": self.state.best_loss,
+            "best_step": self.state.best_step,
+            "steps": self.state.step,
+            "stopped": self.state.stopped,
+            "last_val_loss": last.get("val_loss"),
+            "train_loss": self.state.last_loss,
+            **{key: best.get(key) for key in ("distinct_picks", "kept_error", "random_error", "full_error")},
+            "bad_steps": self.state.bad_steps,
+            "images": len(self.order.images),
+            "validation_images": len(self.held_out),
+            "parameters": sum(p.numel() for p in self.pruner.parameters()),
+            "fingerprint": self.best().fingerprint,
+        }
+
+    def _step(self, batch: Batch, rate: float, folder: Path) -> None:
+        """Forward, backward and, if all is finite, the update."""
+        config = self.config
+        draws = generator("ocvtp step", config.seed, self.state.step)
+        slots = config.slots[int(torch.randint(len(config.slots), (), generator=draws))]
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive("ocvtp dropout", config.seed, self.state.step))
+            with autocast(config, self.device):
+                out = self.pruner(
+                    batch.tokens_BNC, slots, None, draws, batch.mask_BN, batch.grids, "random", check_values=False
+                )
+                loss = training_loss(config, out.reconstruction, out.attention, batch)
+            torch.autograd.backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.pruner.parameters(), config.grad_clip)
+        value, size = torch.stack((loss.detach(), norm.detach())).tolist()  # one wait for the device
+        if math.isfinite(value) and math.isfinite(size):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self._average()
+            self.state.loss_sum += value
+            self.state.loss_count += 1
+            self.grad_norm = size
+        else:
+            self._bad(batch, value, size, folder)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _bad(self, batch: Batch, loss: float, norm: float, folder: Path) -> None:
+        """A step that is left out."""
+        names = getattr(self.dataset, "image_ids", None)
+        images = batch.indices if names is None else [names[index] for index in batch.indices]
+        self.state.bad_steps += 1
+        self.state.bad.append({"step": self.state.step, "loss": str(loss), "grad_norm": str(norm), "images": images})
+        _log.warning("step %d left out: loss %s, gradient norm %s", self.state.step, loss, norm)
+        if self.state.bad_steps > self.config.max_bad_steps:
+            records.write_bad(folder, self.state)
+            raise NotFinite(
+                f"{self.state.bad_steps} steps had a loss or gradient that is not finite, {self.config.max_bad_steps} "
+                f"are tolerated; the last at step {self.state.step}: images in {folder / records.BAD}"
+            )
+
+    def _validate(self, batch: Batch | None) -> None:
+        """Measure, remember the best, and stop if it does not get better."""
+        if self.config.validate_on == "held_out" or batch is None:
+            row = validate(self.kept, self.config, self.dataset, self.held_out, self.device)
+        else:
+            row = evaluate(self.kept, self.config, [batch], self.config.validation_slots)
+        self.row |= row
+        current, config = self.state, self.config
+        # A loss that is not finite is never the best; the first one stands in until there is one.
+        if current.best_loss is None or row["val_loss"] < current.best_loss:
+            finite = math.isfinite(row["val_loss"])
+            current.best_loss, current.best_step = (row["val_loss"] if finite else math.inf), current.step
+            current.worse = 0
+            self.tensors.best = {name: t.detach().cpu().clone() for name, t in self.kept.state_dict().items()}
+        else:
+            current.worse += 1
+            if config.patience is not None and current.worse >= config.patience:
+                current.stopped = "no better validation"
+
+    def _log(self, rate: float) -> None:
+        """Close a row of the curves."""
+        current = self.state
+        row = Row(step=current.step, lr=rate)
+        if current.loss_count:
+            current.last_loss = current.loss_sum / current.loss_count
+            row |= {"loss": current.last_loss, "grad_norm": self.grad_norm}
+            current.loss_sum, current.loss_count = 0.0, 0
+        current.rows.append(row | self.row)
+        self.row = Row()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.tensors.average is not None and self.config.ema:
+            pairs = zip(self.tensors.average.parameters(), self.pruner.parameters(), strict=True)
+            means, weights = (list(side) for side in zip(*pairs, strict=True))
+            torch._foreach_lerp_(means, weights, 1 - self.config.ema)
+
+    @property
+    def _eval_every(self) -> int:
+        return self.config.eval_every or self.order.steps_per_epoch
+
+    def _check_tokens(self, pruner_config: PrunerConfig, images: list[int]) -> None:
+        tokens_BNC, _, _ = self.dataset.batch(images[:1])
+        count, width = tokens_BNC.shape[1:]
+        if width != pruner_config.token_dim:
+            raise Incompatible(f"the tokens are {width} wide, the pruner's token_dim is {pruner_config.token_dim}")
+        most = max(*self.config.slots, *self.config.validation_slots)
+        if most > count:
+            raise BadInput(f"slots has {most}, but an image has {count} tokens: at most one slot a token is possible")
+
+    def _spec(self, images: list[int]) -> str:
+        """Digest of all that determines the training, but for the tokens themselves."""
+        parts = {
+            "version": _VERSION,
+            "pruner": self.pruner.config.to_dict(),
+            "train": self.config.to_dict() | {"checkpoint_every": None},
+            "trained_for": self.pruner.trained_for.to_dict(),
+            "images": images,
+            "held_out": self.held_out,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _compile(self) -> None:
+        decoder: Any = self.pruner.decoder
+        for module in (self.pruner.project, self.pruner.slot_attention, getattr(decoder, "transformer", decoder)):
+            module.compile()

@@ -1,0 +1,1 @@
+"""The parts of training; `ocvtp.pruner.train` puts them together."""

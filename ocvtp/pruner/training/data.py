@@ -1,0 +1,84 @@
+"""Which images a step sees: a function of the seed and the step alone.
+
+Letters: B images, N tokens, C token width.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ocvtp.errors import BadInput
+from ocvtp.pruner.layout import Grid
+from ocvtp.pruner.seeding import generator
+
+_AHEAD = 2
+
+
+class TokenSource(Protocol):
+    """Tokens of images by number, as `ocvtp.tokens.loader.TokenDataset` has them."""
+
+    def __len__(self) -> int:
+        """How many images."""
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[Grid]]:
+        """Tokens [B, N, C], mask [B, N] (True where there is a token; None if everywhere) and grids, one an image."""
+
+    def split(self, validation_share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Images to train on, and to validate on."""
+
+
+class Batch(NamedTuple):
+    """Tokens of some images, in single precision, on the device."""
+
+    indices: list[int]
+    tokens_BNC: Tensor
+    mask_BN: Tensor | None
+    grids: list[Grid]
+
+
+def fetch(source: TokenSource, indices: Sequence[int], device: torch.device) -> Batch:
+    """The tokens of these images."""
+    tokens_BNC, mask_BN, grids = source.batch(indices)
+    mask_BN = None if mask_BN is None else mask_BN.to(device, non_blocking=True)
+    tokens_BNC = tokens_BNC.to(device, non_blocking=True).float()
+    return Batch(list(indices), tokens_BNC, mask_BN, [(height, width) for height, width in grids])
+
+
+class Order:
+    """The images of each step: a new permutation each epoch."""
+
+    def __init__(self, images: Sequence[int], batch_size: int, *, drop_last: bool, seed: int) -> None:
+        if not images:
+            raise BadInput("there are no images to train on")
+        self.images = list(images)
+        self.seed = seed
+        self.batch_size = min(batch_size, len(self.images))
+        whole, rest = divmod(len(self.images), self.batch_size)
+        self.steps_per_epoch = whole + (rest > 0 and not drop_last)
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def indices(self, step: int) -> list[int]:
+        """The images of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            order = torch.randperm(len(self.images), generator=generator("ocvtp order", self.seed, epoch)).tolist()
+            self._epoch = (epoch, [self.images[i] for i in order])
+        return self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
+
+    def batches(self, source: TokenSource, first: int, last: int, device: torch.device) -> Iterator[Batch]:
+        """The batches of steps `first` to before `last`; a thread reads ahead."""
+        with ThreadPoolExecutor(1, "ocvtp-batches") as pool:
+            ahead: list[Future[Batch]] = []
+            try:
+                for step in range(first, last):
+                    ahead.append(pool.submit(fetch, source, self.indices(step), device))
+                    if len(ahead) > _AHEAD:
+                        yield ahead.pop(0).result()
+                while ahead:
+                    yield ahead.pop(0).result()
+            finally:
+                for future in ahead:
+                    future.cancel()

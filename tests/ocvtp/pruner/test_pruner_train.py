@@ -1,0 +1,355 @@
+"""Training: it learns, it repeats itself bit for bit, it goes on where it stopped, and bad numbers stop at the update."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ocvtp.errors import BadInput, Corrupt, Incompatible
+from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
+from ocvtp.pruner.report import rebuilding
+from ocvtp.pruner.train import NotFinite, TrainConfig, train
+from ocvtp.pruner.training.data import Order
+from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
+
+PRUNER = PrunerConfig(token_dim=16, grid=(4, 4), slot_dim=16, decoder_layers=2)
+FAST = {"slots": [2, 4], "batch_size": 4, "steps": 6, "warmup_steps": 2, "eval_every": 2, "validation_share": 0.2}
+
+
+class Source:
+    """Images of a few flat regions: tokens that slots can stand for."""
+
+    def __init__(self, images: int = 20, count: int = 16, bad: tuple[int, ...] = ()) -> None:
+        generator = torch.Generator().manual_seed(0)
+        kinds = torch.randn(5, 16, generator=generator)
+        region = torch.randint(5, (images, count // 4), generator=generator).repeat_interleave(4, 1)
+        self.tokens = (kinds[region] + 0.1 * torch.randn(images, count, 16, generator=generator)).half()
+        for image in bad:
+            self.tokens[image, 0, 0] = torch.nan
+        self.image_ids = [f"image-{i}" for i in range(images)]
+        self.asked: list[list[int]] = []
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def batch(self, indices):
+        self.asked.append(list(indices))
+        return self.tokens[list(indices)], None, [(4, 4)] * len(indices)
+
+    def split(self, validation_share, seed):
+        count = int(len(self) * validation_share)
+        return list(range(count, len(self))), list(range(count))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def run(tmp_path, name, source=None, pruner=PRUNER, **options):
+    config = TrainConfig(**{**FAST, **options})
+    metrics = train(pruner, config, source or Source(), tmp_path / name, resume=tmp_path / f"{name}-resume")
+    return metrics, files(tmp_path / name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_it_learns(tmp_path, precision):
+    metrics, found = run(
+        tmp_path, "a", Source(64), steps=150, batch_size=16, learning_rate=3e-3, eval_every=50, precision=precision
+    )
+    rows = [line.split(",") for line in found["curves.csv"].decode().splitlines()]
+    header, first = rows[0], dict(zip(rows[0], rows[1], strict=True))
+    assert header == ["step", "lr", "loss", "grad_norm", "val_loss", "distinct_picks", "kept_error", "random_error",
+                      "full_error"]  # fmt: skip
+    assert first["step"] == "0"
+    assert metrics["val_loss"] < 0.5 * float(first["val_loss"])
+    assert metrics["steps"] == 150
+    assert metrics["stopped"] == "finished"
+    assert 1 <= metrics["distinct_picks"] <= 4
+    assert metrics == json.loads(found["metrics.json"])
+    best = OCPruner.from_pretrained(tmp_path / "a")
+    assert best.fingerprint == metrics["fingerprint"]
+    assert best.trained_for.slots == (2, 4)
+    assert best.trained_for.loss == "aw_mse"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ema": 0.9},
+        {"behaviour": "reference", "epochs": 2, "steps": None, "eval_every": None, "eval_slots": [4]},
+    ],
+    ids=["default", "ema", "reference"],
+)
+def test_stopped_and_resumed_ends_in_the_same_bytes(tmp_path, options):
+    pruner = PrunerConfig(**{**PRUNER.to_dict(), "ffn_dropout": 0.1})
+    whole, expected = run(tmp_path, "whole", pruner=pruner, **options)
+    again, repeated = run(tmp_path, "again", pruner=pruner, **options)
+    assert repeated == expected
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, total, note):
+        if done == 3:
+            raise Killed
+
+    config = TrainConfig(**{**FAST, **options, "checkpoint_every": 3})
+    resume = tmp_path / "resume"
+    with pytest.raises(Killed):
+        train(pruner, config, Source(), tmp_path / "cut", resume=resume, progress=kill)
+    assert not (tmp_path / "cut").exists()
+    source = Source()
+    metrics = train(pruner, config, source, tmp_path / "cut", resume=resume)
+    assert metrics == whole
+    assert files(tmp_path / "cut") == expected
+    assert metrics["steps"] >= 6
+
+    # Once finished, nothing is computed again.
+    done = Source()
+    assert train(pruner, config, done, tmp_path / "more", resume=resume) == whole
+    assert files(tmp_path / "more") == expected
+    assert len(done.asked) == 1
+
+
+def test_killed_for_real(tmp_path):
+    """SIGKILL of the process, between two steps, then another process."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from test_pruner_train import FAST, PRUNER, Source\n"
+        "from ocvtp.pruner.train import TrainConfig, train\n"
+        "folder, at = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "def progress(done, total, note):\n"
+        "    if done == at: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train(PRUNER, TrainConfig(**FAST, checkpoint_every=2), Source(), folder / 'out',\n"
+        "      resume=folder / 'resume', progress=progress)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+
+    def call(folder, at):
+        return subprocess.run([sys.executable, str(script), str(folder), str(at)], env=environment, check=False).returncode
+
+    assert call(tmp_path / "whole", 0) == 0
+    assert call(tmp_path / "cut", 3) == -9
+    assert call(tmp_path / "cut", 0) == 0
+    assert files(tmp_path / "cut/out") == files(tmp_path / "whole/out")
+
+
+def test_damaged_checkpoints(tmp_path):
+    config = TrainConfig(**FAST, checkpoint_every=2)
+    resume = tmp_path / "resume"
+    expected = train(PRUNER, config, Source(), tmp_path / "a", resume=resume)
+    names = sorted(p.name for p in resume.iterdir())
+    assert names == [f"step-0000000{n}.{kind}" for n in (4, 6) for kind in ("json", "safetensors")]
+
+    last = resume / "step-00000006.safetensors"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1  # one flipped bit: back to the one before
+    last.write_bytes(data)
+    assert train(PRUNER, config, Source(), tmp_path / "b", resume=resume) == expected
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+    for path in resume.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(Corrupt, match="every checkpoint"):
+        train(PRUNER, config, Source(), tmp_path / "c", resume=resume)
+    assert not (tmp_path / "c").exists()
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path):
+    train(PRUNER, TrainConfig(**FAST), Source(), tmp_path / "a", resume=tmp_path / "resume")
+    with pytest.raises(Incompatible, match="another training"):
+        train(PRUNER, TrainConfig(**FAST, seed=1), Source(), tmp_path / "b", resume=tmp_path / "resume")
+
+
+def test_seeds_and_options_matter(tmp_path):
+    base = run(tmp_path, "base")[1]["model.safetensors"]
+    for name, options in {
+        "seed": {"seed": 1}, "loss": {"loss": "mse"}, "slots": {"slots": [3, 4]}, "rate": {"learning_rate": 1e-2},
+        "empty": {"ignore_empty": False, "slots": [8, 12]}, "decay": {"weight_decay": 0.5}, "clip": {"grad_clip": 0.01},
+    }.items():  # fmt: skip
+        assert run(tmp_path, name, **options)[1]["model.safetensors"] != base, name
+
+
+def test_numbers_that_are_not_finite_stop_before_the_update(tmp_path, caplog):
+    bad = Source(20, bad=(7,))
+    metrics, found = run(tmp_path, "some", bad, steps=8)
+    lines = [json.loads(line) for line in found["bad_batches.jsonl"].decode().splitlines()]
+    assert metrics["bad_steps"] == len(lines) == 2  # two epochs, one batch each
+    assert all("image-7" in line["images"] for line in lines)
+    for tensor in OCPruner.from_pretrained(tmp_path / "some").state_dict().values():
+        assert bool(tensor.isfinite().all())
+
+    with pytest.raises(NotFinite, match="tolerated"):
+        run(tmp_path, "many", Source(20, bad=tuple(range(4, 20))), steps=8, max_bad_steps=1, checkpoint_every=1)
+    left = files(tmp_path / "many")
+    assert sorted(left) == ["bad_batches.jsonl"]
+    checkpoint = json.loads((tmp_path / "many-resume/step-00000001.json").read_text())
+    assert checkpoint["state"]["bad_steps"] == 1
+
+
+def test_a_left_out_step_changes_no_weight(tmp_path):
+    """All batches bad and tolerated: the weights are the initial ones."""
+    bad = Source(20, bad=tuple(range(4, 20)))
+    one = run(tmp_path, "two", bad, steps=2, max_bad_steps=9)
+    other = run(tmp_path, "five", bad, steps=5, max_bad_steps=9)
+    assert one[1]["last.safetensors"] == other[1]["last.safetensors"]
+    assert other[0]["bad_steps"] == 5
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    metrics, found = run(tmp_path, "a", steps=200, learning_rate=1.0, grad_clip=1e6, warmup_steps=0, patience=3)
+    assert metrics["stopped"] == "no better validation"
+    assert metrics["steps"] == metrics["best_step"] + 3 * 2
+    assert metrics["val_loss"] < metrics["last_val_loss"]
+    assert found["model.safetensors"] != found["last.safetensors"]
+
+
+def test_validation_is_held_out_and_always_the_same(tmp_path):
+    source = Source()
+    metrics, found = run(tmp_path, "a", source, learning_rate=1e-12, warmup_steps=0)
+    rows = found["curves.csv"].decode().splitlines()
+    losses = {line.split(",")[4] for line in rows[1:] if line.split(",")[4]}
+    assert len(losses) == 1  # nothing is learnt, so nothing changes
+    held_out = [asked for asked in source.asked if asked == [0, 1, 2, 3]]
+    assert len(held_out) == 4
+    assert all(not set(asked) & {0, 1, 2, 3} for asked in source.asked if asked not in held_out)
+    assert metrics["validation_images"] == 4
+
+
+def test_learning_rates_of_the_reference():
+    """Rates of the authors' epochs, 3,167 steps each; the first step of an epoch has those of the epoch before."""
+    config = TrainConfig(behaviour="reference")
+    total = 30 * 3167
+    listed = {0: 1e-6, 1: 2.5e-4, 2: 5.0e-4, 3: 7.5e-4, 4: 9.57e-4, 5: 9.33e-4, 10: 7.5e-4, 15: 5e-4, 20: 2.5e-4,
+              29: 2.7e-6}  # fmt: skip
+    for epoch, rate in listed.items():
+        assert learning_rate(config, epoch * 3167 + 1, total, 3167) == pytest.approx(rate, rel=0.02), epoch
+        assert learning_rate(config, epoch * 3167 + 3166, total, 3167) == pytest.approx(rate, rel=0.02)
+        if epoch:
+            before = learning_rate(config, (epoch - 1) * 3167 + 1, total, 3167)
+            assert learning_rate(config, epoch * 3167, total, 3167) == before
+    assert max(learning_rate(config, step, total, 3167) for step in range(0, total, 500)) < 1e-3
+
+
+def test_default_learning_rates():
+    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=2e-3)
+    rates = [learning_rate(config, step, 100, 7) for step in range(100)]
+    assert rates[0] == pytest.approx(2e-4)
+    assert rates[9] == rates[10] == pytest.approx(2e-3)
+    assert rates[55] == pytest.approx(2e-3 * (0.01 + 0.99 * 0.5))
+    assert rates[99] == pytest.approx(2e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * 89 / 90)) / 2))
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_what_decays():
+    pruner = OCPruner(PRUNER)
+    everything = make_optimizer(pruner, TrainConfig(behaviour="reference"))
+    assert [g["weight_decay"] for g in everything.param_groups] == [0.01]
+    groups = make_optimizer(pruner, TrainConfig()).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.01, 0.0]
+    assert all(p.ndim == 2 for p in groups[0]["params"])
+    free = {id(p) for p in groups[1]["params"]}
+    assert {id(pruner.queries.mean), id(pruner.decoder.positions.table), id(pruner.project.norm.weight)} <= free
+    assert sum(len(g["params"]) for g in groups) == len(list(pruner.parameters()))
+
+
+def test_bfloat16_reaches_every_weight_and_comes_near(tmp_path):
+    """What runs without a graph under autocast must not rob the rest of its gradient."""
+    torch.manual_seed(0)
+    pruner = OCPruner(PRUNER)
+    x = torch.randn(4, 16, 16)
+    plan = torch.rand(4, 16) < 0.3
+    grads = []
+    for enabled in (False, True):
+        pruner.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = pruner(x, 4, decode=plan)
+            loss = (out.reconstruction.float() - x).square().mean()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in pruner.parameters()]))
+        assert all(bool((p.grad != 0).any()) for p in pruner.parameters())
+    assert float(torch.cosine_similarity(*grads, dim=0)) > 0.99
+    assert out.slots.dtype == out.attention.dtype == torch.float32
+
+
+def test_order_of_images():
+    order = Order(range(100, 110), 4, drop_last=False, seed=0)
+    assert order.steps_per_epoch == 3
+    first = [order.indices(step) for step in range(3)]
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    assert sorted(sum(first, [])) == list(range(100, 110))
+    assert [order.indices(step) for step in range(3, 6)] != first
+    assert [order.indices(step) for step in range(3)] == first
+    assert Order(range(10), 4, drop_last=True, seed=0).steps_per_epoch == 2
+    assert Order(range(3), 4, drop_last=True, seed=0).steps_per_epoch == 1
+    assert Order(range(100, 110), 4, drop_last=False, seed=1).indices(0) != first[0]
+    with pytest.raises(BadInput, match="no images"):
+        Order([], 4, drop_last=True, seed=0)
+
+
+def test_bad_input(tmp_path):
+    where = {"folder": tmp_path / "a", "resume": tmp_path / "r"}
+    with pytest.raises(Incompatible, match="16 wide.* 8"):
+        train(PrunerConfig(token_dim=8, grid=(4, 4)), TrainConfig(**FAST), Source(), **where)
+    with pytest.raises(BadInput, match="slots has 17, but an image has 16"):
+        train(PRUNER, TrainConfig(**{**FAST, "slots": [4, 17]}), Source(), **where)
+    with pytest.raises(BadInput, match="without decoder"):
+        train(PrunerConfig(token_dim=16, decoder=None), TrainConfig(**FAST), Source(), **where)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "ar"])
+def test_other_decoders_and_padding_train(tmp_path, decoder):
+    class Uneven(Source):
+        def batch(self, indices):
+            tokens, _, _ = super().batch(indices)
+            grids = [(4, 4) if index % 2 else (2, 4) for index in indices]
+            mask = torch.arange(16) < torch.tensor([h * w for h, w in grids])[:, None]
+            return tokens.masked_fill(~mask[:, :, None], 0), mask, grids
+
+    pruner = PrunerConfig(**{**PRUNER.to_dict(), "decoder": decoder})
+    metrics, _ = run(tmp_path, "a", Uneven(), pruner=pruner, slots=[2, 4])
+    assert math.isfinite(metrics["val_loss"])
+    assert (metrics["kept_error"] is None) == (decoder == "ar")
+
+
+def test_separate_gaussians_train(tmp_path):
+    pruner = PrunerConfig(**{**PRUNER.to_dict(), "queries": "separate_gaussian", "max_slots": 4})
+    metrics, _ = run(tmp_path, "a", pruner=pruner, slots=[4])
+    assert math.isfinite(metrics["val_loss"])
+
+
+def test_provenance_is_written(tmp_path):
+    known = TrainedFor(vlm="tiny-llava", weights="abc", layer=9)
+    train(PRUNER, TrainConfig(**FAST, seed=5), Source(), tmp_path / "a", resume=tmp_path / "r", trained_for=known)
+    record = json.loads((tmp_path / "a/config.json").read_text())
+    assert [record[key] for key in ("vlm", "weights", "layer", "loss", "slots", "seed")] == [
+        "tiny-llava", "abc", 9, "aw_mse", [2, 4], 5,
+    ]  # fmt: skip
+
+
+def test_rebuilding_reports_what_is_lost(tmp_path):
+    """Trained on flat regions: tokens from all of them rebuild the rest better than tokens from a few."""
+    run(tmp_path, "a", Source(64), steps=200, batch_size=16, learning_rate=3e-3, eval_every=100)
+    pruner = OCPruner.from_pretrained(tmp_path / "a")
+    tokens = Source(64).tokens[:8].float()
+    found = rebuilding(pruner, tokens, 4)
+    assert found.tokens == 4
+    assert 1 <= found.distinct_picks <= 4
+    assert found.full_error < found.kept_error < found.mean_error
+    assert found.relative_to_random == pytest.approx(found.kept_error / found.random_error)
+    assert rebuilding(pruner, tokens, 4) == found
+    more = rebuilding(pruner, tokens, 12)
+    assert more.kept_error < found.kept_error
+    with pytest.raises(BadInput, match="nothing is dropped"):
+        rebuilding(pruner, tokens, 16)
