@@ -157,9 +157,10 @@ class _Run:
     def metrics(self) -> dict[str, Any]:
         """What is worth comparing between trainings."""
         last = {key: value for row in self.state.rows for key, value in row.items()}
-        best = next((row for row in self.state.rows if row["step"] == self.state.best_step and "val_loss" in row), {})
+        best = next((row for row in self.state.rows if row["step"] == self.state.best_step), {})
         return {
-            "val_loss": self.state.best_loss,
+            "val_loss": best.get("val_loss"),
+            "val_mse": best.get("val_mse"),
             "best_step": self.state.best_step,
             "steps": self.state.step,
             "stopped": self.state.stopped,
@@ -222,10 +223,10 @@ class _Run:
             row = evaluate(self.kept, self.config, [batch], self.config.validation_slots)
         self.row |= row
         current, config = self.state, self.config
-        # A loss that is not finite is never the best; the first one stands in until there is one.
-        if current.best_loss is None or row["val_loss"] < current.best_loss:
-            finite = math.isfinite(row["val_loss"])
-            current.best_loss, current.best_step = (row["val_loss"] if finite else math.inf), current.step
+        value = row[config.best_by]
+        # What is not finite is never the best; the first validation stands in until there is one.
+        if current.best is None or value < current.best:
+            current.best, current.best_step = (value if math.isfinite(value) else math.inf), current.step
             current.worse = 0
             self.tensors.best = {name: t.detach().cpu().clone() for name, t in self.kept.state_dict().items()}
         else:

@@ -24,6 +24,7 @@ CHOICES: Final[Mapping[str, tuple[Any, ...]]] = {
     "schedule": ("cosine", "cosine_epoch"),
     "precision": ("bf16", "fp32"),
     "validate_on": ("held_out", "last_batch"),
+    "best_by": ("val_mse", "val_loss"),
 }
 
 BY_BEHAVIOUR: Final[Mapping[str, tuple[Any, Any]]] = {
@@ -41,6 +42,7 @@ BY_BEHAVIOUR: Final[Mapping[str, tuple[Any, Any]]] = {
     "eval_slots": (None, (64,)),  # None: all of `slots`
     "validate_on": ("held_out", "last_batch"),  # the authors' loop never reads its validation batches
     "patience": (None, 4),
+    "best_by": ("val_mse", "val_loss"),  # the weights of AW-MSE move with the attention: its values do not compare
 }
 """Where the behaviours differ in training."""
 
@@ -75,6 +77,7 @@ class TrainConfig:
         eval_every: steps between validations; None for once an epoch.
         eval_slots: slot counts to validate with; None for all of `slots`.
         validate_on: `held_out` images, or the `last_batch` of training.
+        best_by: which validation is the best: that of the least `val_mse` (plain squared error) or `val_loss`.
         patience: validations in a row without a better one after which training stops; None for never.
         max_bad_steps: steps with a loss or gradient that is not finite that are left out before training stops.
         checkpoint_every: steps between checkpoints.
@@ -109,6 +112,7 @@ class TrainConfig:
     eval_slots: tuple[int, ...] | None = AUTO
     validate_on: str = AUTO
     patience: int | None = AUTO
+    best_by: str = AUTO
     max_bad_steps: int = 3
     checkpoint_every: int = 100
     log_every: int = 10

@@ -30,7 +30,7 @@ class State:
     Attributes:
         spec: digest of all that determines the training.
         step: steps done.
-        best_loss, best_step: of the best validation; None before the first.
+        best, best_step: the best validation, by `best_by`, and when it was; None before the first.
         worse: validations since then.
         bad_steps: steps left out for numbers that are not finite.
         loss_sum, loss_count: training loss since the last row of the curves.
@@ -42,7 +42,7 @@ class State:
 
     spec: str
     step: int = 0
-    best_loss: float | None = None
+    best: float | None = None
     best_step: int | None = None
     worse: int = 0
     bad_steps: int = 0

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ocvtp.pruner.loss import loss_function
+from ocvtp.pruner.loss import loss_function, mse
 from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.report import rebuilding
 from ocvtp.pruner.seeding import generator
@@ -37,8 +37,8 @@ def validate(
     """Losses and picks over held-out images, and how well the kept tokens of the first of them rebuild the rest.
 
     Returns:
-        `val_loss` and `distinct_picks`, means over images and over `validation_slots`; and, for the middle one of
-        these, `kept_error`, `random_error` and `full_error` of `Rebuilding`.
+        `val_loss`, `val_mse` (the plain error) and `distinct_picks`, means over images and over `validation_slots`;
+        and, for the middle one of these, `kept_error`, `random_error` and `full_error` of `Rebuilding`.
     """
     slots, size = config.validation_slots, config.batch_size
     batches = (fetch(source, images[start : start + size], device) for start in range(0, len(images), size))
@@ -50,7 +50,7 @@ def evaluate(pruner: OCPruner, config: TrainConfig, batches: Iterable[Batch], sl
     """`validate` over batches that are at hand."""
     training = pruner.training
     pruner.eval()
-    losses, picks, count, row = 0.0, 0.0, 0, Row()
+    losses, plain, picks, count, row = 0.0, 0.0, 0.0, 0, Row()
     for number, batch in enumerate(batches):
         if number == 0:
             row |= _rebuilding(pruner, batch, sorted(slots)[len(slots) // 2])
@@ -59,10 +59,11 @@ def evaluate(pruner: OCPruner, config: TrainConfig, batches: Iterable[Batch], sl
             with autocast(config, batch.tokens_BNC.device):
                 out = pruner(batch.tokens_BNC, one, None, noise, batch.mask_BN, batch.grids, check_values=False)
                 losses += float(training_loss(config, out.reconstruction, out.attention, batch)) * len(batch.indices)
+            plain += float(mse(out.reconstruction, batch.tokens_BNC, batch.mask_BN)) * len(batch.indices)
             picks += _distinct(out.attention)
         count += len(batch.indices) * len(slots)
     pruner.train(training)
-    return {"val_loss": losses / count, "distinct_picks": picks / count, **row}
+    return {"val_loss": losses / count, "val_mse": plain / count, "distinct_picks": picks / count, **row}
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -79,12 +79,7 @@ def test_known_shapes_are_those_of_the_configs() -> None:
         vocab_size=32064,
     )
     assert shape_of(LlavaConfig(vision_config=vision, text_config=text)) == KNOWN["llava-1.5-7b"]
-    assert (
-        shape_of(
-            LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=9)
-        ).tower.used_layers
-        == 9
-    )
+    assert shape_of(LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=9)).tower.used_layers == 9
 
 
 def _tiny_llava() -> LlavaForConditionalGeneration:

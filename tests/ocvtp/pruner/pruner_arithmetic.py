@@ -51,9 +51,7 @@ def iterate(w, slots, keys, values):
     width = slots.shape[1]
     logits = np.zeros((len(slots), len(keys)))
     for s, slot in enumerate(slots):
-        q = w["aggregat.proj_q.weight"] @ norm(
-            slot, w["aggregat.norm_slots_0.weight"], w["aggregat.norm_slots_0.bias"]
-        )
+        q = w["aggregat.proj_q.weight"] @ norm(slot, w["aggregat.norm_slots_0.weight"], w["aggregat.norm_slots_0.bias"])
         for t, key in enumerate(keys):
             logits[s, t] = q @ key / math.sqrt(width)
     attention = np.stack([softmax(logits[:, t]) for t in range(len(keys))], axis=1)
@@ -150,7 +148,7 @@ def aw_mse(prediction, target, attention, power=0.5, cap=10.0):
 
 
 def select(attention, budget, top_k, received):
-    """Kept patches of one image, as in the authors' code: a set with CLS as 0, cut off, filled by attention received."""
+    """Kept patches of one image, as in the authors' code: a set with CLS as 0, cut off, then filled."""
     picks = set()
     for row in attention:
         for t in sorted(range(len(row)), key=lambda t: -row[t])[:top_k]:

@@ -45,7 +45,8 @@ def test_without_decoder(tmp_path):
     pruner.save_pretrained(tmp_path / "whole")
     pruner.save_pretrained(tmp_path / "small", include_decoder=False)
     x = torch.randn(2, 9, 16)
-    for again in (OCPruner.from_pretrained(tmp_path / "small"), OCPruner.from_pretrained(tmp_path / "whole", decoder=False)):
+    for name, decoder in (("small", True), ("whole", False)):
+        again = OCPruner.from_pretrained(tmp_path / name, decoder=decoder)
         assert again.decoder is None
         assert again(x, 4).reconstruction is None
         assert torch.equal(again.select(x, 4), pruner.select(x, 4))
@@ -110,7 +111,7 @@ def test_wrong_folders_are_refused(tmp_path):
 
 def test_use_for_another_vlm_is_refused():
     FOR.require(vlm="tiny-llava", layer=9, revision="any")  # what is not known is not refused
-    with pytest.raises(Incompatible, match="layer is 9 but 10 is needed.*weights is 'abc' but 'xyz'"):
+    with pytest.raises(Incompatible, match=r"layer is 9 but 10 is needed.*weights is 'abc' but 'xyz'"):
         FOR.require(layer=10, weights="xyz")
     with pytest.raises(BadInput, match="layr"):
         FOR.require(layr=9)
@@ -123,7 +124,7 @@ def test_configs_survive_json_and_say_all(kind, behaviour):
     record = json.loads(json.dumps(config.to_dict()))
     assert "auto" not in record.values()
     assert kind.from_dict(record) == config
-    with pytest.raises(BadInput, match="fil is|unknown keys fil"):
+    with pytest.raises(BadInput, match="unknown keys fil"):
         kind.from_dict({**record, "fil": 1})
 
 

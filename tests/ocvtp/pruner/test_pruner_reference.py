@@ -69,9 +69,7 @@ def test_decoder_equals_the_shuffled_one(small, weights, data, visible):
 def test_evaluation_hides_nothing(small, weights, data):
     tokens_BNC, queries_BKD = data
     out = small(tokens_BNC, SLOTS, queries_BKD)
-    expected = plain.decode(
-        weights, tokens_BNC[0].numpy(), out.slots[0].detach().numpy(), None, 0, heads=4, layers=3
-    )
+    expected = plain.decode(weights, tokens_BNC[0].numpy(), out.slots[0].detach().numpy(), None, 0, heads=4, layers=3)
     np.testing.assert_allclose(out.reconstruction[0].detach(), expected, atol=1e-9)
 
 
@@ -217,7 +215,12 @@ def test_a_pick_too_many_goes_by_hash_order():
         attention_BKN = torch.full((1, 65, 576), 1e-3)
         attention_BKN[0, torch.arange(65), places] = torch.linspace(0.5, 0.9, 65)
         found = choose(
-            attention_BKN, torch.tensor([[64]]), 64, fill="attention", fill_scores_BN=torch.zeros(1, 576), surplus="hash"
+            attention_BKN,
+            torch.tensor([[64]]),
+            64,
+            fill="attention",
+            fill_scores_BN=torch.zeros(1, 576),
+            surplus="hash",
         )
         expected = plain.select(attention_BKN[0].numpy(), 64, 1, np.zeros(576))
         assert found.indices_BS[0].tolist() == expected
@@ -339,9 +342,9 @@ def test_wrong_checkpoints_are_refused(small, tmp_path):
 
     torch.save(tensors, path)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(Corrupt, match="weights.pth"):
+    with pytest.raises(Corrupt, match=r"weights\.pth"):
         OCPruner.from_reference_checkpoint(path, small.config)
-    with pytest.raises(NotAvailable, match="nowhere.pth"):
+    with pytest.raises(NotAvailable, match=r"nowhere\.pth"):
         OCPruner.from_reference_checkpoint(tmp_path / "nowhere.pth")
 
     class Evil:

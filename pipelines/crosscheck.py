@@ -1,0 +1,128 @@
+"""What is wrong between entries of params.yaml, or between them and what there is: methods, benchmarks, VLMs.
+
+`pipelines.schema` has checked each entry by itself; an entry that failed there holds its default here, so that one
+mistake is not reported twice.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from ocvtp.errors import BadInput, OcvtpError
+from ocvtp.evaluation.catalogue import benchmarks
+from ocvtp.methods import REGISTRY
+from ocvtp.tokens.layers import resolve_layer
+from ocvtp.vlms import Entry, resolve
+from pipelines.grid import tokens_kept
+from pipelines.params import Params
+from pipelines.schema import Problems, nearest, show
+
+SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
+"""Those that stage `sample` writes questions for."""
+ALL = "all"
+
+
+def crosscheck(params: Params, problems: Problems) -> Params:
+    """Note everything that does not fit; returns the params with `method: all` spelt out."""
+    params = replace(params, method=_methods(params.method, problems))
+    _benchmarks(params, problems)
+    _sample(params, problems)
+    entries = _vlms(params.vlm, problems)
+    for entry in entries:
+        _layers(params.layer, entry, problems)
+        _budgets(params, entry, problems)
+    return params
+
+
+def _at(path: str, values: Sequence[object], index: int) -> str:
+    """The path of one value of an axis: with its place where there are several."""
+    return f"{path}[{index}]" if len(values) > 1 else path
+
+
+def _names(path: str, values: Sequence[str], legal: Iterable[str], problems: Problems) -> None:
+    names = list(legal)
+    for index, value in enumerate(values):
+        if value not in names:
+            problems.add(_at(path, values, index), f"{show(value)} is not legal{nearest(value, names)}")
+
+
+def _methods(methods: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
+    if methods == (ALL,):
+        return tuple(REGISTRY)
+    _names("method", methods, [*REGISTRY, *([ALL] if len(methods) == 1 else [])], problems)
+    return methods
+
+
+def _benchmarks(params: Params, problems: Problems) -> None:
+    _names("benchmark", params.benchmark, benchmarks(), problems)
+    if params.evaluate.data != "scenes":
+        return
+    if params.sample.questions < 2:
+        problems.add("sample.questions", "at least 2 are needed where evaluate.data is scenes (some come in pairs)")
+    for index, name in enumerate(params.benchmark):
+        if name in benchmarks() and name not in SCENE_BENCHMARKS:
+            problems.add(
+                _at("benchmark", params.benchmark, index),
+                f"there are no scenes for {name!r} (there are for {', '.join(SCENE_BENCHMARKS)}); "
+                "with evaluate.data: official it can be asked",
+            )
+
+
+def _sample(params: Params, problems: Problems) -> None:
+    sample = params.sample
+    for name in ("annotations", "image_folder"):
+        given = getattr(sample, name)
+        if sample.source == "coco" and given is None:
+            problems.add(f"sample.{name}", "null, but sample.source: coco needs the path")
+        if sample.source == "scenes" and given is not None:
+            problems.add(f"sample.{name}", f"{show(given)} is not read where sample.source is scenes: make it null")
+
+
+def _vlms(names: Sequence[str], problems: Problems) -> list[Entry]:
+    entries = []
+    for index, name in enumerate(names):
+        try:
+            entries.append(resolve(name))
+        except (OcvtpError, OSError, ValueError) as error:
+            problems.add(_at("vlm", names, index), str(error))
+    return entries
+
+
+def _layers(layers: Sequence[int], entry: Entry, problems: Problems) -> None:
+    seen: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        try:
+            resolved = resolve_layer(layer, entry.depth, vlm=f"the vision tower of {entry.name}")
+        except BadInput as error:
+            problems.add(_at("layer", layers, index), str(error))
+            continue
+        if resolved in seen:
+            problems.add(
+                _at("layer", layers, index), f"{layer} and {seen[resolved]} are the same layer of {entry.name}"
+            )
+        seen[resolved] = layer
+
+
+def _budgets(params: Params, entry: Entry, problems: Problems) -> None:
+    """Kept tokens, slots and top_k against the tokens of an image, where all images have the same."""
+    whole, counts = entry.tokens, dict[int, str]()
+    for index, keep in enumerate(params.keep):
+        where = _at("keep", params.keep, index)
+        try:
+            count = tokens_kept(keep, whole)
+        except BadInput as error:
+            problems.add(where, str(error))
+            continue
+        if count is not None and count in counts:
+            problems.add(where, f"{show(keep.written)} and {counts[count]} are both {count} tokens of {entry.name}")
+        elif count is not None:
+            counts[count] = show(keep.written)
+    for index, slots in enumerate(params.slots):
+        if whole is not None and max(slots) > whole:
+            problems.add(
+                _at("slots", params.slots, index),
+                f"{max(slots)} slots, but an image of {entry.name} has {whole} tokens",
+            )
+    for index, top_k in enumerate(params.top_k):
+        if counts and top_k > min(counts):
+            where = _at("top_k", params.top_k, index)
+            problems.add(where, f"{top_k} tokens a slot are more than the {min(counts)} that are kept")

@@ -1,0 +1,91 @@
+"""Stage `efficiency`: what a prefill costs with each method and budget. Writes `results/efficiency.json`.
+
+Closed forms: nothing is loaded or run.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
+from ocvtp.efficiency.shapes import VlmShape, shape_of
+from ocvtp.methods import REGISTRY
+from ocvtp.methods.budget import Budget
+from ocvtp.vlms import Entry, resolve
+from pipelines import outputs, stage
+from pipelines.grid import VANILLA
+from pipelines.stage import Stage
+
+WITH_PRUNER = ("oc-vtp", "oc-vtp-untrained")
+log = logging.getLogger(__name__)
+
+
+def work(run: Stage) -> None:
+    """Count, and write the output."""
+    rows = [row for name in run.params.vlm for row in rows_of(run, resolve(name))]
+    text_tokens = run.params.efficiency.text_tokens
+    outputs.write_json(run.root / outputs.RESULTS / "efficiency.json", {"text_tokens": text_tokens, "rows": rows})
+
+
+def rows_of(run: Stage, vlm: Entry) -> list[dict[str, Any]]:
+    """One row for the unpruned model, and one for each method, budget and top_k."""
+    from transformers import AutoConfig
+
+    params = run.params
+    shape = shape_of(AutoConfig.from_pretrained(vlm.folder))
+    whole = vlm.tokens or params.efficiency.image_tokens
+    rows = [_row(run, vlm, shape, whole, VANILLA, None)]
+    for name in params.method:
+        if REGISTRY[name].acts == "inside the LLM":
+            log.info("efficiency: %s drops tokens inside the language model, by a schedule: not counted", name)
+        elif name != VANILLA:
+            top_ks = params.top_k if "top_k" in REGISTRY[name].options else (None,)
+            rows += [_row(run, vlm, shape, whole, name, keep, top_k) for keep in params.keep for top_k in top_ks]
+    return rows
+
+
+def _row(
+    run: Stage, vlm: Entry, shape: VlmShape, whole: int, method: str, keep: Budget | None, top_k: int | None = None
+) -> dict[str, Any]:
+    kept = whole if keep is None else keep.tokens(whole)
+    text_tokens, llm = run.params.efficiency.text_tokens, shape.llm
+    pruner = _pruner(run, vlm, whole, kept, top_k or 1) if method in WITH_PRUNER else 0
+    flops = prefill_flops(shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner)
+    return {
+        "vlm": vlm.name,
+        "method": method,
+        "keep": None if keep is None else keep.written,
+        "tokens": kept,
+        "share": kept / whole,
+        "top_k": top_k,
+        "paper_flops": paper_llm_flops(kept + text_tokens, width=llm.width, layers=llm.layers, mlp=llm.mlp),
+        "flops": flops.as_dict(),
+        "kv_cache_bytes": kv_cache_bytes(llm, kept + text_tokens),
+    }
+
+
+def _pruner(run: Stage, vlm: Entry, whole: int, kept: int, top_k: int) -> int:
+    """Of the pruner that params.yaml describes, with the slots that this budget takes."""
+    config = run.params.train.pruner_config(vlm.width, vlm.grid)
+    return pruner_flops(
+        whole,
+        vlm.width,
+        config.max_slots or max(1, (kept + config.extra_slot) // top_k),
+        slot_dim=config.slot_dim,
+        hidden=config.hidden_dim,
+        ffn=config.ffn_dim,
+        iterations=config.iterations,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return stage.main("efficiency", __doc__ or "", work, arguments)
+
+
+if __name__ == "__main__":
+    stage.script("pipelines.efficiency")

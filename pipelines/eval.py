@@ -1,0 +1,221 @@
+"""Stage `evaluate`: every setting of the grid on every benchmark. Writes `results/` but for `efficiency.json`.
+
+`results/evaluate/<vlm>/<setting>/<benchmark>/` has the answers, `scores.json` a row for each of them, `summary.json`
+one for each setting with its seeds pooled, and `metrics.json` the same in short, for DVC. If tasks fail, the others'
+results are still written, and the stage ends with exit code 1.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cluster import Task, is_published
+from cluster.task import canonical
+from ocvtp.errors import BadInput, Corrupt
+from ocvtp.evaluation.catalogue import benchmark as named
+from ocvtp.methods import REGISTRY
+from ocvtp.vlms import Entry, resolve
+from pipelines import outputs, stage, tracking
+from pipelines.grid import PrunerCell, Setting, settings, vlm_folder
+from pipelines.spool import Record
+from pipelines.stage import Stage
+from pipelines.summary import Result, metrics, score_rows, summary_rows
+from pipelines.tasks.answers import answers
+
+
+@dataclass(frozen=True)
+class Input:
+    """A folder of the store, or one file of it, that tasks read, and the checksums of its files."""
+
+    path: str
+    files: dict[str, str]
+
+
+def work(run: Stage) -> None:
+    """Evaluate what is missing, and write the output."""
+    params = run.params
+    vlms = {name: resolve(name) for name in params.vlm}
+    wanted = settings(params, REGISTRY, {name: entry.tokens for name, entry in vlms.items()})
+    pruners = _pruners(run, [setting.pruner for setting in wanted if setting.pruner is not None])
+    data = _data(run)
+    tasks = {
+        (setting, name): _task(run, setting, name, vlms[setting.vlm], pruners, data.get(name))
+        for setting in wanted
+        for name in params.benchmark
+    }
+    report = run.run(list(tasks.values()))
+    results = list(_write(run, tasks))
+    tracking.track(run, list(_records(run, wanted, tasks, results)))
+    report.raise_if_failed()
+
+
+# --- Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _pruners(run: Stage, cells: Sequence[PrunerCell]) -> dict[PrunerCell, Input]:
+    """Where the store has each pruner; those that it lacks are put back from stage `train`'s output."""
+    if not cells:
+        return {}
+    path = run.input(outputs.PRUNERS, "train")
+    index = _read(path)
+    found = {}
+    for cell in dict.fromkeys(cells):
+        if cell.folder not in index:
+            raise BadInput(f"{path} has no {cell.folder}: run `python pipelines/train.py` or `dvc repro` first")
+        about = index[cell.folder]
+        found[cell] = Input(about["path"], about["files"])
+        run.put_back(about["path"], run.root / outputs.MODELS / cell.folder, about["files"])
+    run.require({run.store.root / one.path: one.files for one in found.values()}, "train")
+    return found
+
+
+def _data(run: Stage) -> dict[str, Input]:
+    """Where the store has each question set of ours; empty where the official ones are asked."""
+    if run.params.evaluate.data != "scenes":
+        return {}
+    place = run.input(f"{outputs.SAMPLE}/sample.json", "sample").parent
+    about = _read(place / "sample.json")["benchmarks"]
+    missing = [name for name in run.params.benchmark if name not in about]
+    if missing:
+        raise BadInput(f"{place} has no questions of {', '.join(missing)}: run `python pipelines/sample.py` first")
+    files = outputs.checksums(place / "benchmarks")
+    for folder in {Path(one["path"]).parent for one in about.values()}:
+        run.put_back(folder.as_posix(), place / "benchmarks", files)
+        run.require({run.store.root / folder: files}, "sample")
+    return {name: Input(about[name]["path"], {name: about[name]["sha256"]}) for name in run.params.benchmark}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Corrupt(f"{path} is not JSON: {error}") from error
+    return data
+
+
+# --- Tasks -----------------------------------------------------------------------------------------------------------
+
+
+def _task(
+    run: Stage,
+    setting: Setting,
+    benchmark: str,
+    vlm: Entry,
+    pruners: Mapping[PrunerCell, Input],
+    data: Input | None,
+) -> Task:
+    evaluate = run.params.evaluate
+    pruner = pruners[setting.pruner] if setting.pruner else None
+    spec = {
+        **_of_setting(run, setting, vlm, pruner),
+        # Not the name alone: what benchmarks.yaml says of it, and whose code scores it.
+        "benchmark": benchmark,
+        "task": json.loads(json.dumps(asdict(named(benchmark)))),
+        "lmms_eval": version("lmms-eval"),
+        "data": None if data is None else data.files[benchmark],
+        "limit": evaluate.limit,
+        "batch_size": evaluate.batch_size,
+    }
+    at = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
+    name = f"{vlm_folder(setting.vlm)} {setting.name} {benchmark}"
+    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, at)
+
+
+def _of_setting(run: Stage, setting: Setting, vlm: Entry, pruner: Input | None) -> dict[str, Any]:
+    """The part of a spec that all benchmarks share."""
+    evaluate = run.params.evaluate
+    # The count where all images have as many tokens, so that 0.333 and 48 of 144 are one and the same.
+    keep = setting.tokens or setting.share if setting.keep is not None else None
+    return {
+        "vlm": setting.vlm,
+        "revision": vlm.revision,
+        "weights": vlm.weights,
+        "method": setting.method,
+        "keep": keep,
+        "seed": setting.seed,
+        "options": setting.options,
+        "pruner": None if pruner is None else _weights(pruner),
+        "dtype": evaluate.dtype,
+        "max_new_tokens": evaluate.max_new_tokens,
+    }
+
+
+def _weights(pruner: Input) -> dict[str, str]:
+    """What of a pruner determines what it keeps."""
+    return {name: pruner.files[name] for name in ("config.json", "model.safetensors")}
+
+
+# --- Output ----------------------------------------------------------------------------------------------------------
+
+
+def _write(run: Stage, tasks: Mapping[tuple[Setting, str], Task]) -> Iterator[Result]:
+    """Copy what is published, and write the tables; yields the results."""
+    place = run.root / outputs.RESULTS
+    found = []
+    with outputs.folder(place / "evaluate") as folder:
+        for (setting, benchmark), task in tasks.items():
+            if is_published(task.out):
+                path = f"{vlm_folder(setting.vlm)}/{setting.name}/{benchmark}"
+                outputs.copy_published(task.out, folder / path)
+                found.append(Result.read(setting, benchmark, folder / path, f"{outputs.RESULTS}/evaluate/{path}"))
+    resamples = run.params.evaluate.bootstrap
+    summary = summary_rows(found, run.params.benchmark, resamples)
+    outputs.write_json(place / "scores.json", score_rows(found, resamples))
+    outputs.write_json(place / "summary.json", summary)
+    outputs.write_json(place / "metrics.json", metrics(summary))
+    yield from found
+
+
+def _records(
+    run: Stage, wanted: Sequence[Setting], tasks: Mapping[tuple[Setting, str], Task], results: Sequence[Result]
+) -> Iterator[Record]:
+    """Of each setting with any result, for MLflow."""
+    by: dict[Setting, dict[str, Result]] = {}
+    for result in results:
+        by.setdefault(result.setting, {})[result.benchmark] = result
+    vanilla = {setting.vlm: by.get(setting, {}) for setting in wanted if setting.keep is None}
+    sets = {name: task.spec["data"] for (_, name), task in tasks.items()}
+    for setting, found in by.items():
+        task = tasks[setting, next(iter(found))]
+        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "at", "batch_size")}
+        identity = canonical({"setting": shared, "data": _data_identity(run, sets), "code": task.code})
+        scores = {name: result.score["score"] for name, result in found.items()}
+        relative = {name: found[name].relative_to(vanilla[setting.vlm].get(name)) for name in found}
+        known = [value for value in relative.values() if value is not None]
+        if known and len(known) == len(run.params.benchmark):
+            scores["average_relative"] = sum(known) / len(known)
+        scores |= {f"{name}_relative": value for name, value in relative.items()}
+        axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
+        yield Record(
+            fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:24],
+            kind="setting",
+            name=f"{vlm_folder(setting.vlm)}/{setting.name}",
+            params={key: value for key, value in axes.items() if value is not None},
+            metrics={key: value for key, value in scores.items() if value is not None},
+            tags={"pruner": str(next(iter(found.values())).score["setting"].get("fingerprint") or "")},
+        )
+
+
+def _data_identity(run: Stage, sets: Mapping[str, Any]) -> Any:
+    """What tells these questions from others, whichever of the benchmarks are in the grid."""
+    if run.params.evaluate.data != "scenes":
+        return "official"
+    about = _read(run.root / outputs.SAMPLE / "sample.json")["benchmarks"]
+    return {name: one["sha256"] for name, one in about.items()} or dict(sets)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return stage.main("evaluate", __doc__ or "", work, arguments)
+
+
+if __name__ == "__main__":
+    stage.script("pipelines.eval")

@@ -1,0 +1,144 @@
+"""Stage `extract`: tokens of the sampled images, by VLM and layer. Writes `data/tokens/<vlm>/layer_<l>.json`.
+
+One pass of a tower makes the tokens of all layers that are missing; each layer is then a result of its own, so that
+another layer costs only itself. Tokens stay in the store; the output lists their shards with checksums.
+"""
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cluster import ClusterError, Task, adopt, is_published
+from ocvtp.errors import Corrupt
+from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
+from ocvtp.vlms import Entry, resolve
+from pipelines import outputs, stage
+from pipelines.grid import vlm_folder
+from pipelines.stage import Stage
+from pipelines.tasks.tokens import tokens
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images and one VLM: a task for each layer, of which only the place is used, and one for all of them."""
+
+    layers: dict[int, Task]
+    whole: Task
+
+    @property
+    def missing(self) -> list[int]:
+        """Layers that are not published."""
+        return [layer for layer, task in self.layers.items() if not is_published(task.out)]
+
+
+def work(run: Stage) -> None:
+    """Extract what is missing, and write the output."""
+    images = read_images(run)
+    parts = {vlm: _parts(run, resolve(vlm), images) for vlm in run.params.vlm}
+    everything = [part for some in parts.values() for part in some]
+    run.set_damaged_aside(task.out for part in everything for task in part.layers.values())
+    _adopt(run, [(part, part.whole) for part in everything if is_published(part.whole.out)])
+    passes = [(part, _pass(run, part)) for part in everything if part.missing]
+    report = run.run([task for _, task in passes])
+    _adopt(run, passes)
+    report.raise_if_failed()
+    with outputs.folder(run.root / outputs.TOKENS) as folder:
+        for vlm, some in parts.items():
+            for layer in run.params.layer:
+                shards = [_shard(part.layers[layer].out) for part in some]
+                path = folder / vlm_folder(vlm) / f"layer_{layer}.json"
+                outputs.write_json(path, layer_listing(shards, run.store.root))
+
+
+def read_images(run: Stage) -> list[dict[str, str]]:
+    """What stage `sample` listed."""
+    path = run.input(f"{outputs.SAMPLE}/images.json", "sample")
+    try:
+        images: list[dict[str, str]] = json.loads(path.read_bytes())
+        if not images or any(set(image) != {"id", "path", "sha256"} for image in images):
+            raise ValueError("it should be a list of objects with id, path and sha256")
+    except ValueError as error:
+        raise Corrupt(f"{path} is not what stage sample writes: {error}") from error
+    return images
+
+
+def _parts(run: Stage, vlm: Entry, images: Sequence[dict[str, str]]) -> list[Part]:
+    size = run.params.extract.shard_images
+    return [_part(run, vlm, first, images[first : first + size]) for first in range(0, len(images), size)]
+
+
+def _part(run: Stage, vlm: Entry, first: int, images: Sequence[dict[str, str]]) -> Part:
+    extract = run.params.extract
+    common = {
+        "vlm": vlm.name,
+        "revision": vlm.revision,
+        "weights": vlm.weights,
+        "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
+        "dtype": extract.dtype,
+        "compute_dtype": extract.compute_dtype,
+        "preprocessing": extract.preprocessing,
+        "batch_size": extract.batch_size,
+    }
+    at = {"images": [image["path"] for image in images]}
+    demand = run.params.cluster.resources.extract
+
+    def make(kind: str, layers: list[int]) -> Task:
+        name = f"{vlm.name} {first}, layer {', '.join(map(str, layers))}"
+        return run.task(kind, name, tokens, {**common, "layers": layers}, demand, at)
+
+    layers = {layer: make("tokens", [layer]) for layer in run.params.layer}
+    return Part(layers, make("passes", sorted(run.params.layer)))
+
+
+def _pass(run: Stage, part: Part) -> Task:
+    """The task that makes the missing layers."""
+    layers = sorted(part.missing)
+    if layers == part.whole.spec["layers"]:
+        return part.whole
+    spec = {key: value for key, value in part.whole.spec.items() if key != "at"}
+    name = f"{part.whole.name.split(',')[0]}, layer {', '.join(map(str, layers))}"
+    demand = run.params.cluster.resources.extract
+    return run.task("passes", name, tokens, {**spec, "layers": layers}, demand, part.whole.spec["at"])
+
+
+def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
+    """Publish each layer of a pass as a result of its own, then drop the pass: the files are the same."""
+    run.set_damaged_aside(task.out for _, task in passes)
+    for part, task in passes:
+        if not is_published(task.out):
+            continue
+        for layer in task.spec["layers"]:
+            out = part.layers[layer].out
+            try:
+                adopt(task.out / f"layer_{layer}", out)
+            except (ClusterError, OSError):
+                if not is_published(out):  # else another run adopted and dropped the pass meanwhile
+                    raise
+        doomed = task.out.with_name(f".{task.out.name}.dropped")
+        try:
+            task.out.rename(doomed)
+        except FileNotFoundError:
+            continue
+        shutil.rmtree(doomed)
+
+
+def _shard(folder: Path) -> Shard:
+    return folder, ShardManifest.read(folder / "tokens.arrow.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return stage.main("extract", __doc__ or "", work, arguments)
+
+
+if __name__ == "__main__":
+    stage.script("pipelines.extract")

@@ -1,0 +1,1 @@
+"""The report: what the stages left on disk, turned into tables, sentences and pictures on one page."""

@@ -1,0 +1,162 @@
+"""Tables beside the main ones: cost, the paper's own numbers, and what made the results."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.report_html import names
+from pipelines.report_html.data import Results, Row
+from pipelines.report_html.tables import Block, Cell, Line, Table
+
+_PARTS = ("tower", "projector", "pruner", "llm", "lm_head")
+_PAPER_TABLES = {
+    "table1_llava_1_5_7b": "LLaVA-1.5-7B",
+    "table2_llava_next_7b": "LLaVA-NeXT-7B",
+    "table3_qwen2_5_vl_7b": "Qwen2.5-VL-7B",
+}
+
+
+def efficiency_table(results: Results, vlm: str) -> Table | None:
+    """Operations of a prefill by the paper's formula and in truth, and the KV cache; None if not counted."""
+    if results.efficiency is None:
+        return None
+    rows = [row for row in results.efficiency["rows"] if row["vlm"] == vlm]
+    if not rows:
+        return None
+    vanilla = next((row for row in rows if row["method"] == "vanilla"), None)
+    whole = _total(vanilla)
+    blocks = (
+        [Block(f"Vanilla, {names.budget(vanilla['tokens'], 1.0, whole=True)}", [_cost(vanilla, whole)])]
+        if (vanilla)
+        else []
+    )
+    pruned = [row for row in rows if row["method"] != "vanilla"]
+    for tokens in sorted({row["tokens"] for row in pruned}, reverse=True):
+        group = [row for row in pruned if row["tokens"] == tokens]
+        share = group[0].get("share") or (tokens / vanilla["tokens"] if vanilla else None)
+        blocks.append(Block(f"Retain {names.budget(tokens, share)}", [_cost(row, whole) for row in group]))
+    text = results.efficiency.get("text_tokens")
+    return Table(
+        name=f"efficiency-{vlm}",
+        caption=f"Operations of a prefill of one image ({vlm})",
+        head=["Method", "Paper’s formula", "Tower", "Projector", "Pruner", "LLM", "lm_head", "All", "KV cache"],
+        blocks=blocks,
+        note="FLOP, a multiply-accumulate counts as two. The paper’s formula has the language model only, with two of "
+        "its MLP’s three matrices; the other columns count all that runs. Under each sum: percent of vanilla’s."
+        + (f" {text} text tokens beside the image’s." if text is not None else ""),
+    )
+
+
+def paper_table(results: Results) -> Table | None:
+    """The averages that the paper reports, to compare with."""
+    if results.paper is None:
+        return None
+    blocks = []
+    for key, vlm in _PAPER_TABLES.items():
+        rows = results.paper.get(key, {}).get("rows", [])
+        budgets = list(dict.fromkeys(row["retain"] for row in rows))[1:]
+        methods = list(dict.fromkeys(row["method"] for row in rows))[1:]
+        found = {(row["method"], row["retain"]): row.get("average_relative_percent") for row in rows}
+        lines = [Line(m, [Cell(names.percent(found.get((m, b)))) for b in budgets[:3]]) for m in methods]
+        lines = [line for line in lines if any(cell.top != names.DASH for cell in line.cells)]
+        if lines:
+            blocks.append(Block(f"{vlm}: {'; '.join(budgets[:3])}", lines))
+    if not blocks:
+        return None
+    return Table(
+        name="paper",
+        caption="The paper’s averages",
+        head=["Method", "largest budget", "middle", "smallest"],
+        blocks=blocks,
+        note="Average relative accuracy as printed in the paper, over its own benchmarks, without intervals. "
+        "Nothing on this page was tuned to these numbers.",
+    )
+
+
+def pruners_table(results: Results) -> Table | None:
+    """The trained pruners; None if none is there."""
+    if not results.pruners:
+        return None
+    fingerprints = {_identity(row): row["fingerprint"] for row in results.scores if row.get("fingerprint")}
+    lines = []
+    for pruner in results.pruners:
+        config = pruner.config
+        values = [c for c in pruner.curves.get("val_loss", []) if c is not None]
+        lines.append(
+            Line(
+                pruner.name,
+                [
+                    Cell(names.plain(fingerprints.get(_identity({**config, "vlm": pruner.vlm})))[:12]),
+                    Cell(names.plain(pruner.metrics.get("val_loss", min(values, default=None)))),
+                    Cell(names.plain(pruner.metrics.get("steps"))),
+                ],
+            )
+        )
+    return Table(
+        name="pruners",
+        caption="Trained pruners",
+        head=["Pruner", "Fingerprint", "Validation loss", "Steps"],
+        blocks=[Block("", lines)],
+    )
+
+
+def provenance(results: Results) -> list[tuple[str, str]]:
+    """What made the numbers: (what, which). Values that differ between results are all listed."""
+    scores = [results.score_file(row) for row in results.scores]
+    facts: list[tuple[str, str]] = []
+    for key, title in (
+        ("dtype", "Computed in"),
+        ("attn_implementation", "Attention"),
+        ("image_backend", "Images read by"),
+        ("prompt_template", "Prompt"),
+    ):
+        facts += _fact(title, [score.get(key) for score in scores])
+    facts += _fact("VLM", [_revision(score.get("setting") or {}) for score in scores])
+    asked = {row["benchmark"]: row.get("n") for row in results.scores if row.get("n")}
+    facts += _fact("Questions", [", ".join(f"{names.benchmark(k)} {v}" for k, v in asked.items())])
+    if results.sample is not None:
+        facts += _fact("Data", ["; ".join(f"{k} {names.plain(v)}" for k, v in results.sample.items() if _short(v))])
+    versions: dict[str, list[Any]] = {}
+    for score in scores:
+        for package, version in (score.get("versions") or {}).items():
+            versions.setdefault(package, []).append(version)
+    facts += _fact("Packages", ["; ".join(f"{p} {_distinct(v)}" for p, v in sorted(versions.items()))])
+    return facts
+
+
+def _cost(row: Row, whole: float | None) -> Line:
+    flops = row["flops"]
+    total = _total(row)
+    share = names.percent(100 * total / whole) if total and whole else ""
+    cells = [Cell(names.flops(row.get("paper_flops")))]
+    cells += [Cell(names.flops(flops.get(part)) if flops.get(part) else names.DASH) for part in _PARTS]
+    cells += [Cell(names.flops(total), share), Cell(names.size(row.get("kv_cache_bytes")))]
+    return Line(names.method(row["method"]), cells)
+
+
+def _total(row: Row | None) -> float | None:
+    if row is None:
+        return None
+    flops = row["flops"]
+    return flops["total"] if "total" in flops else sum(flops.get(part) or 0 for part in _PARTS)
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    return tuple(names.plain(row.get(key)) for key in ("vlm", "layer", "loss", "slots", "seed"))
+
+
+def _revision(setting: Row) -> str | None:
+    vlm = setting.get("vlm")
+    return f"{vlm} ({setting['revision']})" if vlm and setting.get("revision") else vlm
+
+
+def _fact(title: str, found: Sequence[Any]) -> list[tuple[str, str]]:
+    text = _distinct(found)
+    return [(title, text)] if text else []
+
+
+def _distinct(found: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(names.plain(value) for value in found if value not in (None, "")))
+
+
+def _short(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)

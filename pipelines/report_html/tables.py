@@ -1,0 +1,278 @@
+"""Tables in the layouts of the paper, as plain data: how they look on a page is the templates' affair.
+
+A cell has a line above (a score) and a line below (relative accuracy or an interval). The highest value of a
+block and column is bold only where its 95% interval lies above the intervals of all others in the block.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.report_html import names
+from pipelines.report_html.data import AXES, Results, Row
+
+PAPERS_CHOICE: Mapping[str, Any] = {"layer": 9, "loss": "aw_mse", "top_k": 1}
+"""Where the grid has several values on an axis, the main table shows the paper's choice."""
+PRUNED = "oc-vtp"
+BOLD_RULE = (
+    "Bold: the best of a block and column, only where its 95% interval lies above those of all others in the block."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Two lines of a table. `value` and its interval decide what is bold."""
+
+    top: str
+    bottom: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row: a label and a cell for each column."""
+
+    label: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows under one heading; no heading if empty."""
+
+    title: str
+    lines: Sequence[Line]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption; `note` says what it shows and how to read it."""
+
+    name: str
+    caption: str
+    head: Sequence[str]
+    blocks: Sequence[Block]
+    note: str = ""
+
+
+MISSING = Cell(names.DASH)
+
+
+def reference(results: Results, vlm: str) -> dict[str, Any]:
+    """The value of each axis that the main table shows: the paper's where it is in the grid, else the
+    first.
+    """
+    chosen = {}
+    for axis in AXES:
+        seen = values(results, vlm, axis)
+        wanted = PAPERS_CHOICE.get(axis)
+        chosen[axis] = wanted if wanted in seen else seen[0] if seen else None
+    return chosen
+
+
+def values(results: Results, vlm: str, axis: str) -> list[Any]:
+    """The values of an axis that OC-VTP was run with, in order of appearance."""
+    seen: list[Any] = []
+    for row in results.summary:
+        if row["vlm"] == vlm and row["method"] == PRUNED and row[axis] is not None and row[axis] not in seen:
+            seen.append(row[axis])
+    return seen
+
+
+def chosen_rows(results: Results, vlm: str) -> list[Row]:
+    """Summary rows of a VLM at the reference value of each axis that they have."""
+    wanted = reference(results, vlm)
+    rows = [row for row in results.summary if row["vlm"] == vlm]
+    return [row for row in rows if all(row[axis] in (None, wanted[axis]) for axis in AXES)]
+
+
+def main_table(results: Results, vlm: str) -> Table:
+    """Scores and relative accuracy of all methods and budgets: the layout of the paper's Table 1."""
+    rows = chosen_rows(results, vlm)
+    vanilla = [row for row in rows if row["method"] == "vanilla"]
+    blocks = [
+        Block(
+            f"Vanilla, {names.budget(row['tokens'], 1.0, whole=True)}",
+            [Line(names.method("vanilla"), _score_cells(results, row, pruned=False))],
+        )
+        for row in vanilla[:1]
+    ]
+    for tokens, share in _budgets(rows):
+        block = [row for row in rows if row["method"] != "vanilla" and row["share"] == share]
+        lines = [Line(names.method(row["method"]), _score_cells(results, row)) for row in _standing(block)]
+        blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
+    return Table(
+        name=f"main-{vlm}",
+        caption="Scores, and percent of vanilla’s",
+        head=["Method", *map(names.benchmark, results.benchmarks), "Avg"],
+        blocks=blocks,
+        note="Under each score: percent of vanilla's. Avg: mean of these percents, with its 95% interval from a "
+        f"bootstrap over questions, paired with vanilla, seeds pooled. {BOLD_RULE}{_setting_note(results, vlm)}",
+    )
+
+
+def top_k_table(results: Results, vlm: str) -> Table | None:
+    """Slots and tokens a slot at equal budget: the layout of Table 5. None unless the grid has several
+    top-k.
+    """
+    rows = _ablated(results, vlm, "top_k")
+    if rows is None:
+        return None
+    blocks = []
+    for tokens, share in _budgets(rows):
+        block = sorted((row for row in rows if row["share"] == share), key=lambda row: -row["top_k"])
+        lines = [Line(_slots_label(row), _score_cells(results, row)) for row in block]
+        blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
+    return Table(
+        name=f"top-k-{vlm}",
+        caption=f"Fewer slots that keep more tokens each ({vlm})",
+        head=["Slots, top-k", *map(names.benchmark, results.benchmarks), "Avg"],
+        blocks=blocks,
+        note=f"OC-VTP at equal budget. {BOLD_RULE}{_setting_note(results, vlm, but='top_k')}",
+    )
+
+
+def layer_table(results: Results, vlm: str) -> Table | None:
+    """The layer that the slots look at: the layout of Table 6."""
+    return _by_axis(results, vlm, "layer", "Where the pruner looks", lambda value: f"Layer {value}")
+
+
+def loss_table(results: Results, vlm: str) -> Table | None:
+    """The loss of training: the layout of Table 7."""
+    return _by_axis(
+        results, vlm, "loss", "The loss that trains the pruner", lambda value: names.LOSSES.get(value, value)
+    )
+
+
+def slots_table(results: Results, vlm: str) -> Table | None:
+    """The slot counts drawn in training."""
+    return _by_axis(results, vlm, "slots", "Slot counts drawn in training", names.plain)
+
+
+def ablations(results: Results, vlm: str) -> list[Table]:
+    """The ablation tables for which the grid has several values."""
+    tables = [make(results, vlm) for make in (top_k_table, layer_table, loss_table, slots_table)]
+    return [table for table in tables if table is not None]
+
+
+# --- Pieces
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _by_axis(results: Results, vlm: str, axis: str, caption: str, label: Callable[[Any], str]) -> Table | None:
+    """Averages: a row for each budget, a column for each value."""
+    rows = _ablated(results, vlm, axis)
+    if rows is None:
+        return None
+    columns = values(results, vlm, axis)
+    lines = []
+    for tokens, share in _budgets(rows):
+        found = {str(row[axis]): row for row in rows if row["share"] == share}
+        cells = [_average_cell(found.get(str(value))) for value in columns]
+        lines.append(Line(names.budget(tokens, share), _best_across(cells)))
+    return Table(
+        name=f"{axis}-{vlm}",
+        caption=f"{caption} ({vlm})",
+        head=["Tokens", *map(label, columns)],
+        blocks=[Block("", lines)],
+        note="Average relative accuracy of OC-VTP with its 95% interval. Bold: the best of a row, only where its "
+        f"interval lies above the others.{_setting_note(results, vlm, but=axis)}",
+    )
+
+
+def _ablated(results: Results, vlm: str, axis: str) -> list[Row] | None:
+    """OC-VTP's rows that differ on one axis only; None if there is nothing to compare."""
+    if len(values(results, vlm, axis)) < 2:
+        return None
+    wanted = reference(results, vlm)
+    rows = [row for row in results.summary if row["vlm"] == vlm and row["method"] == PRUNED]
+    return [row for row in rows if all(row[a] == wanted[a] for a in AXES if a != axis)]
+
+
+def _budgets(rows: Iterable[Row]) -> list[tuple[float | None, float]]:
+    """(tokens, share) of all budgets, the largest first."""
+    found = {row["share"]: row["tokens"] for row in rows if row["method"] != "vanilla"}
+    return [(found[share], share) for share in sorted(found, reverse=True)]
+
+
+def _standing(rows: Sequence[Row]) -> list[Row]:
+    """Rivals in the order in which they were asked for, then ours, as in the paper."""
+    return [row for row in rows if not row["method"].startswith(PRUNED)] + sorted(
+        (row for row in rows if row["method"].startswith(PRUNED)), key=lambda row: -len(row["method"])
+    )
+
+
+def _score_cells(results: Results, row: Row, *, pruned: bool = True) -> list[Cell]:
+    cells = []
+    for name in results.benchmarks:
+        found = row["benchmarks"].get(name)
+        if not found or found.get("score") is None:
+            cells.append(Cell(names.DASH, names.DASH))
+            continue
+        relative = found.get("relative") if pruned else 100.0
+        cells.append(
+            Cell(
+                score_text(results, name, found["score"]),
+                "100%" if not pruned else names.percent(relative),
+                relative,
+                found.get("ci_low"),
+                found.get("ci_high"),
+            )
+        )
+    if not pruned:
+        return [*cells, Cell("100%")]
+    return [*cells, _average_cell(row)]
+
+
+def _average_cell(row: Row | None) -> Cell:
+    average = (row or {}).get("average") or {}
+    value, low, high = (average.get(key) for key in ("relative", "ci_low", "ci_high"))
+    if value is None:
+        return MISSING
+    return Cell(names.percent(value), names.interval(low, high), value, low, high)
+
+
+def score_text(results: Results, benchmark: str, score: float) -> str:
+    """A score as the paper prints it: shares in percent with one digit, sums of points without."""
+    points = max(
+        (row["score"] for row in results.scores if row["benchmark"] == benchmark and row["score"] is not None),
+        default=score,
+    )
+    if points <= 1 and score <= 1:
+        return f"{100 * score:.1f}"
+    return f"{score:.1f}" if points <= 100 else f"{score:.0f}"
+
+
+def _embolden(lines: Sequence[Line]) -> list[Line]:
+    """The lines with the best of each column in bold, where it is best beyond doubt."""
+    if len(lines) < 2:
+        return list(lines)
+    columns = [_best_across(column) for column in zip(*(line.cells for line in lines), strict=True)]
+    return [Line(line.label, [column[index] for column in columns]) for index, line in enumerate(lines)]
+
+
+def _best_across(cells: Sequence[Cell]) -> list[Cell]:
+    known = [cell for cell in cells if cell.value is not None]
+    if len(known) < 2:
+        return list(cells)
+    best = max(known, key=lambda cell: cell.value or 0.0)
+    others = [cell for cell in known if cell is not best]
+    clear = best.low is not None and all(cell.high is not None and cell.high < best.low for cell in others)
+    return [Cell(c.top, c.bottom, c.value, c.low, c.high, bold=clear and c is best) for c in cells]
+
+
+def _slots_label(row: Row) -> str:
+    tokens, k = row["tokens"], row["top_k"]
+    return f"Top {k}" if tokens is None else f"{int(tokens) // k} Slots - Top {k}"
+
+
+def _setting_note(results: Results, vlm: str, but: str = "") -> str:
+    """What the fixed axes are, where the grid has several values on any of them."""
+    if all(len(values(results, vlm, axis)) < 2 for axis in AXES):
+        return ""
+    wanted = reference(results, vlm)
+    shown = [f"{axis} {names.plain(wanted[axis])}" for axis in AXES if axis != but and wanted[axis] is not None]
+    return f" OC-VTP here: {'; '.join(shown)}."

@@ -1,0 +1,231 @@
+"""What all stages share: where things are, planning and running tasks, exit codes and messages.
+
+Exit codes: 0 all is there, 1 tasks failed or data is damaged, 2 bad input, 130 Ctrl-C.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster import (
+    ClusterConfig,
+    ClusterError,
+    Corrupt,
+    Interrupted,
+    Report,
+    Resources,
+    Store,
+    Task,
+    TasksFailed,
+    is_published,
+    quarantine,
+    run,
+    verify,
+)
+from cluster.code import call_name, fingerprint
+from cluster.machine import visible_gpus
+from cluster.task import Call, task_key
+from ocvtp.errors import BadInput, NotAvailable, OcvtpError
+from ocvtp.errors import Corrupt as DataCorrupt
+from pipelines.params import Params, load
+from pipelines.sections import Demand
+from pipelines.tasks.restored import restored
+
+log = logging.getLogger("pipelines")
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Of the repository, or of the copy of it that a Ray job runs in."""
+_READERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage at work.
+
+    Attributes:
+        name: as in dvc.yaml.
+        params: the entries that it may read.
+        root: where the outputs of stages are.
+        config: of the package `cluster`.
+    """
+
+    name: str
+    params: Params
+    root: Path
+    config: ClusterConfig
+
+    @cached_property
+    def store(self) -> Store:
+        """Published results."""
+        return Store(self.config.store)
+
+    def resources(self, demand: Demand) -> Resources:
+        """Of one task."""
+        gpus = demand.gpus
+        if not isinstance(gpus, int):
+            gpus = min(1, len(visible_gpus())) if self.config.executor == "local" else 0
+        return Resources(demand.cpus, gpus, demand.memory_gb, demand.minutes)
+
+    def task(
+        self,
+        kind: str,
+        name: str,
+        call: Call,
+        spec: dict[str, Any],
+        demand: Demand,
+        at: Mapping[str, Any] | None = None,
+    ) -> Task:
+        """A task of the store whose key does not depend on where its inputs lie (`at`, in the spec under that name)."""
+        code = fingerprint(call)
+        key = task_key(call_name(call), spec, code)
+        spec = spec if at is None else {**spec, "at": dict(at)}
+        return Task(name, call, spec, self.store.path(kind, key), self.resources(demand), kind, code, key)
+
+    def in_store(self, path: Path) -> str:
+        """The path relative to the store, with `/`."""
+        return path.relative_to(self.store.root).as_posix()
+
+    def input(self, path: str, made_by: str) -> Path:
+        """A file or folder that an earlier stage made; `BadInput` says how to get it."""
+        found = self.root / path
+        if not found.exists():
+            raise BadInput(
+                f"{found} is not there: run `python pipelines/{made_by}.py` or `dvc repro` first"
+                " (OCVTP_ROOT names the folder of the outputs, if it is another one)"
+            )
+        return found
+
+    def run(self, tasks: Sequence[Task]) -> Report:
+        """Run what is missing; results that are damaged are set aside and made again.
+
+        The report tells what failed: nothing is raised for that.
+        """
+        self.set_damaged_aside(task.out for task in tasks)
+        return run(tasks, config=self.config, label=self.name, fail_fast=self.params.cluster.fail_fast)
+
+    def set_damaged_aside(self, folders: Iterable[Path]) -> None:
+        """Verify those that are published; move the damaged ones away, so that they count as missing."""
+
+        def look(folder: Path) -> None:
+            try:
+                verify(folder)
+            except Corrupt as error:
+                log.warning("%s: set aside as %s, it is made again", error, quarantine(folder).name)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(look, [folder for folder in folders if is_published(folder)]))
+
+    def require(self, wanted: Mapping[Path, Mapping[str, str]], made_by: str) -> None:
+        """Make sure that folders of the store hold these files (path -> SHA-256), whole.
+
+        Raises:
+            Corrupt: one does not; names it and the command that makes it again.
+        """
+
+        def look(folder: Path) -> str | None:
+            try:
+                files = {file.path: file.sha256 for file in verify(folder).files}
+            except Corrupt as error:
+                return str(error)
+            wrong = [path for path, sha256 in wanted[folder].items() if files.get(path) != sha256]
+            return f"{folder / wrong[0]} is not the file that was made (SHA-256 differs)" if wrong else None
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = [problem for problem in pool.map(look, wanted) if problem]
+        if found:
+            raise DataCorrupt(
+                f"{len(found)} of {len(wanted)} results of stage {made_by} in the store {self.store.root} cannot be"
+                f" used; make them again: `python pipelines/{made_by}.py`\n  " + "\n  ".join(found[:5])
+            )
+
+    def put_back(self, path: str, source: Path, files: Mapping[str, str]) -> None:
+        """Publish an output again under the name that it had, if this store lacks it: DVC brought it from elsewhere.
+
+        Args:
+            path: in the store.
+            source: the output.
+            files: path -> SHA-256 of what is to be published.
+        """
+        out = self.store.root / path
+        self.set_damaged_aside([out])
+        if is_published(out):
+            return
+        spec = {"source": str(source.resolve()), "files": dict(files)}
+        code = fingerprint(restored)
+        task = Task(f"put back {path}", restored, spec, out, kind=out.parent.name, code=code, key=out.name)
+        run([task], "local", config=self.config, label=f"{self.name}, put back").raise_if_failed()
+
+
+def home_of(root: Path) -> Path:
+    """The repository that an experiment's copy belongs to, so that `dvc exp run --temp` shares store and tracking."""
+    for parent in root.parents:
+        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
+            return parent.parents[2]
+    return root
+
+
+def open_stage(name: str, file: Path | None = None, root: Path | None = None) -> Stage:
+    """Read the params and find what a stage needs; `BadInput` lists what is wrong with them.
+
+    Args:
+        name: of the stage.
+        file: other params than those of the repository.
+        root: where outputs of stages are; the repository, or OCVTP_ROOT where no DVC runs the stage.
+    """
+    if root is None:
+        elsewhere = None if "DVC_STAGE" in os.environ else os.environ.get("OCVTP_ROOT")
+        root = Path(elsewhere) if elsewhere else ROOT
+    params = load(file or ROOT / "params.yaml")
+    config = ClusterConfig.from_params(params.cluster.config)
+    config = replace(config, store=home_of(root.resolve()) / config.store)
+    return Stage(name, params.seen_by(name), root, config)
+
+
+def script(module: str) -> None:
+    """Run `main` of a stage's module and leave with its exit code.
+
+    The module is imported by its name, although it already runs as the script: tasks name functions by it.
+    """
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT) + (os.pathsep + path if path else "")  # for workers
+    sys.exit(importlib.import_module(module).main())
+
+
+def main(name: str, doc: str, work: Callable[[Stage], None], arguments: Sequence[str] | None = None) -> int:
+    """The command line of a stage; returns the exit code."""
+    parser = argparse.ArgumentParser(prog=f"python pipelines/{name}.py", description=doc.splitlines()[0])
+    parser.add_argument("--params", type=Path, metavar="FILE", help="params to use instead of params.yaml")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "urllib3", "alembic", "matplotlib", "PIL", "filelock", "git"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        work(open_stage(name, options.params))
+    except (OcvtpError, ClusterError, KeyboardInterrupt, OSError) as error:
+        if options.debug:
+            log.debug("%s", name, exc_info=True)
+        return explain(name, error)
+    return 0
+
+
+def explain(name: str, error: BaseException) -> int:
+    """Say what went wrong; returns the exit code for it."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    if isinstance(error, KeyboardInterrupt):
+        console.print(f"{name}: stopped; what was finished is kept, the next run goes on from there")
+        return error.exit_code if isinstance(error, Interrupted) else 130
+    console.print(f"{name}: {error}", style="red")
+    if isinstance(error, TasksFailed | Corrupt | DataCorrupt | OSError) and not isinstance(error, NotAvailable):
+        return 1
+    return 2

@@ -1,0 +1,36 @@
+"""The task of stage `train`: one pruner, resumed where an attempt that died had stopped."""
+
+from pathlib import Path
+from typing import Any
+
+from cluster import progress
+from ocvtp.pruner.config import PrunerConfig
+from ocvtp.pruner.provenance import TrainedFor
+from ocvtp.pruner.train import TrainConfig, train
+from ocvtp.tokens.loader import TokenDataset
+from ocvtp.tokens.manifest import ShardMeta
+from pipelines.tasks.places import device, in_store
+
+
+def pruner(spec: dict[str, Any], folder: Path) -> None:
+    """`config.json`, `model.safetensors` (best), `last.safetensors`, `curves.csv`, `metrics.json`."""
+    tokens = spec["tokens"]
+    meta = ShardMeta.from_dict(tokens["meta"], "the spec of the task")
+    shards = [{**shard, "path": path} for shard, path in zip(tokens["shards"], spec["at"]["shards"], strict=True)]
+    dataset = TokenDataset.from_listing({**tokens, "shards": shards}, in_store(folder, "."))
+    train(
+        PrunerConfig.from_dict(spec["pruner"]),
+        TrainConfig.from_dict(spec["train"]),
+        dataset,
+        folder,
+        resume=folder / "resume",
+        progress=progress,
+        device=device(),
+        trained_for=trained_for(meta),
+    )
+
+
+def trained_for(meta: ShardMeta) -> TrainedFor:
+    """What is known from the tokens."""
+    names = ("vlm", "revision", "weights", "layer", "tower_layer", "preprocessing")
+    return TrainedFor(**{name: getattr(meta, name) for name in names})

@@ -1,0 +1,11 @@
+"""A task of stage `sample`: questions about scenes that no pruner and no VLM learns from."""
+
+from pathlib import Path
+from typing import Any
+
+from ocvtp.data.questions import write_benchmarks
+
+
+def questions(spec: dict[str, Any], folder: Path) -> None:
+    """`<benchmark>.parquet` of each benchmark, and the scenes that they ask about."""
+    write_benchmarks(folder, spec["questions"], spec["seed"])

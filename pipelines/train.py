@@ -1,0 +1,100 @@
+"""Stage `train`: one pruner for each VLM, layer, loss, slots and seed. Writes `models/<vlm>/<pruner>/`.
+
+`models/pruners.json` says where the store has each pruner, and its checksums.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cluster import Task
+from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
+from pipelines import outputs, stage, tracking
+from pipelines.grid import PrunerCell, pruner_cells, vlm_folder
+from pipelines.spool import Record, curves
+from pipelines.stage import Stage
+from pipelines.tasks.pruners import pruner
+
+LEFT_IN_STORE = "last.safetensors"
+"""The weights of the last step: rarely looked at, and as large as the best ones."""
+
+
+def work(run: Stage) -> None:
+    """Train what is missing, and write the output."""
+    cells = pruner_cells(run.params)
+    listings = {(vlm, layer): _tokens(run, vlm, layer) for vlm in run.params.vlm for layer in run.params.layer}
+    tasks = {cell: _task(run, cell, listings[cell.vlm, cell.layer]) for cell in cells}
+    run.run(list(tasks.values())).raise_if_failed()
+    with outputs.folder(run.root / outputs.MODELS) as folder:
+        index = {cell.folder: _output(run, task, folder / cell.folder) for cell, task in tasks.items()}
+        outputs.write_json(folder / Path(outputs.PRUNERS).name, index)
+    tracking.track(run, [_record(run, cell, task) for cell, task in tasks.items()])
+
+
+def _tokens(run: Stage, vlm: str, layer: int) -> dict[str, Any]:
+    """The listing of a layer, once all its shards are known to be whole."""
+    path = run.input(f"{outputs.TOKENS}/{vlm_folder(vlm)}/layer_{layer}.json", "extract")
+    read_layer_listing(path, run.store.root)  # says what is wrong with it
+    listing: dict[str, Any] = json.loads(path.read_bytes())
+    wanted: dict[Path, dict[str, str]] = {}
+    for shard in listing["shards"]:
+        place = run.store.root / shard["path"]
+        wanted.setdefault(place.parent, {})[place.name] = shard["sha256"]
+    run.require(wanted, "extract")
+    return listing
+
+
+def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any]) -> Task:
+    meta, train = ShardMeta.from_dict(listing["meta"], f"the tokens of {cell.vlm}"), run.params.train
+    shards = [{key: value for key, value in shard.items() if key != "path"} for shard in listing["shards"]]
+    spec = {
+        "tokens": {**listing, "shards": shards},
+        "pruner": train.pruner_config(meta.width, meta.grid).to_dict(),
+        "train": train.config(cell.loss, cell.slots, cell.seed).to_dict(),
+    }
+    at = {"shards": [shard["path"] for shard in listing["shards"]]}
+    return run.task("pruners", cell.folder, pruner, spec, run.params.cluster.resources.train, at)
+
+
+def _output(run: Stage, task: Task, folder: Path) -> dict[str, Any]:
+    """Copy a pruner; returns what the index says of it."""
+    manifest = outputs.copy_published(task.out, folder, leave=(LEFT_IN_STORE,))
+    files = {file.path: file.sha256 for file in manifest.files if file.path != LEFT_IN_STORE}
+    return {"path": run.in_store(task.out), "files": files}
+
+
+def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
+    """Of one training, for MLflow."""
+    folder = run.root / outputs.MODELS / cell.folder
+    metrics = json.loads((folder / "metrics.json").read_bytes())
+    options = {f"train.{key}": value for key, value in {**run.params.train.options, **run.params.train.pruner}.items()}
+    return Record(
+        fingerprint=task.key,
+        kind="pruner",
+        name=cell.folder,
+        params={
+            "vlm": cell.vlm,
+            "layer": cell.layer,
+            "loss": cell.loss,
+            "slots": list(cell.slots),
+            "seed": cell.seed,
+            **options,
+        },
+        metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        curves=curves(folder / "curves.csv"),
+        tags={"pruner": str(metrics.get("fingerprint", ""))},
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return stage.main("train", __doc__ or "", work, arguments)
+
+
+if __name__ == "__main__":
+    stage.script("pipelines.train")

@@ -1,0 +1,111 @@
+"""dvc.yaml says of each stage what the code says: entries that it reads, and code that it runs."""
+
+import ast
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.code import modules, source_of
+from pipelines.params import READS, Params
+from pipelines.stage import ROOT
+
+STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+SCRIPTS = {name: stage["cmd"].removeprefix("python ") for name, stage in STAGES.items()}
+HOW = {"pipelines.tracking", "pipelines.spool"}
+"""Change nothing that comes out."""
+
+
+def test_there_are_these_six_stages_and_each_runs_its_script() -> None:
+    assert list(STAGES) == ["sample", "extract", "train", "evaluate", "efficiency", "report"]
+    assert all((ROOT / script).is_file() for script in SCRIPTS.values())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_lists_the_entries_that_it_may_read(name: str) -> None:
+    listed = STAGES[name].get("params", [])
+    assert sorted(listed) == sorted(READS[name])
+    assert not set(listed) & {"cluster", "mlflow"}
+    assert set(listed) <= set(Params.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "report"])
+def test_a_stage_reads_every_entry_that_it_lists(name: str) -> None:
+    """By its own source and that of the grid, which reads the axes for it."""
+    read = _attributes_of(ROOT / SCRIPTS[name], "params")
+    if name in ("train", "evaluate"):
+        used = {"train": "pruner_cells", "evaluate": "settings"}[name]
+        read |= _attributes_of(
+            ROOT / "pipelines/grid.py", "params", inside=(used, "_of_method") if used == "settings" else (used,)
+        )
+    assert set(READS[name]) - read == set()
+    assert (read & set(Params.__dataclass_fields__)) - set(READS[name]) <= {"cluster", "mlflow"}
+
+
+def _attributes_of(path: Path, owner: str, inside: tuple[str, ...] = ()) -> set[str]:
+    """Names x of every `params.x` or `run.params.x` in a file, or in some of its functions."""
+    tree: Any = ast.parse(path.read_text())
+    parts = (
+        [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in inside] if inside else [tree]
+    )
+    found = set()
+    for node in (node for part in parts for node in ast.walk(part)):
+        if isinstance(node, ast.Attribute):
+            value = node.value
+            if getattr(value, "id", getattr(value, "attr", "")) == owner:
+                found.add(node.attr)
+    return found
+
+
+def _covered(path: str, deps: list[str]) -> bool:
+    return any(path == dep or path.startswith(f"{dep}/") for dep in deps)
+
+
+def _file(module: str) -> str:
+    source = source_of(module)
+    assert source is not None, module
+    return source.resolve().relative_to(ROOT).as_posix()
+
+
+def _imported(script: str) -> set[str]:
+    """First-party modules that a script imports by itself."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("ocvtp", "pipelines"):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if source_of(name) else node.module for name in names}
+    return found
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_all_code_that_makes_its_output(name: str) -> None:
+    direct = _imported(SCRIPTS[name])
+    behind = {inner for module in direct if module.startswith("pipelines.tasks.") for inner in modules(module)}
+    shared = {inner for module in direct - HOW if module.startswith("pipelines.") for inner in modules(module)}
+    wanted = direct | behind | {module for module in shared if module.startswith("pipelines.")}
+    ignored = HOW | {"ocvtp", "pipelines", "pipelines.tasks", "ocvtp.errors"}
+    files = {_file(module) for module in wanted - ignored} | {SCRIPTS[name]}
+    assert sorted(path for path in files if not _covered(path, STAGES[name]["deps"])) == []
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_dependency_is_there_or_comes_from_an_earlier_stage(name: str) -> None:
+    before = list(STAGES)[: list(STAGES).index(name)]
+    made = [out for stage in before for out in STAGES[stage]["outs"]]
+    for dep in STAGES[name]["deps"]:
+        assert (ROOT / dep).exists() or _covered(dep, made), dep
+    assert STAGES[name]["deps"] == sorted(STAGES[name]["deps"])
+    assert not any(_covered(dep, ["cluster", ".ocvtp", "params.yaml"]) for dep in STAGES[name]["deps"])
+    assert not {"pipelines/tracking.py", "pipelines/spool.py"} & set(STAGES[name]["deps"])
+
+
+def test_outputs_are_not_in_git_but_for_the_metrics() -> None:
+    outs = [out if Path(out).suffix else f"{out}/x" for stage in STAGES.values() for out in stage["outs"]]
+    done = subprocess.run(["git", "check-ignore", *outs], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode > 1:
+        pytest.skip("not a git repository")
+    assert done.stdout.split() == outs
+    metrics = subprocess.run(["git", "check-ignore", "results/metrics.json"], cwd=ROOT, check=False)
+    assert metrics.returncode == 1

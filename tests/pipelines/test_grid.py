@@ -1,0 +1,82 @@
+"""The grid: an axis multiplies what it changes and nothing else."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ocvtp.methods import REGISTRY
+from ocvtp.methods.budget import Budget
+from pipelines.grid import Setting, pruner_cells, settings, vlm_folder
+from pipelines.params import Params, load
+from pipelines.stage import ROOT
+
+TOKENS: dict[str, int | None] = {"tiny-llava": 144, "variable": None}
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Params:
+    return load(ROOT / "params.yaml")
+
+
+def expand(params: Params, **changes: Any) -> list[Setting]:
+    return settings(replace(params, **changes), REGISTRY, TOKENS)
+
+
+def test_the_default_grid(shipped: Params) -> None:
+    found = expand(shipped)
+    by_method = {name: [one for one in found if one.method == name] for name in shipped.method}
+    assert {name: len(some) for name, some in by_method.items()} == {"vanilla": 1, "random": 9, "oc-vtp": 9}
+    assert len(pruner_cells(shipped)) == 3
+    assert {one.pruner for one in by_method["oc-vtp"]} == set(pruner_cells(shipped))
+    assert {(one.tokens, one.seed) for one in by_method["random"]} == {(k, s) for k in (48, 32, 16) for s in (0, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "pruners", "ours", "random"),
+    [
+        ("layer", (9, 10), 6, 18, 9),
+        ("loss", ("aw_mse", "mse"), 6, 18, 9),
+        ("slots", ((16,), (16, 32), (48,)), 9, 27, 9),
+        ("top_k", (1, 2), 3, 18, 9),
+        ("seed", (0, 1), 2, 6, 6),
+        ("keep", (Budget(8, count=8),), 3, 3, 3),
+    ],
+)
+def test_an_axis_multiplies_what_it_changes(shipped, axis, values, pruners, ours, random) -> None:
+    found = expand(shipped, **{axis: values})
+    assert len(pruner_cells(replace(shipped, **{axis: values}))) == pruners
+    assert sum(one.method == "oc-vtp" for one in found) == ours
+    assert sum(one.method == "random" for one in found) == random
+    assert sum(one.method == "vanilla" for one in found) == 1
+    assert len({(one.vlm, one.name) for one in found}) == len(found)
+
+
+def test_vanilla_is_always_there_and_once_for_each_vlm(shipped: Params) -> None:
+    found = expand(shipped, vlm=("tiny-llava", "variable"), method=("random",))
+    assert [one.vlm for one in found if one.method == "vanilla"] == ["tiny-llava", "variable"]
+
+
+def test_the_untrained_pruner_has_a_layer_but_no_loss(shipped: Params) -> None:
+    found = expand(shipped, method=("oc-vtp-untrained",), layer=(9, 10), loss=("mse", "aw_mse"), seed=(0,))
+    assert len(found) == 1 + 3 * 2
+    assert found[1].options == {"top_k": 1, "layer": 9}
+    assert found[1].axes["loss"] is None
+    ours = expand(shipped, method=("oc-vtp",))[1]
+    assert ours.options == {"top_k": 1}  # the pruner knows its layer
+
+
+def test_images_with_different_numbers_of_tokens_have_shares_alone(shipped: Params) -> None:
+    share = Budget("11.1%", share=0.111)
+    one = expand(shipped, vlm=("variable",), method=("random",), keep=(share, Budget(64, count=64)))[1:]
+    assert (one[0].tokens, one[0].share, one[0].name) == (None, 0.111, "random-11.1pct-seed_0")
+    assert (one[3].tokens, one[3].share) == (64, None)
+
+
+def test_names_of_folders() -> None:
+    assert vlm_folder("llava-1.5-7b") == "llava-1.5-7b"
+    first, second = vlm_folder("/models/a b/llava"), vlm_folder("/models/c/llava")
+    assert first != second
+    assert first.startswith("llava-")
+    assert vlm_folder("/") not in ("", ".", "..")
+    assert "/" not in vlm_folder("../..")
