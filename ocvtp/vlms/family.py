@@ -166,7 +166,7 @@ class Family(ABC):
             mask_BL: of the cache's columns and of the new ones.
             past: columns in the cache.
         """
-        given = call.get("position_ids")
+        given: Tensor | None = call.get("position_ids")
         if given is not None:
             return given.expand(len(mask_BL), -1)[None]
         if past:  # as the model counted when it filled the cache

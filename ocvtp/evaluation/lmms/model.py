@@ -17,7 +17,7 @@ from ocvtp.evaluation.setting import Setting, ready
 Progress = Callable[[int, int], None]
 
 
-class OcvtpModel(lmms):  # type: ignore[misc]
+class OcvtpModel(lmms):
     """A VLM of ocvtp, as `--model ocvtp --model_args vlm=tiny-llava,method=random,keep=16`.
 
     `answers` holds what was said to each question asked so far, by task and row: the answer, and which image tokens

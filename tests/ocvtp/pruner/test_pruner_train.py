@@ -23,13 +23,14 @@ FAST = {"slots": [2, 4], "batch_size": 4, "steps": 6, "warmup_steps": 2, "eval_e
 
 
 class Source:
-    """Images of a few flat regions: tokens that slots can stand for."""
+    """Images of four flat regions: a token is its region's kind, its position's code and noise of variance 0.01."""
 
     def __init__(self, images: int = 20, count: int = 16, bad: tuple[int, ...] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
-        kinds = torch.randn(5, 16, generator=generator)
+        kinds, places = torch.randn(5, 16, generator=generator), torch.randn(count, 16, generator=generator)
         region = torch.randint(5, (images, count // 4), generator=generator).repeat_interleave(4, 1)
-        self.tokens = (kinds[region] + 0.1 * torch.randn(images, count, 16, generator=generator)).half()
+        noise = 0.1 * torch.randn(images, count, 16, generator=generator)
+        self.tokens = (kinds[region] + places + noise).half()
         for image in bad:
             self.tokens[image, 0, 0] = torch.nan
         self.image_ids = [f"image-{i}" for i in range(images)]
