@@ -41,7 +41,7 @@ class Sample:
     annotations: str | None = entry(None, optional(text))
     image_folder: str | None = entry(None, optional(text))
     max_reject_rate: float = entry(0.001, number(0, 1))
-    questions: int = entry(400, whole(0))
+    questions: int = entry(320, whole(0))
 
 
 @dataclass(frozen=True)
