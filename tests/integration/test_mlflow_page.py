@@ -52,7 +52,7 @@ def test_the_compare_page_has_axes_beside_scores(finished: Workspace, server: st
         rows = store.execute(
             "SELECT run_uuid, experiment_id, name FROM runs WHERE lifecycle_stage = 'active'"
         ).fetchall()
-    chosen = [row for row in rows if row[2].startswith(("oc-vtp", "random"))]
+    chosen = [row for row in rows if row[2].startswith(("tiny-llava/oc-vtp", "tiny-llava/random"))]
     assert len(chosen) >= 4, [row[2] for row in rows]
     runs = quote(json.dumps([row[0] for row in chosen]))
     experiments = quote(json.dumps(sorted({str(row[1]) for row in chosen})))
