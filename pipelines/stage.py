@@ -203,7 +203,7 @@ def script(module: str) -> None:
 
 def main(name: str, doc: str, work: Callable[[Stage], None], arguments: Sequence[str] | None = None) -> int:
     """The command line of a stage; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=f"python pipelines/{name}.py", description=doc.splitlines()[0])
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--params", type=Path, metavar="FILE", help="params to use instead of params.yaml")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)

@@ -136,7 +136,7 @@ def _run(client: Any, experiment: str, line: Line) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python pipelines/tracking.py sync`; returns 0 if nothing waits any more, else 1."""
-    parser = argparse.ArgumentParser(prog="python pipelines/tracking.py", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("sync", help="send the runs that wait because the tracking server was away")
     command.add_argument("--uri", help="send them there, instead of to where they were meant to go")

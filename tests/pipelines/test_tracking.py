@@ -173,6 +173,17 @@ def test_a_server_that_is_away_costs_nothing_and_gets_its_runs_later(
     assert found[SETTING.fingerprint]["metrics"] == {"pope": 0.75}  # the newest, although it was spooled last
 
 
+def test_the_command_sends_what_waits_and_says_what_is_left(
+    stage: Stage, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "ROOT", tmp_path)
+    assert tracking.main(["sync"]) == 0  # nothing waits
+    tracking.track(at(stage, f"http://127.0.0.1:{closed_port()}", tmp_path), [PRUNER])
+    assert tracking.main(["sync"]) == 1
+    assert tracking.main(["sync", "--uri", f"sqlite:///{home / 'mlflow.db'}"]) == 0
+    assert set(runs(home, stage.params.mlflow.experiment)) == {PRUNER.fingerprint}
+
+
 @pytest.fixture(params=["error", "silence"])
 def sick_server(request: pytest.FixtureRequest) -> Iterator[str]:
     """A server that answers everything with 500, or takes a call and never answers."""

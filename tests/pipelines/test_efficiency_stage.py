@@ -1,0 +1,54 @@
+"""Stage `efficiency`: rows of the grid, with numbers that are computed again from the config by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import efficiency
+from pipelines.stage import ROOT
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def make(**changes: object) -> list[dict]:
+        monkeypatch.setenv("OCVTP_ROOT", str(tmp_path))
+        params = yaml.safe_load((ROOT / "params.yaml").read_text()) | changes
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+        assert efficiency.main(["--params", str(tmp_path / "params.yaml")]) == 0
+        return json.loads((tmp_path / "results/efficiency.json").read_text())["rows"]
+
+    return make
+
+
+def test_a_row_for_each_method_and_budget(rows) -> None:
+    found = rows(top_k=[1, 2], keep=[48, "11.1%"])
+    assert [(row["method"], row["keep"], row["tokens"], row["top_k"]) for row in found] == [
+        ("vanilla", None, 144, None), ("random", 48, 48, None), ("random", "11.1%", 16, None),
+        ("oc-vtp", 48, 48, 1), ("oc-vtp", 48, 48, 2), ("oc-vtp", "11.1%", 16, 1), ("oc-vtp", "11.1%", 16, 2),
+    ]  # fmt: skip
+
+
+def test_the_numbers_by_hand(rows) -> None:
+    config = json.loads((ROOT / "ocvtp/vlms/tiny_llava/config.json").read_text())
+    text, width = config["text_config"], config["vision_config"]["hidden_size"]
+    d, m, layers, n = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"], 16 + 32
+    random, ours = (row for row in rows(keep=16) if row["method"] != "vanilla")
+    assert random["paper_flops"] == 2 * layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+    assert random["flops"]["llm"] == 2 * layers * (n * (4 * d * d + 3 * d * m) + 2 * n * n * d)
+    assert random["kv_cache_bytes"] == 2 * layers * n * d * 2
+    assert random["flops"]["pruner"] == 0
+    # T tokens, K slots, D the slots' width: 64 at least, and not half of the tokens' where that is less.
+    T, K, D = 144, 16, 64
+    encode = T * (width * 2 * width + 2 * width * D) + 2 * T * D * D
+    each = K * D * D + 2 * K * T * D + 6 * K * D * D + 2 * K * D * 4 * D
+    assert ours["flops"]["pruner"] == 2 * (encode + 3 * each)
+    assert ours["flops"]["total"] == random["flops"]["total"] + ours["flops"]["pruner"]
+
+
+def test_equal_params_give_equal_bytes(rows, tmp_path: Path) -> None:
+    rows()
+    before = (tmp_path / "results/efficiency.json").read_bytes()
+    rows()
+    assert (tmp_path / "results/efficiency.json").read_bytes() == before

@@ -1,0 +1,100 @@
+"""Tables of scores: arithmetic done again by hand, and dashes where something is missing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ocvtp.evaluation import files
+from ocvtp.methods.budget import Budget
+from pipelines.grid import PrunerCell, Setting
+from pipelines.summary import Result, metrics, score_rows, summary_rows
+
+VLM, WHOLE, QUESTIONS = "tiny-llava", 144, 20
+ANSWERS = {"gqa": 16, "textvqa": 10}
+"""Right answers of the unpruned model."""
+
+
+def setting(method: str, keep: int | None = None, seed: int | None = None, loss: str | None = None) -> Setting:
+    pruner = None if loss is None else PrunerCell(VLM, 9, loss, (16, 48), seed or 0)
+    budget = None if keep is None else Budget(keep, count=keep)
+    layer, top_k = (9, 1) if loss else (None, None)
+    return Setting(VLM, method, budget, keep or WHOLE, (keep or WHOLE) / WHOLE, seed, layer, top_k, pruner)
+
+
+@pytest.fixture
+def result(tmp_path: Path):
+    def make(one: Setting, benchmark: str, right: int) -> Result:
+        folder = tmp_path / one.name / benchmark
+        samples = [
+            {
+                "doc_id": index, "unit": index, "question": "?", "answer": "yes", "category": "",
+                "prediction": "yes" if index < right else "no", "score": float(index < right), "kept": 1,
+            }
+            for index in range(QUESTIONS)
+        ]  # fmt: skip
+        score: dict[str, Any] = {
+            "score": right / QUESTIONS, "n": QUESTIONS, "tokens_kept": {"mean": one.tokens},
+            "setting": {"fingerprint": "f" * 64 if one.pruner else None}, "metrics": {"exact_match": right / QUESTIONS},
+        }  # fmt: skip
+        files.write(folder, score, samples)
+        return Result.read(one, benchmark, folder, f"results/evaluate/{VLM}/{one.name}/{benchmark}")
+
+    return make
+
+
+@pytest.fixture
+def grid(result) -> list[Result]:
+    found = [result(setting("vanilla"), name, right) for name, right in ANSWERS.items()]
+    for seed, lost in ((0, 2), (1, 4)):
+        found += [result(setting("random", 16, seed), name, right - lost) for name, right in ANSWERS.items()]
+        found += [result(setting("oc-vtp", 16, seed, "mse"), name, right - 1) for name, right in ANSWERS.items()]
+    return found
+
+
+def test_rows_of_scores(grid: list[Result]) -> None:
+    rows = score_rows(grid, 200)
+    assert len(rows) == len(grid)
+    row = next(row for row in rows if (row["method"], row["seed"], row["benchmark"]) == ("random", 1, "gqa"))
+    assert row["score"] == 12 / 20
+    assert row["relative"] == pytest.approx(100 * 12 / 16)
+    assert row["ci_low"] < 12 / 20 < row["ci_high"]
+    assert (row["layer"], row["loss"], row["slots"], row["top_k"], row["fingerprint"]) == (None,) * 5
+    ours = next(row for row in rows if row["method"] == "oc-vtp")
+    assert (ours["layer"], ours["loss"], ours["slots"], ours["top_k"]) == (9, "mse", [16, 48], 1)
+    assert ours["fingerprint"] == "f" * 64
+    assert ours["path"].endswith("oc-vtp-16-layer_9-mse-slots_16_48-top_1-seed_0/gqa")
+    vanilla = rows[0]
+    assert (vanilla["keep"], vanilla["seed"], vanilla["relative"], vanilla["tokens"]) == (None, None, 100.0, WHOLE)
+
+
+def test_the_summary_pools_seeds(grid: list[Result]) -> None:
+    vanilla, random, ours = summary_rows(grid, list(ANSWERS), 500)
+    assert random["seeds"] == [0, 1]
+    assert random["benchmarks"]["gqa"]["relative"] == pytest.approx(100 * (14 + 12) / 2 / 16)
+    assert random["benchmarks"]["textvqa"]["relative"] == pytest.approx(100 * (8 + 6) / 2 / 10)
+    assert random["average"]["relative"] == pytest.approx((81.25 + 70) / 2)
+    assert random["average"]["ci_low"] < (81.25 + 70) / 2 < random["average"]["ci_high"]
+    assert ours["average"]["relative"] == pytest.approx(100 * (15 / 16 + 9 / 10) / 2)
+    assert vanilla["average"] == {"relative": 100.0, "ci_low": None, "ci_high": None}
+
+
+def test_what_is_missing_is_none_and_never_zero(grid: list[Result]) -> None:
+    some = [one for one in grid if not (one.setting.method == "random" and one.benchmark == "gqa")]
+    random = summary_rows(some, list(ANSWERS), 200)[1]
+    assert random["benchmarks"]["gqa"] == {"score": None, "relative": None, "ci_low": None, "ci_high": None, "n": 0}
+    assert random["average"]["relative"] is None
+    assert random["benchmarks"]["textvqa"]["relative"] == pytest.approx(70)
+    without = [one for one in grid if one.setting.method != "vanilla"]
+    assert {row["relative"] for row in score_rows(without, 200)} == {None}
+    assert metrics(summary_rows(some, list(ANSWERS), 200))[VLM]["random"] == {"16": {"textvqa": pytest.approx(70)}}
+
+
+def test_metrics_have_one_path_whatever_the_loss_but_where_several_are_in_the_grid(grid, result) -> None:
+    alone = metrics(summary_rows(grid, list(ANSWERS), 200))[VLM]
+    assert set(alone) == {"vanilla", "random", "oc-vtp"}
+    assert alone["vanilla"] == {"gqa": 0.8, "textvqa": 0.5}
+    assert set(alone["oc-vtp"]["16"]) == {"average", "gqa", "textvqa"}
+    more = [result(setting("oc-vtp", 16, 0, "aw_mse"), name, right) for name, right in ANSWERS.items()]
+    both = metrics(summary_rows([*grid, *more], list(ANSWERS), 200))[VLM]
+    assert set(both) == {"vanilla", "random", "oc-vtp-loss_mse", "oc-vtp-loss_aw_mse"}
