@@ -1,5 +1,6 @@
 """Fixtures that run the pipeline."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -20,5 +21,7 @@ def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Wor
 def finished(new_workspace: Callable[..., Workspace]) -> Workspace:
     """A workspace in which `dvc repro` has run undisturbed."""
     workspace = new_workspace()
+    started = time.monotonic()
     workspace.run("dvc", "repro")
+    workspace.seconds = time.monotonic() - started
     return workspace

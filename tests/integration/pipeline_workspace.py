@@ -27,6 +27,7 @@ class Workspace:
 
     def __init__(self, folder: Path, changes: dict) -> None:
         self.folder = folder
+        self.seconds = 0.0  # that an undisturbed `dvc repro` took, where there was one
         listing = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, stdout=-1
         )
