@@ -1,0 +1,326 @@
+"""The stages with tiny-llava on a few images: what they put out, what they compute again, what they refuse.
+
+One after another in one workspace, as a user runs them; each test says what it changes.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import Task, is_published
+from ocvtp.data.scenes import write_scenes
+from pipelines import eval as evaluate
+from pipelines import extract, outputs, sample, stage, train
+
+pytestmark = pytest.mark.pipeline
+SMALL: dict[str, Any] = {
+    "keep": [48, 16],
+    "benchmark": ["pope"],
+    "seed": 0,
+    "sample": {"images": 40, "questions": 12},
+    "extract": {"shard_images": 16, "batch_size": 8},
+    "train": {"steps": 6, "batch_size": 8, "eval_every": 3},
+    "evaluate": {"bootstrap": 200},
+    "mlflow": {"enabled": False},
+}
+
+
+class Workspace:
+    """A folder of outputs with a store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.ran: list[Task] = []
+        """Tasks of the last stage that were not published before."""
+
+    def run(self, module: ModuleType, **changes: Any) -> int:
+        """Run a stage; nested entries are merged into the small ones."""
+        params = {**SMALL, **{k: {**SMALL.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}}
+        path = self.root / "params.yaml"
+        path.write_text(yaml.safe_dump(params))
+        self.ran = []
+        return int(module.main(["--params", str(path)]))
+
+    def files(self, path: str) -> dict[str, str]:
+        return dict(outputs.checksums(self.root / path))
+
+    def json(self, path: str) -> Any:
+        return json.loads((self.root / path).read_text())
+
+    @property
+    def store(self) -> Path:
+        return self.root / ".ocvtp/store"
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Workspace]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OCVTP_STORE", raising=False)
+        patch.delenv("DVC_STAGE", raising=False)
+        really = stage.run
+
+        def make(name: str) -> Workspace:
+            work = Workspace(tmp_path_factory.mktemp(name))
+            patch.setenv("OCVTP_ROOT", str(work.root))
+
+            def run(tasks: list[Task], *args: Any, **kwargs: Any) -> Any:
+                work.ran += [task for task in tasks if not is_published(task.out)]
+                return really(tasks, *args, **kwargs)
+
+            patch.setattr(stage, "run", run)
+            return work
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def work(opened: Callable[[str], Workspace]) -> Workspace:
+    return opened("work")
+
+
+def flip(path: Path, at: int = 2000) -> None:
+    """Turn one bit around."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_sample_lists_images_and_writes_questions(work: Workspace) -> None:
+    assert work.run(sample) == 0
+    images = work.json("data/sample/images.json")
+    assert [image["id"] for image in images] == [f"train-{index:06d}" for index in range(40)]
+    sums = work.files(".ocvtp/store")
+    assert all(sums[image["path"]] == image["sha256"] for image in images)
+    about = work.json("data/sample/sample.json")
+    assert {key: about[key] for key in ("source", "seed", "images", "rejects")} == {
+        "source": "scenes", "seed": 0, "images": 40, "rejects": 0,
+    }  # fmt: skip
+    assert set(about["benchmarks"]) == {"gqa", "mme", "pope", "textvqa"}
+    assert all(one["questions"] >= 12 for one in about["benchmarks"].values())
+    trained_on = {image["sha256"] for image in images}
+    assert trained_on.isdisjoint(work.files("data/sample/benchmarks").values())
+
+
+def test_sample_again_does_nothing_and_a_smaller_sample_leaves_nothing_behind(work: Workspace) -> None:
+    before, sums = work.files("data/sample"), [one["sha256"] for one in work.json("data/sample/images.json")]
+    assert work.run(sample) == 0
+    assert (work.ran, work.files("data/sample")) == ([], before)
+    assert work.run(sample, sample={"images": 24, "questions": 0}, evaluate={"data": "official"}) == 0
+    assert set(work.files("data/sample")) == {"images.json", "rejects.jsonl", "sample.json"}
+    assert [one["sha256"] for one in work.json("data/sample/images.json")] == sums[:24]
+    assert work.run(sample) == 0
+    assert (work.ran, work.files("data/sample")) == ([], before)
+
+
+def test_extract_computes_what_is_missing_in_one_pass(work: Workspace) -> None:
+    assert work.run(extract) == 0
+    assert [task.spec["layers"] for task in work.ran] == [[9]] * 3
+    alone = work.files("data/tokens")
+    assert work.run(extract, layer=[-2, 9, 5]) == 0
+    assert [task.spec["layers"] for task in work.ran] == [[-2, 5]] * 3
+    together = work.files("data/tokens")
+    assert set(together) == {f"tiny-llava/layer_{layer}.json" for layer in (-2, 9, 5)}
+    assert together["tiny-llava/layer_9.json"] == alone["tiny-llava/layer_9.json"]
+    assert list((work.store / "passes").iterdir()) == []
+    assert work.run(extract) == 0
+    assert (work.ran, work.files("data/tokens")) == ([], alone)
+
+
+def test_what_extract_puts_out_does_not_depend_on_what_was_there_before(
+    work: Workspace, opened: Callable[[str], Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert work.run(extract, layer=[-2, 9, 5]) == 0
+    fresh = Workspace(work.root.parent / "fresh")
+    shutil.copytree(work.root / "data/sample", fresh.root / "data/sample")
+    shutil.copytree(work.store / "scenes", fresh.store / "scenes")
+    monkeypatch.setenv("OCVTP_ROOT", str(fresh.root))
+    assert fresh.run(extract, layer=[5, -2, 9]) == 0
+    assert fresh.files("data/tokens") == work.files("data/tokens")
+
+
+def test_a_pass_that_was_cut_off_before_its_layers_were_published_is_used(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract, "_adopt", lambda *_: None)
+    assert work.run(extract, layer=[3, 4]) == 1  # a layer that was never published
+    assert len(work.ran) == 3
+    monkeypatch.undo()
+    monkeypatch.setenv("OCVTP_ROOT", str(work.root))
+    assert work.run(extract, layer=[3, 4]) == 0
+    assert work.ran == []
+    assert list((work.store / "passes").iterdir()) == []
+
+
+def test_a_flipped_bit_is_named_and_made_again(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert work.run(extract) == 0
+    before = work.files("data/tokens")
+    shard = work.store / work.json("data/tokens/tiny-llava/layer_9.json")["shards"][1]["path"]
+    whole = shard.read_bytes()
+    flip(shard)
+    assert work.run(train) == 1
+    printed = capsys.readouterr().err
+    assert str(shard) in printed
+    assert "python pipelines/extract.py" in printed
+    assert not (work.root / "models").exists()
+    assert work.run(extract) == 0
+    assert (shard.read_bytes(), work.files("data/tokens")) == (whole, before)
+    assert len(work.ran) == 1
+
+
+def test_a_missing_shard_is_named(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = work.store / work.json("data/tokens/tiny-llava/layer_9.json")["shards"][0]["path"]
+    shard.parent.rename(shard.parent.with_name("aside"))
+    assert work.run(train) == 1
+    assert shard.parent.name in capsys.readouterr().err
+    shard.parent.with_name("aside").rename(shard.parent)
+
+
+def test_train_puts_out_the_pruners_of_the_grid(work: Workspace) -> None:
+    assert work.run(train, loss=["mse", "aw_mse"], slots=[[16], [16, 48]]) == 0
+    assert len(work.ran) == 4
+    cells = {f"layer_9-{loss}-slots_{slots}-seed_0" for loss in ("mse", "aw_mse") for slots in ("16", "16_48")}
+    assert {path.name for path in (work.root / "models/tiny-llava").iterdir()} == cells
+    index = work.json("models/pruners.json")
+    assert set(index) == {f"tiny-llava/{cell}" for cell in cells}
+    for name, about in index.items():
+        assert work.files(f"models/{name}") == about["files"]
+        assert set(about["files"]) == {"config.json", "model.safetensors", "curves.csv", "metrics.json"}
+        config = work.json(f"models/{name}/config.json")
+        assert (config["vlm"], config["layer"], config["seed"]) == ("tiny-llava", 9, 0)
+        assert f"{config['loss']}-slots_{'_'.join(map(str, config['slots']))}" in name
+
+
+def test_another_grid_trains_what_is_new_and_leaves_nothing_of_the_old_one(work: Workspace) -> None:
+    assert work.run(train, loss="mse", slots=[16]) == 0
+    assert work.ran == []
+    assert [path.name for path in (work.root / "models/tiny-llava").iterdir()] == ["layer_9-mse-slots_16-seed_0"]
+    assert work.run(train) == 0
+    assert [task.name for task in work.ran] == ["tiny-llava/layer_9-aw_mse-slots_16_32_48-seed_0"]
+
+
+def test_evaluate_scores_every_setting(work: Workspace) -> None:
+    assert work.run(evaluate) == 0
+    assert len(work.ran) == 5
+    rows = work.json("results/scores.json")
+    assert [(row["method"], row["tokens"], row["seed"]) for row in rows] == [
+        ("vanilla", 144, None), ("random", 48, 0), ("random", 16, 0), ("oc-vtp", 48, 0), ("oc-vtp", 16, 0),
+    ]  # fmt: skip
+    for row in rows:
+        samples = [json.loads(line) for line in (work.root / row["path"] / "samples.jsonl").open()]
+        right = sum(s["prediction"].lower() == "yes" == s["answer"] for s in samples)
+        said = sum(s["prediction"].lower() == "yes" for s in samples)
+        truly = sum(s["answer"] == "yes" for s in samples)
+        assert row["score"] == pytest.approx(2 * right / (said + truly))  # F1 from the answers
+        assert row["relative"] == pytest.approx(100 * row["score"] / rows[0]["score"])
+        assert row["kept_mean"] == row["tokens"]
+        assert (row["fingerprint"] is not None) == (row["method"] == "oc-vtp")
+    summary = work.json("results/summary.json")
+    assert [row["average"]["relative"] for row in summary] == [pytest.approx(row["relative"]) for row in rows]
+    metrics = work.json("results/metrics.json")["tiny-llava"]
+    assert metrics["oc-vtp"]["16"]["average"] == summary[-1]["average"]["relative"]
+    assert metrics["vanilla"] == {"pope": rows[0]["score"]}
+
+
+def test_evaluating_again_asks_nothing_and_another_budget_only_its_own_cells(work: Workspace) -> None:
+    before = work.files("results")
+    assert work.run(evaluate) == 0
+    assert (work.ran, work.files("results")) == ([], before)
+    assert work.run(evaluate, keep=["33.3%", 32]) == 0
+    assert sorted((task.spec["method"], task.spec["keep"]) for task in work.ran) == [("oc-vtp", 32), ("random", 32)]
+    names = {path.name for path in (work.root / "results/evaluate/tiny-llava").iterdir()}
+    assert "random-33.3pct-seed_0" in names
+    assert "random-16-seed_0" not in names
+    assert work.run(evaluate) == 0
+    assert (work.ran, work.files("results")) == ([], before)
+
+
+def test_results_brought_by_dvc_are_put_back_into_a_store_that_lacks_them(work: Workspace) -> None:
+    before = work.files("results")
+    shutil.rmtree(work.store / "questions")
+    shutil.rmtree(work.store / "pruners")
+    assert work.run(evaluate, seed=[0]) == 0
+    assert {task.name.split("/")[0] for task in work.ran} == {"put back questions", "put back pruners"}
+    assert work.files("results") == before
+
+
+def test_a_pruner_that_is_not_there_is_named(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert work.run(evaluate, seed=[0, 7]) == 2
+    assert "layer_9-aw_mse-slots_16_32_48-seed_7: run `python pipelines/train.py`" in capsys.readouterr().err
+
+
+def test_if_a_task_fails_the_others_are_kept_and_shown(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    # One question is no pair, which mme cannot score.
+    code = work.run(evaluate, method="vanilla", benchmark=["mme", "pope"], evaluate={"limit": 1})
+    assert code == 1
+    assert "limit 1 leaves no whole unit of mme" in capsys.readouterr().err
+    assert [row["benchmark"] for row in work.json("results/scores.json")] == ["pope"]
+    (row,) = work.json("results/summary.json")
+    assert (row["benchmarks"]["mme"]["score"], row["average"]["relative"]) == (None, None)
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> dict[str, Any]:
+    """A data set of ten scenes, one of which is cut off."""
+    write_scenes(tmp_path / "set", 10, 3, "train")
+    victim = tmp_path / "set/images/train-000004.jpg"
+    victim.write_bytes(victim.read_bytes()[:900])
+    return {
+        "source": "coco", "images": 9, "questions": 0, "max_reject_rate": 0.2,
+        "annotations": str(tmp_path / "set/instances.json"), "image_folder": str(tmp_path / "set/images"),
+    }  # fmt: skip
+
+
+def test_images_of_a_data_set_are_copied_and_damaged_ones_listed(work: Workspace, coco: dict[str, Any]) -> None:
+    assert work.run(sample, sample=coco, evaluate={"data": "official"}) == 0
+    images = work.json("data/sample/images.json")
+    assert {image["id"] for image in images} == {str(index) for index in range(10) if index != 4}
+    sums = work.files(".ocvtp/store")
+    folder = Path(coco["image_folder"])
+    originals = outputs.checksums(folder)
+    for image in images:
+        assert sums[image["path"]] == image["sha256"] == originals[f"train-{int(image['id']):06d}.jpg"]
+    (reject,) = [json.loads(line) for line in (work.root / "data/sample/rejects.jsonl").open()]
+    assert (reject["id"], reject["file"]) == ("4", "train-000004.jpg")
+    assert "truncated" in reject["reason"]
+    assert work.json("data/sample/sample.json")["rejects"] == 1
+
+
+def test_too_many_damaged_images_end_the_stage_and_are_listed(
+    work: Workspace, coco: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = work.files("data/sample")
+    assert work.run(sample, sample={**coco, "max_reject_rate": 0.01}, evaluate={"data": "official"}) == 2
+    printed = capsys.readouterr().err
+    assert "above max_reject_rate 0.01" in printed
+    listing = work.store / "logs/rejects.jsonl"
+    assert str(listing) in printed
+    assert json.loads(listing.read_text())["file"] == "train-000004.jpg"
+    assert work.files("data/sample") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data["images"][0].update(file_name="../../secret.jpg"), "secret.jpg"),
+        (lambda data: data.pop("images"), "images"),
+    ],
+)
+def test_a_data_set_that_is_not_sound_is_refused_before_anything_is_written(
+    work: Workspace, coco: dict[str, Any], change: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = work.files("data/sample")
+    path = Path(coco["annotations"])
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    assert work.run(sample, sample=coco, evaluate={"data": "official"}) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "instances.json" in printed
+    assert work.files("data/sample") == before
