@@ -28,6 +28,7 @@ class Look:
         keep: k.
         seeds: one an image, a function of the run's seed and of the image alone.
         grids: rows and columns of each image's tokens.
+        prompts: token ids of the prompt that each image stands in, without placeholders and padding.
     """
 
     vision: Vision
@@ -35,6 +36,7 @@ class Look:
     keep: int
     seeds: list[int]
     grids: list[Grid]
+    prompts: list[list[int]]
 
     @property
     def count(self) -> int:

@@ -21,15 +21,26 @@ class Choice:
     features_kD: Tensor
 
 
-def choose(family: Family, method: Method, budget: Budget, images: Images, seeds: Sequence[int]) -> list[Choice]:
-    """Choose the tokens of each image. Images with equally many tokens go through the method together."""
+def choose(
+    family: Family,
+    method: Method,
+    budget: Budget,
+    images: Images,
+    seeds: Sequence[int],
+    prompts: Sequence[list[int]],
+) -> list[Choice]:
+    """Choose the tokens of each image. Images with equally many tokens go through the method together.
+
+    `seeds` and `prompts` (token ids, without placeholders and padding) are one an image.
+    """
     counts = family.counts(images)
     keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
     vision = family.look(images, method.layers())
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
     for (_, keep), members in _groups(counts, keeps).items():
-        look = Look(vision, members, keep, [seeds[i] for i in members], [vision.grids[i] for i in members])
+        seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
+        look = Look(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
         with torch.no_grad():
             kept = method.choose(look)
         for member, (chosen, taken) in zip(members, _taken(kept, look), strict=True):

@@ -106,7 +106,7 @@ class Handle:
         self.last_columns: Tensor | None = None
         self._family, self._method, self._budget, self._positions = family, method, budget, positions
         self._samples: list[str] | None = None
-        self._random = entry.random
+        self._random, self._needs_text = entry.random, entry.needs_text
         self._running = threading.local()
         self._before = {name: model.__dict__[name] for name in ("generate", "forward") if name in model.__dict__}
         self._generate, self._forward = model.generate, model.forward
@@ -155,7 +155,7 @@ class Handle:
         calls.refuse(call, self.model.generation_config)
         ids_BL = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
         with torch.no_grad():
-            looked = self._look(self._method, ids_BL, images)
+            looked = self._look(self._method, ids_BL, call.get("attention_mask"), images)
         kept = {name: value for name, value in call.items() if name not in self._family.vision_inputs}
         return self._run_generate(looked, kept)
 
@@ -184,7 +184,7 @@ class Handle:
             images = self._family.images(call)
             if images is not None and self._method is not None:
                 calls.refuse(call)
-                return self._shortened(call, self._look(self._method, ids_Bq, images).spots)
+                return self._shortened(call, self._look(self._method, ids_Bq, call.get("attention_mask"), images).spots)
             if images is not None:
                 self.last_kept = [list(range(count)) for count in self._family.counts(images)]
             elif Prefix.of(cache) is None:
@@ -194,12 +194,14 @@ class Handle:
 
     # --- Images ------------------------------------------------------------------------------------------------------
 
-    def _look(self, method: Method, ids_BL: Tensor | None, images: Images) -> _Looked:
+    def _look(self, method: Method, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> _Looked:
         """Choose tokens of each image, and find out where they go."""
         if ids_BL is None:
             raise BadInput("a pruned model needs input_ids beside images")
         found = self._family.find(ids_BL, images)
-        choices = choose(self._family, method, self._budget, images, self._seeds(images))
+        texts = _texts(ids_BL, mask_BL, self._family.placeholder) if self._needs_text else [[]] * len(ids_BL)
+        prompts = [texts[row] for row, _, _ in found]
+        choices = choose(self._family, method, self._budget, images, self._seeds(images), prompts)
         self.last_kept = [choice.indices_k.tolist() for choice in choices]
         return _Looked([_spot(*where, choice) for where, choice in zip(found, choices, strict=True)], len(ids_BL))
 
@@ -284,6 +286,14 @@ class Handle:
                 "position_ids": self._family.position_ids(positions_1Bq),
             }
         )
+
+
+def _texts(ids_BL: Tensor, mask_BL: Tensor | None, placeholder: int) -> list[list[int]]:
+    """Token ids of each prompt, without placeholders and padding."""
+    real_BL = ids_BL != placeholder
+    if mask_BL is not None:
+        real_BL &= mask_BL[:, -ids_BL.shape[1] :].to(real_BL.device).bool()
+    return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, real_BL, strict=True)]
 
 
 def _spot(row: int, start: int, length: int, choice: Choice) -> Spot:

@@ -57,3 +57,18 @@ def received(tower: Any, hidden_TLC: Tensor, block: int) -> Tensor:
         weights_THLL = (q_THLE.float() @ k_THLE.float().transpose(2, 3)).softmax(3)
         parts.append(weights_THLL.mean((1, 2))[:, 1:])
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def from_cls(tower: Any, hidden_TLC: Tensor, block: int) -> Tensor:
+    """Attention that CLS pays to each patch in a block, mean over heads, [T, N] float32: one row of each head."""
+    q_THLE, k_THLE = queries_and_keys(tower, hidden_TLC, block)
+    weights_TH1L = (q_THLE[:, :, :1].float() @ k_THLE.float().transpose(2, 3)).softmax(3)
+    return weights_TH1L.mean((1, 2))[:, 1:]
+
+
+@torch.no_grad()
+def keys(tower: Any, hidden_TLC: Tensor, block: int) -> Tensor:
+    """Keys of a block, mean over heads, without CLS, [T, N, E]."""
+    _, k_THLE = queries_and_keys(tower, hidden_TLC, block)
+    return k_THLE.mean(1)[:, 1:]

@@ -82,6 +82,21 @@ class Vision(ABC):
         Mean over heads and over all queries, CLS among them. `hidden_states[block]` must have been asked for.
         """
 
+    @abstractmethod
+    def from_cls(self, block: int, members: Sequence[int]) -> Tensor:
+        """Attention that CLS pays to each token in an encoder block, mean over heads, [G, N] float32.
+
+        Of each tile its own CLS. `Incompatible` where the tower has none.
+        """
+
+    @abstractmethod
+    def keys(self, block: int, members: Sequence[int]) -> Tensor:
+        """Keys of an encoder block, mean over heads, [G, N, E]; `hidden_states[block]` must have been asked for."""
+
+    @abstractmethod
+    def cls_values(self, members: Sequence[int]) -> Tensor:
+        """The CLS rows of the layer that values come from, one a tile, [G, tiles, V]; `Incompatible` without CLS."""
+
 
 class Family(ABC):
     """One loaded VLM as pruning sees it. Holds no state of its own beside the model."""

@@ -31,6 +31,15 @@ class LlavaVision(Vision):
     def received(self, block: int, members: Sequence[int]) -> Tensor:  # noqa: D102
         return clip.received(self._family.tower, take(self._states[block], members), block)
 
+    def from_cls(self, block: int, members: Sequence[int]) -> Tensor:  # noqa: D102
+        return clip.from_cls(self._family.tower, take(self._states[block], members), block)
+
+    def keys(self, block: int, members: Sequence[int]) -> Tensor:  # noqa: D102
+        return clip.keys(self._family.tower, take(self._states[block], members), block)
+
+    def cls_values(self, members: Sequence[int]) -> Tensor:  # noqa: D102
+        return take(self._states[self._family.facts.feature_layer], members)[:, :1]
+
 
 class LlavaFamily(Family):
     """`LlavaForConditionalGeneration` with a CLIP tower."""
