@@ -4,17 +4,22 @@
 mistake is not reported twice.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 from ocvtp.errors import BadInput, OcvtpError
 from ocvtp.evaluation.catalogue import benchmarks
 from ocvtp.methods import REGISTRY
+from ocvtp.pruner.config import PrunerConfig
+from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.tokens.layers import resolve_layer
 from ocvtp.vlms import Entry, resolve
+from pipelines.ablate import AXES, OPTIONS, TRAIN, Change, Changes
 from pipelines.grid import tokens_kept
 from pipelines.params import Params
 from pipelines.schema import Problems, nearest, show
+from pipelines.sections import PRUNER
 
 SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
 """Those that stage `sample` writes questions for."""
@@ -23,12 +28,15 @@ ALL = "all"
 
 def crosscheck(params: Params, problems: Problems) -> Params:
     """Note everything that does not fit; returns the params with `method: all` spelt out."""
-    params = replace(params, method=_methods(params.method, problems))
+    params = replace(params, method=_methods(params.method, problems), ablate=_new(params))
     _benchmarks(params, problems)
+    _options(params, problems)
+    _trainings(params, problems)
     _sample(params, problems)
     entries = _vlms(params.vlm, problems)
     for entry in entries:
-        _layers(params.layer, entry, problems)
+        _layers("layer", params.layer, entry, problems)
+        _layers("ablate.layer", [value for path, value in params.ablate if path == "layer"], entry, problems)
         _budgets(params, entry, problems)
     return params
 
@@ -67,6 +75,61 @@ def _benchmarks(params: Params, problems: Problems) -> None:
             )
 
 
+def _new(params: Params) -> Changes:
+    """What `ablate` changes without what the grid has already."""
+    train = params.train
+
+    def there(change: Change) -> bool:
+        path, value = change
+        if path in AXES:
+            return value in getattr(params, path)
+        return path.startswith(TRAIN) and train.changed((change,)) == train
+
+    return tuple(change for change in params.ablate if not there(change))
+
+
+def _options(params: Params, problems: Problems) -> None:
+    """Options of methods: those of all evaluations, and those to ablate."""
+    for name, options in params.evaluate.options.items():
+        for option in options:
+            _option(f"evaluate.options.{name}.{option}", name, option, params, problems)
+    for path in dict.fromkeys(path for path, _ in params.ablate if path.startswith(OPTIONS)):
+        name, _, option = path.removeprefix(OPTIONS).partition(".")
+        _option(f"ablate.{path}", name, option, params, problems)
+
+
+def _option(path: str, method: str, option: str, params: Params, problems: Problems) -> None:
+    if method not in REGISTRY:
+        problems.add(path, f"there is no method {method!r}{nearest(method, REGISTRY)}")
+    elif option in AXES or option == "other_vlm":
+        problems.add(path, f"{option} is no option to give here: it is an axis of params.yaml, or none of its affairs")
+    elif option not in REGISTRY[method].options:
+        problems.add(path, f"{method} has no option {option!r}{nearest(option, REGISTRY[method].options)}")
+    elif path.startswith("ablate.") and method not in params.method:
+        problems.add(path, f"{method} is not among the methods of the grid")
+
+
+def _trainings(params: Params, problems: Problems) -> None:
+    """What is ablated of the section `train`, by the library's own checks."""
+    for path, value in params.ablate:
+        if not path.startswith(TRAIN):
+            continue
+        where = f"ablate.{path}"
+        key = path.removeprefix(TRAIN).removeprefix(PRUNER)
+        config = PrunerConfig if path.startswith(TRAIN + PRUNER) else TrainConfig
+        given = ("token_dim", "grid", "loss", "slots", "seed", *(["behaviour"] if config is PrunerConfig else []))
+        legal = [item.name for item in fields(config) if item.name not in given]
+        if key not in legal:
+            problems.add(where, f"unknown key{nearest(key, legal)}")
+            continue
+        train = params.train.changed(((path, value),))
+        try:
+            train.config(params.loss[0], params.slots[0], params.seed[0])
+            train.pruner_config(64, None)
+        except (BadInput, TypeError) as error:
+            problems.add(where, f"{show(value)}: {error}")
+
+
 def _sample(params: Params, problems: Problems) -> None:
     sample = params.sample
     for name in ("annotations", "image_folder"):
@@ -87,18 +150,16 @@ def _vlms(names: Sequence[str], problems: Problems) -> list[Entry]:
     return entries
 
 
-def _layers(layers: Sequence[int], entry: Entry, problems: Problems) -> None:
+def _layers(where: str, layers: Sequence[int], entry: Entry, problems: Problems) -> None:
     seen: dict[int, int] = {}
     for index, layer in enumerate(layers):
         try:
             resolved = resolve_layer(layer, entry.depth, vlm=f"the vision tower of {entry.name}")
         except BadInput as error:
-            problems.add(_at("layer", layers, index), str(error))
+            problems.add(_at(where, layers, index), str(error))
             continue
         if resolved in seen:
-            problems.add(
-                _at("layer", layers, index), f"{layer} and {seen[resolved]} are the same layer of {entry.name}"
-            )
+            problems.add(_at(where, layers, index), f"{layer} and {seen[resolved]} are the same layer of {entry.name}")
         seen[resolved] = layer
 
 
@@ -116,13 +177,19 @@ def _budgets(params: Params, entry: Entry, problems: Problems) -> None:
             problems.add(where, f"{show(keep.written)} and {counts[count]} are both {count} tokens of {entry.name}")
         elif count is not None:
             counts[count] = show(keep.written)
-    for index, slots in enumerate(params.slots):
+    for where, slots in _values(params, "slots"):
         if whole is not None and max(slots) > whole:
-            problems.add(
-                _at("slots", params.slots, index),
-                f"{max(slots)} slots, but an image of {entry.name} has {whole} tokens",
-            )
-    for index, top_k in enumerate(params.top_k):
+            problems.add(where, f"{max(slots)} slots, but an image of {entry.name} has {whole} tokens")
+    for where, top_k in _values(params, "top_k"):
         if counts and top_k > min(counts):
-            where = _at("top_k", params.top_k, index)
             problems.add(where, f"{top_k} tokens a slot are more than the {min(counts)} that are kept")
+
+
+def _values(params: Params, axis: str) -> Iterator[tuple[str, Any]]:
+    """The values of an axis with their paths: those of the grid, then those of `ablate`."""
+    values = getattr(params, axis)
+    for index, value in enumerate(values):
+        yield _at(axis, values, index), value
+    for path, value in params.ablate:
+        if path == axis:
+            yield f"ablate.{axis}", value

@@ -21,6 +21,7 @@ from cluster import Task, is_published
 from cluster.task import canonical
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.evaluation.catalogue import benchmark as named
+from ocvtp.evaluation.masks import MASKS
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
 from pipelines import outputs, stage, tracking
@@ -90,7 +91,10 @@ def _data(run: Stage) -> dict[str, Input]:
     for folder in {Path(one["path"]).parent for one in about.values()}:
         run.put_back(folder.as_posix(), place / "benchmarks", files)
         run.require({run.store.root / folder: files}, "sample")
-    return {name: Input(about[name]["path"], {name: about[name]["sha256"]}) for name in run.params.benchmark}
+    return {
+        name: Input(about[name]["path"], {name: about[name]["sha256"], MASKS: files[MASKS]})
+        for name in run.params.benchmark
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -121,6 +125,7 @@ def _task(
         "task": json.loads(json.dumps(asdict(named(benchmark)))),
         "lmms_eval": version("lmms-eval"),
         "data": None if data is None else data.files[benchmark],
+        "masks": None if data is None else data.files[MASKS],
         "limit": evaluate.limit,
         "batch_size": evaluate.batch_size,
     }

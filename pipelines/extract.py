@@ -20,6 +20,7 @@ from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import Entry, resolve
 from pipelines import outputs, stage
+from pipelines.grid import layers as wanted_layers
 from pipelines.grid import vlm_folder
 from pipelines.stage import Stage
 from pipelines.tasks.tokens import tokens
@@ -53,7 +54,7 @@ def work(run: Stage) -> None:
     report.raise_if_failed()
     with outputs.folder(run.root / outputs.TOKENS) as folder:
         for vlm, some in parts.items():
-            for layer in run.params.layer:
+            for layer in wanted_layers(run.params):
                 shards = [_shard(part.layers[layer].out) for part in some]
                 path = folder / vlm_folder(vlm) / f"layer_{layer}.json"
                 outputs.write_json(path, layer_listing(shards, run.store.root))
@@ -95,8 +96,8 @@ def _part(run: Stage, vlm: Entry, first: int, images: Sequence[dict[str, str]]) 
         name = f"{vlm.name} {first}, layer {', '.join(map(str, layers))}"
         return run.task(kind, name, tokens, {**common, "layers": layers}, demand, at)
 
-    layers = {layer: make("tokens", [layer]) for layer in run.params.layer}
-    return Part(layers, make("passes", sorted(run.params.layer)))
+    layers = {layer: make("tokens", [layer]) for layer in wanted_layers(run.params)}
+    return Part(layers, make("passes", sorted(layers)))
 
 
 def _pass(run: Stage, part: Part) -> Task:

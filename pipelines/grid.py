@@ -2,17 +2,21 @@
 
 An axis multiplies only what it changes: methods without a trained pruner have no loss or slots, methods without
 randomness no seed, and the unpruned model is one setting. It is always evaluated, being the 100 % of all others.
+Each change of `ablate` adds the part of the grid that it concerns once more.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 from ocvtp.methods import Entry as MethodEntry
 from ocvtp.methods.budget import Budget
+from pipelines import ablate
+from pipelines.ablate import Change, Changes
 from pipelines.params import Params
 
 VANILLA = "vanilla"
@@ -20,13 +24,14 @@ VANILLA = "vanilla"
 
 @dataclass(frozen=True)
 class PrunerCell:
-    """One pruner to train."""
+    """One pruner to train; `changes` are other values of entries of the section `train`."""
 
     vlm: str
     layer: int
     loss: str
     slots: tuple[int, ...]
     seed: int
+    changes: Changes = ()
 
     @property
     def folder(self) -> str:
@@ -36,7 +41,8 @@ class PrunerCell:
     @property
     def group(self) -> str:
         """Its name without VLM and seed."""
-        return f"layer_{self.layer}-{self.loss}-slots_{'_'.join(map(str, self.slots))}"
+        slots = "_".join(map(str, self.slots))
+        return "-".join([f"layer_{self.layer}", self.loss, f"slots_{slots}", *map(ablate.word, self.changes)])
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Setting:
         tokens: kept of an image; None where that depends on the image.
         share: kept of all tokens; None where that depends on the image.
         pruner: the one it uses.
+        given: options of the method, as params.yaml has them.
+        changes: what `ablate` changed; none in the grid itself.
     """
 
     vlm: str
@@ -58,12 +66,14 @@ class Setting:
     layer: int | None = None
     top_k: int | None = None
     pruner: PrunerCell | None = None
+    given: tuple[tuple[str, Any], ...] = ()
+    changes: Changes = ()
 
     @property
     def options(self) -> dict[str, Any]:
         """Of the method. A trained pruner knows its layer."""
-        given = {"top_k": self.top_k, "layer": None if self.pruner else self.layer}
-        return {name: value for name, value in given.items() if value is not None}
+        axes = {"top_k": self.top_k, "layer": None if self.pruner else self.layer}
+        return {**dict(self.given), **{name: value for name, value in axes.items() if value is not None}}
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -78,6 +88,7 @@ class Setting:
             "loss": self.pruner.loss if self.pruner else None,
             "slots": list(self.pruner.slots) if self.pruner else None,
             "top_k": self.top_k,
+            "changes": {path: list(value) if isinstance(value, tuple) else value for path, value in self.changes},
         }
 
     @property
@@ -92,6 +103,7 @@ class Setting:
             parts.append(f"layer_{self.layer}")
         if self.top_k is not None:
             parts.append(f"top_{self.top_k}")
+        parts += [ablate.word(change) for change in self.changes if change[0].startswith(ablate.OPTIONS)]
         if self.seed is not None:
             parts.append(f"seed_{self.seed}")
         return "-".join(parts)
@@ -115,38 +127,96 @@ def vlm_folder(vlm: str) -> str:
     return f"{last}-{hashlib.sha256(vlm.encode()).hexdigest()[:8]}"
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Axes of pruners and of their use, once for the grid and once for each change."""
+
+    layer: tuple[int, ...]
+    loss: tuple[str, ...]
+    slots: tuple[tuple[int, ...], ...]
+    top_k: tuple[int, ...] = (1,)
+    changes: Changes = ()
+
+    def changed(self, change: Change) -> "_Part":
+        """With one value instead of those of its axis, if it is one."""
+        axes = {name: getattr(self, name) for name in ablate.AXES}
+        if change[0] in axes:
+            axes[change[0]] = (change[1],)
+        return _Part(**axes, changes=(change,))
+
+    @property
+    def training(self) -> Changes:
+        """The changes of the section `train`."""
+        return tuple(change for change in self.changes if change[0].startswith(ablate.TRAIN))
+
+
 def pruner_cells(params: Params) -> list[PrunerCell]:
-    """The pruners to train, in the order of the axes."""
-    return [PrunerCell(*values) for values in product(params.vlm, params.layer, params.loss, params.slots, params.seed)]
+    """The pruners to train, in the order of the axes; those of `ablate` last."""
+    grid = _Part(params.layer, params.loss, params.slots)
+    concerned = [change for change in params.ablate if _trains(change)]
+    found = [
+        PrunerCell(vlm, layer, loss, slots, seed, part.training)
+        for part in (grid, *map(grid.changed, concerned))
+        for vlm, layer, loss, slots, seed in product(params.vlm, part.layer, part.loss, part.slots, params.seed)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def layers(params: Params) -> list[int]:
+    """The layers whose tokens are needed, those of `ablate` last."""
+    more = [value for path, value in params.ablate if path == "layer"]
+    return list(dict.fromkeys((*params.layer, *more)))
 
 
 def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping[str, int | None]) -> list[Setting]:
-    """The settings to evaluate, each VLM's unpruned model first.
+    """The settings to evaluate, each VLM's unpruned model first, those of `ablate` last.
 
     Args:
         params: of which the axes are read.
         methods: the register.
         tokens: of an image, by VLM; None where they depend on the image.
     """
+    grid = _Part(params.layer, params.loss, params.slots, params.top_k)
     found = []
     for vlm in params.vlm:
         found.append(Setting(vlm, VANILLA, None, tokens[vlm], 1.0))
-        for name in params.method:
-            if name != VANILLA:
-                found += _of_method(params, methods[name], vlm, tokens[vlm])
+        make = partial(_of_method, params, vlm=vlm, whole=tokens[vlm])
+        chosen = [methods[name] for name in params.method if name != VANILLA]
+        found += [setting for method in chosen for setting in make(method, grid)]
+        for change in params.ablate:
+            concerned = [method for method in chosen if _concerns(change, method)]
+            found += [setting for method in concerned for setting in make(method, grid.changed(change))]
     return found
 
 
-def _of_method(params: Params, method: MethodEntry, vlm: str, whole: int | None) -> Iterator[Setting]:
+def _trains(change: Change) -> bool:
+    return change[0] in ("layer", "loss", "slots") or change[0].startswith(ablate.TRAIN)
+
+
+def _concerns(change: Change, method: MethodEntry) -> bool:
+    """Whether a method does anything else after a change."""
+    path = change[0]
+    if path in ("layer", "top_k"):
+        return path in method.options or (method.trained and path == "layer")
+    if path.startswith(ablate.OPTIONS):
+        return path.startswith(f"{ablate.OPTIONS}{method.name}.")
+    return method.trained
+
+
+def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, whole: int | None) -> Iterator[Setting]:
     """Budgets outermost, seeds innermost."""
     seeds = params.seed if method.random or method.trained else (None,)
-    layers = params.layer if method.trained or "layer" in method.options else (None,)
-    trained = list(product(params.loss, params.slots)) if method.trained else [None]
-    top_ks = params.top_k if "top_k" in method.options else (None,)
-    for keep, layer, made, top_k, seed in product(params.keep, layers, trained, top_ks, seeds):
+    layers_ = part.layer if method.trained or "layer" in method.options else (None,)
+    trained = list(product(part.loss, part.slots)) if method.trained else [None]
+    top_ks = part.top_k if "top_k" in method.options else (None,)
+    given = dict(params.evaluate.options.get(method.name, {}))
+    start = f"{ablate.OPTIONS}{method.name}."
+    given |= {path.removeprefix(start): value for path, value in part.changes if path.startswith(start)}
+    for keep, layer, made, top_k, seed in product(params.keep, layers_, trained, top_ks, seeds):
         pruner = None
         if made is not None and layer is not None and seed is not None:
-            pruner = PrunerCell(vlm, layer, *made, seed)
+            pruner = PrunerCell(vlm, layer, *made, seed, part.training)
         count = tokens_kept(keep, whole)
         share = keep.share if whole is None or count is None else count / whole
-        yield Setting(vlm, method.name, keep, count, share, seed, layer, top_k, pruner)
+        options = tuple(sorted(given.items()))
+        yield Setting(vlm, method.name, keep, count, share, seed, layer, top_k, pruner, options, changes=part.changes)

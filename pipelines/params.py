@@ -12,7 +12,8 @@ from typing import Any
 
 from ocvtp.errors import BadInput
 from ocvtp.methods.budget import Budget
-from pipelines.schema import Problems, Wrong, axis, choice, entry, load_yaml, many, nested, read, show, text, whole
+from pipelines.ablate import LOSSES, Changes, read_ablate, slots
+from pipelines.schema import Problems, Wrong, axis, choice, entry, load_yaml, many, nested, read, text, whole
 from pipelines.sections import (
     Cluster,
     Efficiency,
@@ -27,10 +28,10 @@ from pipelines.sections import (
 
 READS: Mapping[str, tuple[str, ...]] = {
     "sample": ("sample",),
-    "extract": ("vlm", "layer", "extract"),
-    "train": ("vlm", "layer", "loss", "slots", "seed", "train"),
+    "extract": ("vlm", "layer", "ablate", "extract"),
+    "train": ("vlm", "layer", "loss", "slots", "seed", "ablate", "train"),
     "evaluate": (
-        "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "evaluate",
+        "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
     ),
     "efficiency": ("vlm", "top_k", "keep", "method", "train", "efficiency"),
     "report": (),
@@ -51,20 +52,11 @@ def keep(value: Any) -> Budget:
         raise Wrong(str(error)) from None
 
 
-def _slots(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise Wrong(f"{show(value)} is not a list of slot counts, such as [16, 32, 48]")
-    counts: tuple[int, ...] = many(whole(1))(value)
-    if list(counts) != sorted(counts):
-        raise Wrong(f"{list(counts)} is not in ascending order: {sorted(counts)}")
-    return counts
-
-
 def slots_axis(value: Any) -> tuple[tuple[int, ...], ...]:
     """A check: [16, 32] is one value, [[16, 32], [64]] is a grid of two."""
     if isinstance(value, list) and any(isinstance(item, list) for item in value):
-        return tuple(many(_slots)(value))
-    return (_slots(value),)
+        return tuple(many(slots)(value))
+    return (slots(value),)
 
 
 # --- All of it -------------------------------------------------------------------------------------------------------
@@ -76,13 +68,14 @@ class Params:
 
     vlm: tuple[str, ...] = entry("tiny-llava", axis(text))
     layer: tuple[int, ...] = entry(9, axis(whole(-1000, 1000)))
-    loss: tuple[str, ...] = entry("aw_mse", axis(choice("aw_mse", "mse")))
+    loss: tuple[str, ...] = entry("aw_mse", axis(choice(*LOSSES)))
     slots: tuple[tuple[int, ...], ...] = entry([16, 32, 48], slots_axis)
     top_k: tuple[int, ...] = entry(1, axis(whole(1)))
     keep: tuple[Budget, ...] = entry([48, 32, 16], axis(keep))
-    method: tuple[str, ...] = entry(["vanilla", "random", "oc-vtp"], axis(text))
+    method: tuple[str, ...] = entry(["vanilla", "random", "oc-vtp-untrained", "oc-vtp"], axis(text))
     benchmark: tuple[str, ...] = entry(["gqa", "mme", "pope", "textvqa"], axis(text))
     seed: tuple[int, ...] = entry([0, 1, 2], axis(whole(0, 2**31 - 1)))
+    ablate: Changes = field(default=(), metadata=nested(tuple, read_ablate))
     sample: Sample = field(default_factory=Sample, metadata=nested(Sample))
     extract: Extract = field(default_factory=Extract, metadata=nested(Extract))
     train: Train = field(default_factory=Train, metadata=nested(Train, read_train))

@@ -52,7 +52,8 @@ class Problems:
 
 def entry(default: Any, check: Check) -> Any:
     """A field of a dataclass that is read from the file."""
-    factory = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
+    mutable = isinstance(default, list | dict)
+    factory = {"default_factory": lambda: default} if mutable else {"default": default}
     return field(metadata={"check": check}, **factory)
 
 

@@ -12,8 +12,10 @@ from cluster import ClusterConfig, ClusterError
 from ocvtp.errors import BadInput
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.training.config import TrainConfig
+from pipelines.ablate import TRAIN, Changes
 from pipelines.schema import (
     Problems,
+    Wrong,
     choice,
     either,
     entry,
@@ -28,6 +30,7 @@ from pipelines.schema import (
     whole,
 )
 
+PRUNER = "pruner."
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,6 +67,15 @@ class Train:
 
     options: dict[str, Any] = field(default_factory=dict)
     pruner: dict[str, Any] = field(default_factory=dict)
+
+    def changed(self, changes: Changes) -> "Train":
+        """With other values of some entries."""
+        options, pruner = dict(self.options), dict(self.pruner)
+        for path, value in changes:
+            key = path.removeprefix(TRAIN)
+            target, name = (pruner, key.removeprefix(PRUNER)) if key.startswith(PRUNER) else (options, key)
+            target[name] = value
+        return Train(options, pruner)
 
     def config(self, loss: str, slots: tuple[int, ...], seed: int) -> TrainConfig:
         """Of one training."""
@@ -131,6 +143,16 @@ def _checked_by(
     return sound
 
 
+def _options(value: Any) -> dict[str, dict[str, Any]]:
+    """A check: method -> option -> value."""
+    if not isinstance(value, Mapping):
+        raise Wrong(f"{show(value)} is not a mapping of methods to their options")
+    for name, options in value.items():
+        if not isinstance(options, Mapping):
+            raise Wrong(f"{show(options)} is not a mapping of options to values", f".{name}")
+    return {name: dict(options) for name, options in value.items()}
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """How questions are asked and scored."""
@@ -141,6 +163,7 @@ class Evaluate:
     max_new_tokens: int = entry(16, whole(1))
     bootstrap: int = entry(2000, whole(100))
     limit: int | None = entry(None, optional(whole(1)))
+    options: Mapping[str, Mapping[str, Any]] = entry({}, _options)
 
 
 @dataclass(frozen=True)

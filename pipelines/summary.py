@@ -7,12 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ocvtp.evaluation.files import SCORE, read_samples
-from ocvtp.evaluation.scores import interval, relative_average
+from ocvtp.evaluation.scores import Average, interval, relative_average
 from pipelines.grid import Setting
 
 Row = dict[str, Any]
-Axes = tuple[str, str]
+OURS = "oc-vtp"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def score_rows(results: Sequence[Result], resamples: int) -> list[Row]:
             "n": score["n"],
             "kept_mean": score["tokens_kept"]["mean"],
             "fingerprint": score["setting"].get("fingerprint"),
+            "object_coverage": score.get("object_coverage"),
             "metrics": score["metrics"],
             "path": result.path,
         })  # fmt: skip
@@ -88,38 +91,110 @@ def score_rows(results: Sequence[Result], resamples: int) -> list[Row]:
 def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples: int) -> list[Row]:
     """One row for each setting with its seeds pooled: relative accuracy with paired intervals, and its average.
 
-    A benchmark without results has a row of None, and so has then the average.
+    A benchmark without results has a row of None, and so has then the average. `difference` is, for a row of `ablate`,
+    the points to the same setting of the grid; `against` has for OC-VTP the points to each other method at the same
+    budget; both are {points, ci_low, ci_high}, paired by question. `coverage` is of objects, see `_coverage`.
     """
     grid = _Grid(results)
-    rows = []
-    for group in grid.groups.values():
-        setting = group[0].setting
+    groups = [(group[0].setting, group) for group in grid.groups.values()]
+    averages: list[tuple[Setting, Average]] = []
+    for setting, group in groups:
         vanilla = {name: result.samples for name, result in grid.vanilla.get(setting.vlm, {}).items()}
         runs = {name: [result.samples for result in group if result.benchmark == name] for name in benchmarks}
-        found = relative_average({name: vanilla.get(name, ()) for name in benchmarks}, runs, resamples=resamples)
+        whole = {name: vanilla.get(name, ()) for name in benchmarks}
+        averages.append((setting, relative_average(whole, runs, resamples=resamples)))
+    rows = []
+    for (setting, group), (_, average) in zip(groups, averages, strict=True):
+        found = average.to_dict()
         if setting.keep is None:  # 100 by definition
             for row in (*found["benchmarks"].values(), found["average"]):
                 row |= {"ci_low": None, "ci_high": None}
         seeds = sorted({result.setting.seed for result in group if result.setting.seed is not None})
-        rows.append({**setting.axes, "seeds": seeds, **found})
+        rows.append({
+            **setting.axes,
+            "seeds": seeds,
+            **found,
+            "difference": _difference(setting, average, averages),
+            "against": _against(setting, average, averages),
+            "coverage": _coverage(group, resamples),
+        })  # fmt: skip
     return rows
+
+
+def _difference(setting: Setting, average: Average, averages: Sequence[tuple[Setting, Average]]) -> Row | None:
+    """Points of a setting of `ablate` to the one of the grid that differs in nothing else."""
+    changed = {path for path, _ in setting.changes}
+    for other, theirs in averages:
+        same = all(
+            other.axes[name] == value for name, value in setting.axes.items() if name not in changed | {"changes"}
+        )
+        if setting.changes and not other.changes and same:
+            return average.minus(theirs)
+    return None
+
+
+def _against(setting: Setting, average: Average, averages: Sequence[tuple[Setting, Average]]) -> Row:
+    """Points of OC-VTP to each other method of the grid, at its own budget, layer and top_k."""
+    if setting.method != OURS or setting.changes:
+        return {}
+    found: Row = {}
+    for other, theirs in averages:
+        fits = all(getattr(other, axis) in (None, getattr(setting, axis)) for axis in ("layer", "top_k"))
+        same = (other.vlm, other.keep) == (setting.vlm, setting.keep) and not other.changes
+        if same and fits and other.method != OURS:
+            found[other.method] = average.minus(theirs)
+    return found
+
+
+def _coverage(group: Sequence[Result], resamples: int) -> Row | None:
+    """Objects with a kept token on their mask, of `all` and of `small` ones: {share, ci_low, ci_high, objects}.
+
+    Mean over seeds, and each image counts once however many questions are about it; the interval is a bootstrap over
+    images. None where there are no masks.
+    """
+    images: dict[str, dict[int | None, Sequence[int]]] = {}
+    for result in group:
+        for sample in result.samples:
+            if "objects" in sample:
+                images.setdefault(sample["image"], {})[result.setting.seed] = sample["objects"]
+    if not images:
+        return None
+    sums_I4 = np.array([np.mean(list(seeds.values()), axis=0) for seeds in images.values()])
+    rng = np.random.default_rng(0)
+    counts_RI = rng.multinomial(len(sums_I4), [1 / len(sums_I4)] * len(sums_I4), size=resamples)
+    drawn_R4 = counts_RI @ sums_I4
+    found = {}
+    for name, column in (("all", 0), ("small", 2)):
+        total = sums_I4[:, column].sum()
+        shares_R = drawn_R4[:, column + 1] / np.maximum(drawn_R4[:, column], 1)
+        low, high = np.quantile(shares_R, [0.025, 0.975])
+        found[name] = {
+            "share": float(sums_I4[:, column + 1].sum() / total) if total else None,
+            "ci_low": float(low) if total else None,
+            "ci_high": float(high) if total else None,
+            "objects": int(total),
+        }
+    return found
 
 
 def metrics(summary: Sequence[Row]) -> Row:
     """VLM -> method -> budget -> average and benchmarks, in percent of vanilla, whose own scores stand as they are.
 
-    The other axes are in the path only where the grid has several values of them, so that experiments with another
-    loss or layer have the same paths and can be compared.
+    `coverage` is of objects, in percent. The other axes are in the path only where the grid has several values of them,
+    so that experiments with another loss or layer have the same paths and can be compared; rows of `ablate` say what
+    they change.
     """
-    several = {
-        axis: len({json.dumps(row[axis]) for row in summary if row[axis] is not None}) > 1
+    grid = [row for row in summary if not row["changes"]]
+    several = [
+        axis
         for axis in ("layer", "loss", "slots", "top_k")
-    }
+        if len({json.dumps(row[axis]) for row in grid if row[axis] is not None}) > 1
+    ]
     found: Row = {}
     for row in summary:
-        name = "-".join(
-            [row["method"], *(f"{axis}_{_word(row[axis])}" for axis in several if _has(several, row, axis))]
-        )
+        parts = {axis: row[axis] for axis in several if row[axis] is not None}
+        parts |= {path.rsplit(".", 1)[-1]: value for path, value in row["changes"].items()}
+        name = "-".join([row["method"], *(f"{axis}_{_word(value)}" for axis, value in parts.items())])
         place = found.setdefault(row["vlm"], {}).setdefault(name, {})
         kind = "relative"
         if row["keep"] is None:
@@ -127,13 +202,13 @@ def metrics(summary: Sequence[Row]) -> Row:
         else:
             place = place.setdefault(_word(row["tokens"] or row["keep"]), {})
             place["average"] = row["average"]["relative"]
+            if row["coverage"]:
+                place["coverage"] = {
+                    size: 100 * one["share"] for size, one in row["coverage"].items() if one["objects"]
+                }
         place |= {benchmark: values[kind] for benchmark, values in row["benchmarks"].items()}
     cleaned: Row = _without_none(found)
     return cleaned
-
-
-def _has(several: Mapping[str, bool], row: Row, axis: str) -> bool:
-    return several[axis] and row[axis] is not None
 
 
 def _word(value: Any) -> str:

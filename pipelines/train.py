@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from cluster import Task
 from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
 from pipelines import outputs, stage, tracking
-from pipelines.grid import PrunerCell, pruner_cells, vlm_folder
+from pipelines.grid import PrunerCell, layers, pruner_cells, vlm_folder
 from pipelines.spool import Record, curves
 from pipelines.stage import Stage
 from pipelines.tasks.pruners import pruner
@@ -27,7 +27,7 @@ LEFT_IN_STORE = "last.safetensors"
 def work(run: Stage) -> None:
     """Train what is missing, and write the output."""
     cells = pruner_cells(run.params)
-    listings = {(vlm, layer): _tokens(run, vlm, layer) for vlm in run.params.vlm for layer in run.params.layer}
+    listings = {(vlm, layer): _tokens(run, vlm, layer) for vlm in run.params.vlm for layer in layers(run.params)}
     tasks = {cell: _task(run, cell, listings[cell.vlm, cell.layer]) for cell in cells}
     run.run(list(tasks.values())).raise_if_failed()
     with outputs.folder(run.root / outputs.MODELS) as folder:
@@ -50,7 +50,8 @@ def _tokens(run: Stage, vlm: str, layer: int) -> dict[str, Any]:
 
 
 def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any]) -> Task:
-    meta, train = ShardMeta.from_dict(listing["meta"], f"the tokens of {cell.vlm}"), run.params.train
+    meta = ShardMeta.from_dict(listing["meta"], f"the tokens of {cell.vlm}")
+    train = run.params.train.changed(cell.changes)
     shards = [{key: value for key, value in shard.items() if key != "path"} for shard in listing["shards"]]
     spec = {
         "tokens": {**listing, "shards": shards},
@@ -72,7 +73,8 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
     """Of one training, for MLflow."""
     folder = run.root / outputs.MODELS / cell.folder
     metrics = json.loads((folder / "metrics.json").read_bytes())
-    options = {f"train.{key}": value for key, value in {**run.params.train.options, **run.params.train.pruner}.items()}
+    train = run.params.train.changed(cell.changes)
+    options = {f"train.{key}": value for key, value in {**train.options, **train.pruner}.items()}
     return Record(
         fingerprint=task.key,
         kind="pruner",

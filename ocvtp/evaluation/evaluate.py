@@ -11,11 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ocvtp.data.coverage import Covered
 from ocvtp.errors import Corrupt
 from ocvtp.evaluation import files, preflight, scores
 from ocvtp.evaluation.catalogue import Benchmark
 from ocvtp.evaluation.catalogue import benchmark as named
 from ocvtp.evaluation.generate import Answerer
+from ocvtp.evaluation.masks import add_objects
 from ocvtp.evaluation.setting import Setting, forget, pruner_fingerprint, ready
 
 __all__ = ["Setting", "evaluate", "forget"]
@@ -37,6 +39,8 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Ask a VLM the questions of a benchmark, score its answers, and write score.json and samples.jsonl.
+
+    Where the question set comes with masks (`scenes.json` beside it), both also say which objects kept tokens lie on.
 
     Args:
         setting: the VLM and how it is pruned.
@@ -66,6 +70,7 @@ def evaluate(
     with _ALONE, ready(setting, device) as answerer:
         outcome = ask(entry, answerer, data=path, batch_size=setting.batch_size, limit=rows, progress=progress)
         made = _made_by(setting, answerer, outcome.image_tokens, fingerprint)
+        covered = add_objects(outcome.samples, path, answerer.vlm.grid)
     score = _agreed(entry, outcome.primary, outcome.samples)
     result = files.clean({
         "benchmark": benchmark,
@@ -79,6 +84,7 @@ def evaluate(
         "data": _data(entry, path),
         "limit": limit,
         "tokens_kept": _spread(outcome.image_tokens),
+        "object_coverage": None if covered is None else _coverage(covered),
         "versions": _versions(),
     })  # fmt: skip
     files.write(out, result, outcome.samples)
@@ -146,6 +152,16 @@ def _spread(counts: Sequence[int]) -> dict[str, Any]:
     if not counts:
         return {"mean": None, "min": None, "max": None}
     return {"mean": sum(counts) / len(counts), "min": min(counts), "max": max(counts)}
+
+
+def _coverage(covered: Covered) -> dict[str, Any]:
+    """Share of objects, and of small ones, with a kept token on their mask."""
+    return {
+        "all": covered.share,
+        "small": covered.small_share,
+        "objects": covered.objects,
+        "small_objects": covered.small_objects,
+    }
 
 
 def _data(entry: Benchmark, path: Path | None) -> dict[str, Any]:

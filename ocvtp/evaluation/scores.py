@@ -67,14 +67,50 @@ def relative(
     return row
 
 
+@dataclass(frozen=True)
+class Average:
+    """Relative accuracy of one method on some benchmarks, and its mean over them.
+
+    Attributes:
+        rows: benchmark -> {score, relative, ci_low, ci_high (of relative), n}.
+        relative: the mean; None where any benchmark has no relative accuracy: a mean over fewer would not compare with
+            others.
+        draws_R: the mean in each resample.
+    """
+
+    rows: Mapping[str, dict[str, Any]]
+    relative: float | None
+    draws_R: Floats | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """`benchmarks`: the rows, and `average`: {relative, ci_low, ci_high}, the interval being that of 95 %."""
+        low, high = (None, None) if self.draws_R is None else _quantiles(self.draws_R) or (None, None)
+        return {
+            "benchmarks": dict(self.rows),
+            "average": {"relative": self.relative, "ci_low": low, "ci_high": high},
+        }
+
+    def minus(self, other: "Average") -> dict[str, float] | None:
+        """Points between two means of the same questions, {points, ci_low, ci_high}; None where either has none.
+
+        Both were resampled with the same draws, so that the interval is a paired one.
+        """
+        if self.relative is None or other.relative is None or self.draws_R is None or other.draws_R is None:
+            return None
+        ends = _quantiles(self.draws_R - other.draws_R)
+        if ends is None:
+            return None
+        return {"points": self.relative - other.relative, "ci_low": ends[0], "ci_high": ends[1]}
+
+
 def relative_average(
     vanilla: Mapping[str, Samples],
     runs: Mapping[str, Sequence[Samples]],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Relative accuracy on each benchmark, and its mean over them with a 95 % interval.
+) -> Average:
+    """Relative accuracy on each benchmark, and its mean over them.
 
     In each resample the same questions are drawn for vanilla and for every run, so that only what pruning changes
     varies. Benchmarks are resampled independently of each other.
@@ -84,11 +120,6 @@ def relative_average(
         runs: benchmark -> answers of each seed of one method.
         resamples: R.
         seed: of the resampling.
-
-    Returns:
-        `benchmarks`: name -> {score, relative, ci_low, ci_high (of relative), n}, and `average`: {relative, ci_low,
-        ci_high}. The average is None where any benchmark of `vanilla` or `runs` has no relative accuracy: a mean over
-        fewer would not compare with others.
     """
     rows: dict[str, dict[str, Any]] = {}
     draws: list[Floats] = []
@@ -98,10 +129,8 @@ def relative_average(
             draws.append(draws_R)
     values = [row["relative"] for row in rows.values()]
     if not values or None in values:
-        return {"benchmarks": rows, "average": {"relative": None, "ci_low": None, "ci_high": None}}
-    low, high = _quantiles(np.mean(draws, axis=0)) or (None, None)
-    average = {"relative": float(np.mean(values)), "ci_low": low, "ci_high": high}
-    return {"benchmarks": rows, "average": average}
+        return Average(rows, None, None)
+    return Average(rows, float(np.mean(values)), np.mean(draws, axis=0))
 
 
 def _relative(

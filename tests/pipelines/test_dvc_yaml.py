@@ -35,11 +35,9 @@ def test_a_stage_lists_the_entries_that_it_may_read(name: str) -> None:
 def test_a_stage_reads_every_entry_that_it_lists(name: str) -> None:
     """By its own source and that of the grid, which reads the axes for it."""
     read = _attributes_of(ROOT / SCRIPTS[name], "params")
-    if name in ("train", "evaluate"):
-        used = {"train": "pruner_cells", "evaluate": "settings"}[name]
-        read |= _attributes_of(
-            ROOT / "pipelines/grid.py", "params", inside=(used, "_of_method") if used == "settings" else (used,)
-        )
+    used = {"extract": ("layers",), "train": ("pruner_cells",), "evaluate": ("settings", "_of_method")}.get(name)
+    if used:
+        read |= _attributes_of(ROOT / "pipelines/grid.py", "params", inside=used)
     assert set(READS[name]) - read == set()
     assert (read & set(Params.__dataclass_fields__)) - set(READS[name]) <= {"cluster", "mlflow"}
 

@@ -7,7 +7,7 @@ import pytest
 
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
-from pipelines.grid import Setting, pruner_cells, settings, vlm_folder
+from pipelines.grid import Setting, layers, pruner_cells, settings, vlm_folder
 from pipelines.params import Params, load
 from pipelines.stage import ROOT
 
@@ -26,7 +26,12 @@ def expand(params: Params, **changes: Any) -> list[Setting]:
 def test_the_default_grid(shipped: Params) -> None:
     found = expand(shipped)
     by_method = {name: [one for one in found if one.method == name] for name in shipped.method}
-    assert {name: len(some) for name, some in by_method.items()} == {"vanilla": 1, "random": 9, "oc-vtp": 9}
+    assert {name: len(some) for name, some in by_method.items()} == {
+        "vanilla": 1,
+        "random": 9,
+        "oc-vtp-untrained": 9,
+        "oc-vtp": 9,
+    }
     assert len(pruner_cells(shipped)) == 3
     assert {one.pruner for one in by_method["oc-vtp"]} == set(pruner_cells(shipped))
     assert {(one.tokens, one.seed) for one in by_method["random"]} == {(k, s) for k in (48, 32, 16) for s in (0, 1, 2)}
@@ -80,3 +85,48 @@ def test_names_of_folders() -> None:
     assert first.startswith("llava-")
     assert vlm_folder("/") not in ("", ".", "..")
     assert "/" not in vlm_folder("../..")
+
+
+@pytest.mark.parametrize(
+    ("change", "pruners", "ours", "untrained"),
+    [
+        (("loss", "mse"), 3, 9, 0),
+        (("layer", 10), 3, 9, 9),
+        (("top_k", 2), 0, 9, 9),
+        (("slots", (16,)), 3, 9, 0),
+        (("train.steps", 50), 3, 9, 0),
+        (("train.pruner.decoder", "mlp"), 3, 9, 0),
+        (("evaluate.options.oc-vtp.fill", "random"), 0, 9, 0),
+    ],
+)
+def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours, untrained) -> None:
+    params = replace(shipped, ablate=(change,))
+    assert pruner_cells(params)[:3] == pruner_cells(shipped)
+    assert len(pruner_cells(params)) == 3 + pruners
+    found = expand(params)
+    new = [one for one in found if one.changes]
+    assert [one for one in found if not one.changes] == expand(shipped)
+    assert {one.changes for one in new} == {(change,)}
+    assert sum(one.method == "oc-vtp" for one in new) == ours
+    assert sum(one.method == "oc-vtp-untrained" for one in new) == untrained
+    assert len(new) == ours + untrained
+    assert len({(one.vlm, one.name) for one in found}) == len(found)
+    assert {one.pruner for one in found if one.pruner} == set(pruner_cells(params))
+
+
+def test_changes_are_not_multiplied_with_each_other(shipped: Params) -> None:
+    params = replace(shipped, ablate=(("loss", "mse"), ("layer", 10), ("train.steps", 50)))
+    assert len(pruner_cells(params)) == 3 + 9
+    assert layers(params) == [9, 10]
+    cells = pruner_cells(params)
+    assert cells[-1].changes == (("train.steps", 50),)
+    assert cells[-1].folder == "tiny-llava/layer_9-aw_mse-slots_16_32_48-steps_50-seed_2"
+
+
+def test_options_of_a_method_reach_it(shipped: Params) -> None:
+    evaluate = replace(shipped.evaluate, options={"oc-vtp": {"fill": "next_best"}})
+    found = expand(replace(shipped, evaluate=evaluate, ablate=(("evaluate.options.oc-vtp.fill", "random"),)))
+    ours = [one for one in found if one.method == "oc-vtp"]
+    assert next(one.options for one in ours if not one.changes) == {"fill": "next_best", "top_k": 1}
+    assert next(one.options for one in ours if one.changes) == {"fill": "random", "top_k": 1}
+    assert all("fill" not in one.options for one in found if one.method == "oc-vtp-untrained")

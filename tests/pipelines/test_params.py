@@ -122,6 +122,18 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"cluster__fail_fast": "no"}, ["cluster.fail_fast: 'no' is neither true nor false"]),
     ({"cluster__resources": {"trian": {}}}, ["cluster.resources.trian: unknown key", "did you mean train?"]),
     ({"cluster__resources": {"train": {"gpus": "two"}}}, ["cluster.resources.train.gpus: 'two'", "'auto'"]),
+    ({"ablate": {"keep": [8]}}, ["ablate.keep: cannot be ablated", "layer, loss, slots, top_k"]),
+    ({"ablate": {"loss": "mse"}}, ["ablate.loss: 'mse' is not a list"]),
+    ({"ablate": {"loss": ["mes"]}}, ["ablate.loss[0]: 'mes'", "did you mean mse?"]),
+    ({"ablate": {"layer": [40]}}, ["ablate.layer: ", "40"]),
+    ({"ablate": {"top_k": [60]}}, ["ablate.top_k: 60 tokens a slot"]),
+    ({"ablate": {"slots": [[200]]}}, ["ablate.slots: 200 slots", "144"]),
+    ({"ablate": {"train": {"stesp": [1]}}}, ["ablate.train.stesp: unknown key", "did you mean steps?"]),
+    ({"ablate": {"train": {"pruner": {"decoder": ["mpl"]}}}}, ["ablate.train.pruner.decoder: 'mpl'", "mlp"]),
+    ({"ablate": {"evaluate": {"options": {"oc-vtp": {"fil": [1]}}}}}, ["oc-vtp.fil: oc-vtp has no option", "fill"]),
+    ({"ablate": {"evaluate": {"options": {"vanilla": {"top_k": [1]}}}}}, ["top_k is no option to give here"]),
+    ({"evaluate__options": {"oc-vpt": {"fill": "random"}}}, ["there is no method 'oc-vpt'", "oc-vtp"]),
+    ({"evaluate__options": {"oc-vtp": 3}}, ["evaluate.options.oc-vtp: 3 is not a mapping"]),
     ({"mlflow__uri": ""}, ["mlflow.uri: '' is not a text"]),
 ]  # fmt: skip
 

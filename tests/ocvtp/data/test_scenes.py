@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ocvtp.data.masks import decode_mask, encode_mask
 from ocvtp.data.scenes import (
     CATEGORIES,
     COLORS,
     SIZE,
-    decode_mask,
     digest,
-    encode_mask,
     make_scene,
     make_scenes,
     write_scenes,

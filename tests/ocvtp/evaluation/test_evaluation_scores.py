@@ -72,11 +72,11 @@ def test_what_is_missing_is_none() -> None:
     assert relative([], [some], "gqa") == {**empty, "score": 0.5, "n": 2}
     nothing_right = relative(answers([0.0, 0.0]), [some], "gqa")
     assert nothing_right == {**empty, "score": 0.5, "n": 2}
-    average = relative_average({"gqa": some, "textvqa": some}, {"gqa": [some]})
+    average = relative_average({"gqa": some, "textvqa": some}, {"gqa": [some]}).to_dict()
     assert average["average"] == {"relative": None, "ci_low": None, "ci_high": None}
     assert average["benchmarks"]["gqa"]["relative"] == 100.0
     assert average["benchmarks"]["textvqa"]["relative"] is None
-    assert relative_average({}, {})["average"]["relative"] is None
+    assert relative_average({}, {}).to_dict()["average"]["relative"] is None
 
 
 def test_the_interval_of_a_share_is_that_of_a_binomial() -> None:
@@ -149,7 +149,7 @@ def test_the_average_and_its_interval() -> None:
     rng = np.random.default_rng(3)
     vanilla = {"gqa": answers([1.0] * 400), "textvqa": answers([1.0] * 400)}
     runs = {name: [answers((rng.random(400) < 0.8).astype(float).tolist())] for name in vanilla}
-    found = relative_average(vanilla, runs, resamples=4000)
+    found = relative_average(vanilla, runs, resamples=4000).to_dict()
     rows = found["benchmarks"]
     assert found["average"]["relative"] == pytest.approx((rows["gqa"]["relative"] + rows["textvqa"]["relative"]) / 2)
     # Two independent shares: the standard error of their mean is smaller by the square root of 2.
@@ -158,9 +158,9 @@ def test_the_average_and_its_interval() -> None:
     )
     width = found["average"]["ci_high"] - found["average"]["ci_low"]
     assert width == pytest.approx(2 * 1.96 * deviation / 2, rel=0.1)
-    again = relative_average(vanilla, runs, resamples=4000)
+    again = relative_average(vanilla, runs, resamples=4000).to_dict()
     assert again == found
-    few = [relative_average(vanilla, runs, resamples=100, seed=seed)["average"] for seed in (0, 1)]
+    few = [relative_average(vanilla, runs, resamples=100, seed=seed).to_dict()["average"] for seed in (0, 1)]
     assert few[0] != few[1]
     alone = relative(vanilla["gqa"], runs["gqa"], "gqa", resamples=4000)
     assert alone == rows["gqa"]  # a benchmark's draws do not depend on its neighbours
@@ -191,6 +191,6 @@ def test_many_resamples_are_fast() -> None:
     vanilla, seeds = run(), [run() for _ in range(3)]
     runs = {name: [seed[name] for seed in seeds] for name in vanilla}
     started = time.perf_counter()
-    found = relative_average(vanilla, runs, resamples=2000)
+    found = relative_average(vanilla, runs, resamples=2000).to_dict()
     assert time.perf_counter() - started < 1.0
     assert found["average"]["ci_low"] < found["average"]["relative"] < found["average"]["ci_high"]

@@ -1,0 +1,40 @@
+"""Where a question set comes with the masks of its scenes: which of an image's objects the kept tokens lie on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ocvtp.data.coverage import Covered, Grid, read_objects
+
+MASKS = "scenes.json"
+"""COCO instances of a question set's images, beside its parquet."""
+
+
+def add_objects(samples: Sequence[dict[str, Any]], data: Path | None, grid: Grid | None) -> Covered | None:
+    """Note in each answer its `image` and its `objects`: how many there are and are covered, of all and small ones.
+
+    Args:
+        samples: lines of samples.jsonl, which are changed. `kept` is what a method keeps of one image.
+        data: the parquet that was asked; None for an official data set.
+        grid: of an image's tokens.
+
+    Returns:
+        The sum over the images, each once; None, and nothing noted, without masks or without a grid.
+    """
+    path = None if data is None else data.with_name(MASKS)
+    if data is None or path is None or grid is None or not path.is_file():
+        return None
+    objects = read_objects(path, grid)
+    names = [image["path"] for image in pq.read_table(data, columns=["image"])["image"].to_pylist()]
+    images: dict[str, Covered] = {}
+    for sample in samples:
+        name, kept = names[sample["doc_id"]], sample["kept"]
+        if name not in objects:
+            continue
+        everything = range(grid[0] * grid[1])  # an unpruned model's `kept` is a number
+        covered = objects[name].covered_by(kept if isinstance(kept, list) else everything)
+        sample |= {"image": name, "objects": list(covered.numbers)}
+        images.setdefault(name, covered)
+    return sum(images.values(), Covered())
