@@ -25,7 +25,8 @@ from ocvtp.pruner.training import records, state
 from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.pruner.training.data import Batch, Order, TokenSource
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
-from ocvtp.pruner.training.validate import Row, autocast, evaluate, training_loss, validate
+from ocvtp.pruner.training.ranks import Ranks, StepLoss
+from ocvtp.pruner.training.validate import Row, evaluate, validate
 
 __all__ = ["NotFinite", "Progress", "TokenSource", "TrainConfig", "train"]
 
@@ -56,6 +57,9 @@ def train(
     It holds then `config.json` and `model.safetensors` (the weights of the best validation), `last.safetensors`,
     `curves.csv`, `metrics.json` and, if steps were left out, `bad_batches.jsonl`.
 
+    Under `torchrun` (see `python -m ocvtp.pruner --help`) several processes share each batch, and the first of them
+    validates and writes.
+
     Args:
         pruner_config: of the pruner; it needs a decoder.
         train_config: how.
@@ -80,8 +84,10 @@ def train(
     run.resume(resume)
     if not run.state.stopped:
         run.steps(resume, folder, progress)
-    metrics = run.metrics()
-    records.publish(folder, run.best(), run.kept.state_dict(), run.state, metrics)
+    if run.ranks.first:
+        records.publish(folder, run.best(), run.kept.state_dict(), run.state, run.metrics())
+    run.ranks.agreed("written")
+    metrics: dict[str, Any] = json.loads((folder / records.METRICS).read_bytes())
     return metrics
 
 
@@ -99,8 +105,10 @@ class _Run:
         if pruner_config.decoder is None:
             raise BadInput("a pruner without decoder cannot be trained: choose decoder=random_ar, mlp or ar")
         self.config, self.dataset, self.device = config, dataset, device
+        self.ranks = Ranks.current()
         images, self.held_out = dataset.split(config.validation_share, config.seed)
         self._check_tokens(pruner_config, images)
+        self.ranks.check(config, len(images))
         self.order = Order(images, config.batch_size, drop_last=config.drop_last, seed=config.seed)
         self.total = config.steps or (config.epochs or 0) * self.order.steps_per_epoch
         trained_for = replace(trained_for, loss=config.loss, slots=config.slots, seed=config.seed)
@@ -114,6 +122,7 @@ class _Run:
         self.row = Row()
         if config.compile:
             self._compile()
+        self.loss = self.ranks.wrapped(StepLoss(self.pruner, config))
 
     @property
     def kept(self) -> OCPruner:
@@ -130,7 +139,7 @@ class _Run:
         if self.state.step == 0 and self.config.validate_on == "held_out":
             self._validate(None)
             self._log(learning_rate(self.config, 0, self.total, self.order.steps_per_epoch))
-        for batch in self.order.batches(self.dataset, self.state.step, self.total, self.device):
+        for batch in self.order.batches(self.dataset, self.state.step, self.total, self.device, self.ranks.part):
             rate = learning_rate(self.config, self.state.step, self.total, self.order.steps_per_epoch)
             self._step(batch, rate, folder)
             self.state.step += 1
@@ -141,7 +150,8 @@ class _Run:
                 self._log(rate)
             if done or self.state.stopped or self.state.step % self.config.checkpoint_every == 0:
                 self.state.stopped = self.state.stopped or ("finished" if done else "")
-                state.save(resume, self.state, self.tensors)
+                if self.ranks.first:
+                    state.save(resume, self.state, self.tensors)
             if progress is not None:
                 last = self.state.last_loss
                 progress(self.state.step, self.total, "" if last is None else f"loss {last:.4f}")
@@ -179,44 +189,51 @@ class _Run:
         config = self.config
         draws = generator("ocvtp step", config.seed, self.state.step)
         slots = config.slots[int(torch.randint(len(config.slots), (), generator=draws))]
+        size = len(self.order.indices(self.state.step))
+        noise_bKD, plan = self.ranks.draws(self.pruner, batch, size, slots, draws)
+        # A process with fewer images than others counts for less.
+        weight = len(batch.indices) * self.ranks.world / size
+        parts = () if self.ranks.first else (self.ranks.rank,)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(derive("ocvtp dropout", config.seed, self.state.step))
-            with autocast(config, self.device):
-                out = self.pruner(
-                    batch.tokens_BNC, slots, None, draws, batch.mask_BN, batch.grids, "random", check_values=False
-                )
-                loss = training_loss(config, out.reconstruction, out.attention, batch)
+            torch.manual_seed(derive("ocvtp dropout", config.seed, self.state.step, *parts))
+            loss = self.loss(batch, slots, noise_bKD, plan) * weight
             torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.pruner.parameters(), config.grad_clip)
-        value, size = torch.stack((loss.detach(), norm.detach())).tolist()  # one wait for the device
-        if math.isfinite(value) and math.isfinite(size):
+        value, length = self.ranks.mean(torch.stack((loss.detach(), norm.detach()))).tolist()  # one wait for the device
+        if math.isfinite(value) and math.isfinite(length):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
             self._average()
             self.state.loss_sum += value
             self.state.loss_count += 1
-            self.grad_norm = size
+            self.grad_norm = length
         else:
-            self._bad(batch, value, size, folder)
+            self._bad(value, length, folder)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _bad(self, batch: Batch, loss: float, norm: float, folder: Path) -> None:
+    def _bad(self, loss: float, norm: float, folder: Path) -> None:
         """A step that is left out."""
-        names = getattr(self.dataset, "image_ids", None)
-        images = batch.indices if names is None else [names[index] for index in batch.indices]
+        names, indices = getattr(self.dataset, "image_ids", None), self.order.indices(self.state.step)
+        images = indices if names is None else [names[index] for index in indices]
         self.state.bad_steps += 1
         self.state.bad.append({"step": self.state.step, "loss": str(loss), "grad_norm": str(norm), "images": images})
         _log.warning("step %d left out: loss %s, gradient norm %s", self.state.step, loss, norm)
         if self.state.bad_steps > self.config.max_bad_steps:
-            records.write_bad(folder, self.state)
+            if self.ranks.first:
+                records.write_bad(folder, self.state)
             raise NotFinite(
                 f"{self.state.bad_steps} steps had a loss or gradient that is not finite, {self.config.max_bad_steps} "
                 f"are tolerated; the last at step {self.state.step}: images in {folder / records.BAD}"
             )
 
     def _validate(self, batch: Batch | None) -> None:
-        """Measure, remember the best, and stop if it does not get better."""
+        """Measure, remember the best, and stop if it does not get better: the first process does, for all."""
+        if self.ranks.first:
+            self._judge(batch)
+        self.state.stopped = self.ranks.agreed(self.state.stopped)
+
+    def _judge(self, batch: Batch | None) -> None:
         if self.config.validate_on == "held_out" or batch is None:
             row = validate(self.kept, self.config, self.dataset, self.held_out, self.device)
         else:

@@ -3,7 +3,7 @@
 Letters: B images, N tokens, C token width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -63,18 +63,27 @@ class Order:
     def indices(self, step: int) -> list[int]:
         """The images of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
+        known, images = self._epoch  # read once: a thread that reads ahead may be in the next epoch already
+        if known != epoch:
             order = torch.randperm(len(self.images), generator=generator("ocvtp order", self.seed, epoch)).tolist()
-            self._epoch = (epoch, [self.images[i] for i in order])
-        return self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
+            images = [self.images[i] for i in order]
+            self._epoch = (epoch, images)
+        return images[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def batches(self, source: TokenSource, first: int, last: int, device: torch.device) -> Iterator[Batch]:
-        """The batches of steps `first` to before `last`; a thread reads ahead."""
+    def batches(
+        self,
+        source: TokenSource,
+        first: int,
+        last: int,
+        device: torch.device,
+        part: Callable[[list[int]], list[int]] = list,
+    ) -> Iterator[Batch]:
+        """The batches of steps `first` to before `last`, or a `part` of each; a thread reads ahead."""
         with ThreadPoolExecutor(1, "ocvtp-batches") as pool:
             ahead: list[Future[Batch]] = []
             try:
                 for step in range(first, last):
-                    ahead.append(pool.submit(fetch, source, self.indices(step), device))
+                    ahead.append(pool.submit(fetch, source, part(self.indices(step)), device))
                     if len(ahead) > _AHEAD:
                         yield ahead.pop(0).result()
                 while ahead:

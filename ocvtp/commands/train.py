@@ -1,0 +1,106 @@
+"""`ocvtp train`: one pruner on extracted tokens, on one device or, under `torchrun`, on several."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ocvtp.commands import common
+from ocvtp.errors import BadInput
+
+
+def add(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = common.add(
+        subparsers, "train", run, "train a pruner on extracted tokens",
+        "Goes on where it stopped. Several GPUs: torchrun --nproc-per-node 8 -m ocvtp.cli train ...; a batch is then "
+        "shared among the processes, and the curves are those of one device.",
+    )  # fmt: skip
+    parser.add_argument("tokens", type=Path, help="a listing of stage extract: data/tokens/VLM/layer_9.json")
+    parser.add_argument("out", type=Path, help="the folder for the pruner")
+    parser.add_argument("--store", type=Path, default=Path(".ocvtp/store"), help="where the listed shards are "
+                        "(default: .ocvtp/store)")  # fmt: skip
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="options of TrainConfig, or of PrunerConfig after `pruner.`: steps=400 loss=mse "
+                        "slots=[16,32] pruner.decoder=mlp")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and write."""
+    options, pruner = _options(args.set)
+    from ocvtp.pruner.config import PrunerConfig
+    from ocvtp.pruner.provenance import TrainedFor
+    from ocvtp.pruner.training import ranks
+    from ocvtp.pruner.training.config import TrainConfig
+    from ocvtp.tokens.loader import TokenDataset
+
+    config = _made(TrainConfig, options)
+    if not args.tokens.is_file():
+        raise BadInput(f"{args.tokens} does not exist: `dvc repro extract` writes such listings to data/tokens")
+    dataset = TokenDataset.from_listing(args.tokens, args.store)
+    meta = dataset.meta
+    known = {"token_dim": meta.width, "behaviour": config.behaviour, **({"grid": meta.grid} if meta.grid else {})}
+    pruner_config = _made(PrunerConfig, {**known, **pruner})
+    about = TrainedFor(
+        **{
+            name: getattr(meta, name)
+            for name in ("vlm", "revision", "weights", "layer", "tower_layer", "preprocessing")
+        }
+    )
+    device = ranks.begin()
+    try:
+        first = ranks.Ranks.current().first
+        metrics = _train(pruner_config, config, dataset, args.out, device, about, shown=first)
+    finally:
+        ranks.end()
+    if first:
+        common.console().print(
+            f"{args.out}: best of step {metrics['best_step']} of {metrics['steps']}, validation MSE "
+            f"{metrics['val_mse']:.4f}, {metrics['distinct_picks']:.1f} distinct picks",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _train(pruner: Any, config: Any, dataset: Any, out: Path, device: Any, about: Any, *, shown: bool) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ocvtp.pruner.train import train
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=common.console(), disable=not shown) as bar:
+        task = bar.add_task("training", total=None, note="")
+
+        def progress(done: int, total: int, note: str) -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        resume = out / "resume"
+        return train(pruner, config, dataset, out, resume=resume, progress=progress, device=device, trained_for=about)
+
+
+def _options(given: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the training, and of the pruner."""
+    options: dict[str, Any] = {}
+    pruner: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise BadInput(f"--set {text}: NAME=VALUE is needed, such as steps=400")
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInput(f"--set {text}: {error}") from error
+        (pruner if name.startswith("pruner.") else options)[name.removeprefix("pruner.")] = read
+    return options, pruner
+
+
+def _made(config: type[Any], options: dict[str, Any]) -> Any:
+    """A config, whose own checks name what is wrong."""
+    return config.from_dict(options)
