@@ -14,7 +14,7 @@ from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.vlms.family import Facts, Family
 
-_SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surplus": None}
+_SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surplus": None, "precision": None}
 """Options of `OCPruner.select`; None leaves them to the pruner's config."""
 
 

@@ -83,3 +83,10 @@ def fill_scores(fill: str, scores_BN: Tensor | None, tokens_BNC: Tensor) -> None
                            f"{list(tokens_BNC.shape[:2])} is needed")  # fmt: skip
     elif scores_BN is not None:
         raise BadInput(f"fill_scores are of no use with fill={fill!r}: use fill='attention'")
+
+
+def precision(given: object) -> bool:
+    """Whether bfloat16 is asked for; None leaves all in the type of the weights."""
+    if given not in (None, "bf16"):
+        raise BadInput(f"precision is {given!r}: bf16, or None for that of the weights, is needed")
+    return given is not None

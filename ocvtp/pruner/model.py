@@ -4,6 +4,7 @@ Letters: B images, N tokens (of the largest image of the batch), C token width, 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class OCPruner(nn.Module):
         fill: str | None = None,
         fill_scores: Tensor | None = None,
         surplus: str | None = None,
+        precision: str | None = None,
         check_values: bool | None = None,
     ) -> Selection:
         """Eq. 7-8: the tokens that slots attend to most, and how they came about.
@@ -160,6 +162,8 @@ class OCPruner(nn.Module):
             fill: what makes up for picks that coincide.
             fill_scores: [B, N], for `fill="attention"`: of the tokens that no slot picked, the highest are added.
             surplus: which pick goes if there are too many.
+            precision: `bf16` computes matrix products in bfloat16: three times faster where the hardware has it; a
+                pick in a hundred is another.
             check_values: look for NaN and infinity.
 
         Raises:
@@ -169,6 +173,7 @@ class OCPruner(nn.Module):
         fill, assignment = fill or self.config.fill, assignment or self.config.assignment
         surplus = surplus or self.config.surplus
         checks.options(assignment=assignment, fill=fill, surplus=surplus)
+        bf16 = checks.precision(precision)
         check_whole("top_k", top_k, 1)
         tokens_BNC, mask_BN = self._tokens(tokens, mask, check_values)
         batch, count = tokens_BNC.shape[:2]
@@ -178,7 +183,8 @@ class OCPruner(nn.Module):
             return everything(batch, count, mask_BN, tokens_BNC.device)
 
         num_slots = self._slots_for(keeps, slots, top_k, count)
-        _, attention_BKN, slot_mask_BK = self._aggregate(tokens_BNC, num_slots, queries, generator, mask_BN, seeds)
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            _, attention_BKN, slot_mask_BK = self._aggregate(tokens_BNC, num_slots, queries, generator, mask_BN, seeds)
         exist_B1 = torch.full((1, 1), count) if mask_BN is None else mask_BN.sum(1, keepdim=True)
         keep_B1 = torch.tensor(keeps)[:, None].to(exist_B1.device, non_blocking=True).minimum(exist_B1)
         if fill == "random":

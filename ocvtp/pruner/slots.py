@@ -13,6 +13,8 @@ from ocvtp.pruner.config import PrunerConfig
 
 EPSILON = 1e-5
 """Added to a slot's summed attention, so that a slot without tokens is no division by zero."""
+_PART_BYTES = 16 * 2**20
+"""Of the projection's hidden layer that a CPU holds at a time: larger ones leave its cache, and cost fresh pages."""
 
 
 class Projection(nn.Module):
@@ -28,6 +30,12 @@ class Projection(nn.Module):
 
     def forward(self, tokens_BNC: Tensor) -> Tensor:
         """Norm, linear, GELU, linear."""
+        if torch.is_grad_enabled() or tokens_BNC.device.type != "cpu":
+            return self._map(tokens_BNC)
+        images = max(1, _PART_BYTES // (4 * tokens_BNC.shape[1] * self.up.out_features))
+        return torch.cat([self._map(some_bNC) for some_bNC in tokens_BNC.split(images)])
+
+    def _map(self, tokens_BNC: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(self.norm(tokens_BNC))))  # type: ignore[no-any-return]
 
 
