@@ -46,7 +46,6 @@ _DIGIT_SHARE = 0.6
 _OVERSAMPLING = 4
 
 
-
 @dataclass(frozen=True)
 class SceneObject:
     """One thing in a scene.
