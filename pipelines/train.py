@@ -31,7 +31,10 @@ def work(run: Stage) -> None:
     tasks = {cell: _task(run, cell, listings[cell.vlm, cell.layer]) for cell in cells}
     run.run(list(tasks.values())).raise_if_failed()
     with outputs.folder(run.root / outputs.MODELS) as folder:
-        index = {cell.folder: _output(run, task, folder / cell.folder) for cell, task in tasks.items()}
+        index = {
+            cell.folder: {**_output(run, task, folder / cell.folder), "changes": dict(cell.changes)}
+            for cell, task in tasks.items()
+        }
         outputs.write_json(folder / Path(outputs.PRUNERS).name, index)
     tracking.track(run, [_record(run, cell, task) for cell, task in tasks.items()])
 

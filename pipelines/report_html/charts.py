@@ -4,15 +4,16 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ocvtp import figures
 from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Pruner, Results
 from pipelines.report_html.tables import PRUNED, chosen_rows
 
-_FIRST = ("loss", "val_loss", "distinct_picks")
+_FIRST = ("loss", "val_loss", "val_mse", "distinct_picks", *names.RATIOS)
 _LAST = ("grad_norm",)
-_LEFT_OUT = ("step", "lr")
+_LEFT_OUT = ("step", "lr", "kept_error", "random_error", "full_error")
 
 
 def accuracy_svg(results: Results, vlm: str, form: figures.Format = "svg") -> bytes | None:
@@ -38,7 +39,8 @@ def accuracy_svg(results: Results, vlm: str, form: figures.Format = "svg") -> by
 
 
 def curves_svg(pruners: Sequence[Pruner], form: figures.Format = "svg") -> bytes | None:
-    """Training curves, a plot for each column; None without any."""
+    """Training curves, a plot for each column and for how well kept tokens rebuild the others; None without any."""
+    pruners = [replace(pruner, curves={**pruner.curves, **_ratios(pruner)}) for pruner in pruners]
     columns = list(dict.fromkeys(k for pruner in pruners for k in pruner.curves if k not in _LEFT_OUT))
     order = [*(c for c in _FIRST if c in columns), *(c for c in columns if c not in (*_FIRST, *_LAST))]
     order += [c for c in _LAST if c in columns]
@@ -49,6 +51,15 @@ def curves_svg(pruners: Sequence[Pruner], form: figures.Format = "svg") -> bytes
         if lines:
             panels.append((names.CURVES.get(column, column.replace("_", " ")), lines))
     return figures.curves(panels, form=form) if panels else None
+
+
+def _ratios(pruner: Pruner) -> dict[str, list[float | None]]:
+    """Error of the tokens rebuilt from the kept ones, relative to random ones and to all."""
+    found = {}
+    for name, (above, below) in names.RATIOS.items():
+        pairs = zip(pruner.curves.get(above, []), pruner.curves.get(below, []), strict=False)
+        found[name] = [a / b if a is not None and b else None for a, b in pairs]
+    return {name: values for name, values in found.items() if values}
 
 
 def _curve(pruner: Pruner, column: str, name: str) -> figures.Series | None:
@@ -63,14 +74,15 @@ def _curve(pruner: Pruner, column: str, name: str) -> figures.Series | None:
 def _legend(pruners: Sequence[Pruner]) -> dict[str, str]:
     """What tells each pruner from the others, seeds apart: `layer 10, AW-MSE`."""
     said = {pruner.name: _said(pruner) for pruner in pruners}
-    differ = [i for i in range(4) if len({parts[i] for parts in said.values()}) > 1]
+    differ = [i for i in range(5) if len({parts[i] for parts in said.values()}) > 1]
     return {name: ", ".join(parts[i] for i in differ) or "OC-Pruner" for name, parts in said.items()}
 
 
-def _said(pruner: Pruner) -> tuple[str, str, str, str]:
+def _said(pruner: Pruner) -> tuple[str, str, str, str, str]:
     layer, loss, slots = (pruner.config.get(key) for key in ("layer", "loss", "slots"))
     loss_name = names.LOSSES.get(str(loss), names.plain(loss))
-    return pruner.vlm, f"layer {names.plain(layer)}", loss_name, f"slots {names.plain(slots)}"
+    changes = ", ".join(f"{path.removeprefix('train.')} {names.plain(v)}" for path, v in pruner.changes.items())
+    return pruner.vlm, f"layer {names.plain(layer)}", loss_name, f"slots {names.plain(slots)}", changes or "grid"
 
 
 def inline(svg: bytes, prefix: str) -> str:

@@ -15,21 +15,24 @@ from ocvtp.errors import BadInput, Corrupt
 
 AXES = ("layer", "loss", "slots", "top_k")
 """What tells apart pruners and their use within one method."""
-_SUMMARY_KEYS = ("vlm", "method", "tokens", "share", "benchmarks", "average", *AXES)
-_SCORE_KEYS = ("vlm", "method", "benchmark", "seed", "score", "relative", "path", *AXES)
+_SUMMARY_KEYS = (
+    "vlm", "method", "tokens", "share", "benchmarks", "average", "changes", "difference", "against", "coverage", *AXES
+)  # fmt: skip
+_SCORE_KEYS = ("vlm", "method", "benchmark", "seed", "score", "relative", "path", "changes", *AXES)
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """One trained pruner: its folder's name, what it is and its curves by column."""
+    """One trained pruner: its folder's name, what it is, its curves by column, and what `ablate` changed."""
 
     vlm: str
     name: str
     config: Row
     metrics: Row
     curves: Mapping[str, Sequence[float | None]]
+    changes: Row = field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -128,6 +131,7 @@ def _efficiency(path: Path) -> Row | None:
 
 
 def _pruners(folder: Path) -> Iterator[Pruner]:
+    index = _json(folder / "pruners.json", dict) or {}
     for place in sorted(folder.glob("*/*/config.json")):
         home = place.parent
         yield Pruner(
@@ -136,6 +140,7 @@ def _pruners(folder: Path) -> Iterator[Pruner]:
             config=_json(place, dict) or {},
             metrics=_json(home / "metrics.json", dict) or {},
             curves=_csv(home / "curves.csv"),
+            changes=index.get(f"{home.parent.name}/{home.name}", {}).get("changes", {}),
         )
 
 

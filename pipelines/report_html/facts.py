@@ -76,16 +76,14 @@ def pruners_table(results: Results) -> Table | None:
     """The trained pruners; None if none is there."""
     if not results.pruners:
         return None
-    fingerprints = {_identity(row): row["fingerprint"] for row in results.scores if row.get("fingerprint")}
     lines = []
     for pruner in results.pruners:
-        config = pruner.config
         values = [c for c in pruner.curves.get("val_loss", []) if c is not None]
         lines.append(
             Line(
                 pruner.name,
                 [
-                    Cell(names.plain(fingerprints.get(_identity({**config, "vlm": pruner.vlm})))[:12]),
+                    Cell(names.plain(pruner.metrics.get("fingerprint"))[:12]),
                     Cell(names.plain(pruner.metrics.get("val_loss", min(values, default=None)))),
                     Cell(names.plain(pruner.metrics.get("steps"))),
                 ],
@@ -138,10 +136,6 @@ def _total(row: Row | None) -> float | None:
         return None
     flops = row["flops"]
     return flops["total"] if "total" in flops else sum(flops.get(part) or 0 for part in _PARTS)
-
-
-def _identity(row: Row) -> tuple[str, ...]:
-    return tuple(names.plain(row.get(key)) for key in ("vlm", "layer", "loss", "slots", "seed"))
 
 
 def _revision(setting: Row) -> str | None:

@@ -36,8 +36,13 @@ CURVES = {
     "val_loss": "validation loss",
     "grad_norm": "gradient norm",
     "lr": "learning rate",
-    "distinct_picks": "distinct picks",
+    "val_mse": "validation, plain squared error",
+    "distinct_picks": "distinct picks before filling",
+    "kept_to_random": "error of dropped tokens, kept ones seen / random ones seen",
+    "kept_to_full": "error, kept tokens seen / all tokens seen",
 }
+RATIOS = {"kept_to_random": ("kept_error", "random_error"), "kept_to_full": ("kept_error", "full_error")}
+"""Curves that are ratios of two others."""
 
 
 def method(name: str) -> str:

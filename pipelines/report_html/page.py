@@ -11,10 +11,11 @@ from typing import Any
 import jinja2
 
 from pipelines.report_html import charts, facts, names
+from pipelines.report_html.claims import Finding, findings
 from pipelines.report_html.data import Results
 from pipelines.report_html.headline import Headline, headline
 from pipelines.report_html.scenes import Gallery, gallery
-from pipelines.report_html.tables import Table, ablations, main_table
+from pipelines.report_html.tables import Table, ablations, coverage_table, main_table
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -27,6 +28,8 @@ class Section:
     headline: Headline
     table: Table
     ablations: list[Table]
+    findings: list[Finding]
+    coverage: Table | None
     accuracy: bytes | None
     gallery: Gallery | None
     efficiency: Table | None
@@ -61,6 +64,8 @@ def _section(results: Results, vlm: str) -> Section:
         headline=headline(results, vlm),
         table=main_table(results, vlm),
         ablations=ablations(results, vlm),
+        findings=findings(results, vlm),
+        coverage=coverage_table(results, vlm),
         accuracy=charts.accuracy_svg(results, vlm),
         gallery=gallery(results, vlm),
         efficiency=facts.efficiency_table(results, vlm),

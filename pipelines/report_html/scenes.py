@@ -19,7 +19,7 @@ from ocvtp import figures
 from ocvtp.errors import Corrupt
 from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Results, Row
-from pipelines.report_html.tables import _budgets, _standing, chosen_rows
+from pipelines.report_html.tables import _standing, budgets, chosen_rows
 
 COUNT = 6
 """Images in a picture."""
@@ -126,7 +126,7 @@ def _answers(
     rows = chosen_rows(results, vlm)
     whole = next((row["tokens"] for row in rows if row["method"] == "vanilla"), None)
     groups = []
-    for tokens, share in _budgets(rows):
+    for tokens, share in budgets(rows):
         methods = []
         for row in _standing([r for r in rows if r["method"] != "vanilla" and r["share"] == share]):
             answers = _kept(results, row, benchmark)
@@ -139,7 +139,7 @@ def _answers(
 
 def _kept(results: Results, row: Row, benchmark: str) -> Answers:
     """Answers with lists of kept tokens of one setting, of its smallest seed."""
-    keys = ("vlm", "method", "share", *AXES)
+    keys = ("vlm", "method", "share", "changes", *AXES)
     scores = [s for s in results.scores if s["benchmark"] == benchmark and all(s.get(k) == row[k] for k in keys)]
     if not scores:
         return {}

@@ -4,7 +4,7 @@ A cell has a line above (a score) and a line below (relative accuracy or an inte
 block and column is bold only where its 95% interval lies above the intervals of all others in the block.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def reference(results: Results, vlm: str) -> dict[str, Any]:
     """
     chosen = {}
     for axis in AXES:
-        seen = values(results, vlm, axis)
+        seen = [row[axis] for row in base_rows(results, vlm) if row["method"] == PRUNED and row[axis] is not None]
         wanted = PAPERS_CHOICE.get(axis)
         chosen[axis] = wanted if wanted in seen else seen[0] if seen else None
     return chosen
@@ -82,11 +82,15 @@ def values(results: Results, vlm: str, axis: str) -> list[Any]:
     return seen
 
 
+def base_rows(results: Results, vlm: str) -> list[Row]:
+    """Summary rows of the grid itself, without those of `ablate`."""
+    return [row for row in results.summary if row["vlm"] == vlm and not row["changes"]]
+
+
 def chosen_rows(results: Results, vlm: str) -> list[Row]:
     """Summary rows of a VLM at the reference value of each axis that they have."""
     wanted = reference(results, vlm)
-    rows = [row for row in results.summary if row["vlm"] == vlm]
-    return [row for row in rows if all(row[axis] in (None, wanted[axis]) for axis in AXES)]
+    return [row for row in base_rows(results, vlm) if all(row[axis] in (None, wanted[axis]) for axis in AXES)]
 
 
 def main_table(results: Results, vlm: str) -> Table:
@@ -100,7 +104,7 @@ def main_table(results: Results, vlm: str) -> Table:
         )
         for row in vanilla[:1]
     ]
-    for tokens, share in _budgets(rows):
+    for tokens, share in budgets(rows):
         block = [row for row in rows if row["method"] != "vanilla" and row["share"] == share]
         lines = [Line(names.method(row["method"]), _score_cells(results, row)) for row in _standing(block)]
         blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
@@ -122,7 +126,7 @@ def top_k_table(results: Results, vlm: str) -> Table | None:
     if rows is None:
         return None
     blocks = []
-    for tokens, share in _budgets(rows):
+    for tokens, share in budgets(rows):
         block = sorted((row for row in rows if row["share"] == share), key=lambda row: -row["top_k"])
         lines = [Line(_slots_label(row), _score_cells(results, row)) for row in block]
         blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
@@ -155,7 +159,28 @@ def slots_table(results: Results, vlm: str) -> Table | None:
 def ablations(results: Results, vlm: str) -> list[Table]:
     """The ablation tables for which the grid has several values."""
     tables = [make(results, vlm) for make in (top_k_table, layer_table, loss_table, slots_table)]
-    return [table for table in tables if table is not None]
+    return [*(table for table in tables if table is not None), *_changed_tables(results, vlm)]
+
+
+def coverage_table(results: Results, vlm: str) -> Table | None:
+    """Objects with a kept token on their mask; None where there are no masks."""
+    rows = [row for row in chosen_rows(results, vlm) if row["coverage"] and row["method"] != "vanilla"]
+    if not rows:
+        return None
+    blocks = []
+    for tokens, share in budgets(rows):
+        block = _standing([row for row in rows if row["share"] == share])
+        lines = [Line(names.method(row["method"]), [_covered(row, size) for size in ("all", "small")]) for row in block]
+        blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
+    found = rows[0]["coverage"]
+    return Table(
+        name=f"coverage-{vlm}",
+        caption="Objects with a kept token on their mask",
+        head=["Method", f"All {found['all']['objects']} objects", f"{found['small']['objects']} small ones"],
+        blocks=blocks,
+        note="An object is small if it covers less than two tokens. 95% intervals from a bootstrap over images, seeds "
+        f"pooled. {BOLD_RULE}{_setting_note(results, vlm)}",
+    )
 
 
 # --- Pieces
@@ -169,7 +194,7 @@ def _by_axis(results: Results, vlm: str, axis: str, caption: str, label: Callabl
         return None
     columns = values(results, vlm, axis)
     lines = []
-    for tokens, share in _budgets(rows):
+    for tokens, share in budgets(rows):
         found = {str(row[axis]): row for row in rows if row["share"] == share}
         cells = [_average_cell(found.get(str(value))) for value in columns]
         lines.append(Line(names.budget(tokens, share), _best_across(cells)))
@@ -183,16 +208,57 @@ def _by_axis(results: Results, vlm: str, axis: str, caption: str, label: Callabl
     )
 
 
+def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
+    """Of each entry that `ablate` changed and that is no axis: averages, and the share of objects covered."""
+    wanted = reference(results, vlm)
+    rows = [
+        row
+        for row in results.summary
+        if row["vlm"] == vlm and row["method"].startswith(PRUNED) and all(row[a] in (None, wanted[a]) for a in AXES)
+    ]
+    tried = [row for row in rows if len(row["changes"]) == 1 and not set(row["changes"]) & set(AXES)]
+    for path, method in dict.fromkeys((next(iter(row["changes"])), row["method"]) for row in tried):
+        some = [row for row in tried if path in row["changes"] and row["method"] == method]
+        options = sorted({row["changes"][path] for row in some}, key=lambda value: (isinstance(value, str), value))
+        base = [row for row in rows if not row["changes"] and row["method"] == method]
+        lines = []
+        for tokens, share in budgets([*base, *some]):
+            found = {row["changes"].get(path): row for row in (*base, *some) if row["share"] == share}
+            cells = [_average_cell(found.get(value)) for value in (None, *options)]
+            lines.append(Line(names.budget(tokens, share), _best_across(cells)))
+            cells = [_covered(found.get(value), "all") for value in (None, *options)]
+            if any(cell.value is not None for cell in cells):
+                lines.append(Line("objects covered", _best_across(cells)))
+        yield Table(
+            name=f"{path.replace('.', '-')}-{method}-{vlm}",
+            caption=f"{path} ({names.method(method)}, {vlm})",
+            head=["Tokens", "as in the grid", *map(names.plain, options)],
+            blocks=[Block("", lines)],
+            note="Average relative accuracy with its 95% interval, and below it the share of objects with a kept token "
+            "on their mask. Bold: the best of a row, only where its interval lies above the others.",
+        )
+
+
+def _covered(row: Row | None, size: str) -> Cell:
+    found = ((row or {}).get("coverage") or {}).get(size) or {}
+    if found.get("share") is None:
+        return MISSING
+    value, low, high = (100 * found[key] for key in ("share", "ci_low", "ci_high"))
+    return Cell(names.percent(value), names.interval(low, high), value, low, high)
+
+
 def _ablated(results: Results, vlm: str, axis: str) -> list[Row] | None:
     """OC-VTP's rows that differ on one axis only; None if there is nothing to compare."""
     if len(values(results, vlm, axis)) < 2:
         return None
     wanted = reference(results, vlm)
     rows = [row for row in results.summary if row["vlm"] == vlm and row["method"] == PRUNED]
-    return [row for row in rows if all(row[a] == wanted[a] for a in AXES if a != axis)]
+    return [
+        row for row in rows if set(row["changes"]) <= {axis} and all(row[a] == wanted[a] for a in AXES if a != axis)
+    ]
 
 
-def _budgets(rows: Iterable[Row]) -> list[tuple[float | None, float]]:
+def budgets(rows: Iterable[Row]) -> list[tuple[float | None, float]]:
     """(tokens, share) of all budgets, the largest first."""
     found = {row["share"]: row["tokens"] for row in rows if row["method"] != "vanilla"}
     return [(found[share], share) for share in sorted(found, reverse=True)]

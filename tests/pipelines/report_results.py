@@ -20,6 +20,8 @@ RELATIVE = {
 }  # fmt: skip
 QUESTIONS = 24
 SEEDS = (0, 1)
+ABLATED = (("loss", "mse", 3.0), ("layer", 10, 0.5), ("train.steps", 50, -2.0), ("train.steps", 800, 0.0))
+"""Entry, other value, and how many points it loses."""
 LOSS_GAIN = {"aw_mse": 0.0, "mse": -3.0}
 
 
@@ -30,6 +32,7 @@ def write_results(
     layers: Sequence[int] = (9,),
     top_ks: Sequence[int] = (1,),
     half_width: float = 1.5,
+    ablated: bool = False,
 ) -> Path:
     """Write everything and return the root."""
     scores: list[dict[str, Any]] = []
@@ -44,6 +47,15 @@ def write_results(
         for axes in ours if method == "oc-vtp" else [none]:
             worse = LOSS_GAIN.get(axes["loss"] or "", 0.0) - (axes["layer"] or 9) % 9 - 2.0 * ((axes["top_k"] or 1) - 1)
             _add(root, scores, summary, method, tokens, axes, relative + worse, half_width)
+    if ablated:
+        for tokens in (48, 32, 16):
+            grid = {row["method"]: row for row in summary if row["tokens"] == tokens}
+            grid["oc-vtp"]["against"] = {"random": _paired(grid["oc-vtp"], grid["random"], half_width)}
+            for path, value, worse in ABLATED:
+                axes = {**ours[0], **({path: value} if path in ours[0] else {})}
+                _add(root, scores, summary, "oc-vtp", tokens, axes, RELATIVE["oc-vtp", tokens] - worse, half_width,
+                     {path: value})  # fmt: skip
+                summary[-1]["difference"] = _paired(summary[-1], grid["oc-vtp"], half_width)
     _json(root / "results/scores.json", scores)
     _json(root / "results/summary.json", summary)
     _json(root / "results/efficiency.json", _efficiency())
@@ -65,9 +77,18 @@ def _add(
     axes: dict[str, Any],
     relative: float,
     half: float,
+    changes: dict[str, Any] | None = None,
 ) -> None:
     share = None if tokens is None else tokens / WHOLE
-    common = {"vlm": "tiny-llava", "method": method, "keep": tokens, "tokens": tokens or WHOLE, "share": share, **axes}
+    common = {
+        "vlm": "tiny-llava",
+        "method": method,
+        "keep": tokens,
+        "tokens": tokens or WHOLE,
+        "share": share,
+        **axes,
+        "changes": changes or {},
+    }
     benchmarks = {}
     for index, name in enumerate(BENCHMARKS):
         value = relative + index if tokens else 100.0
@@ -75,7 +96,7 @@ def _add(
         score = VANILLA[name] * value / 100
         benchmarks[name] = {"score": score, "relative": value, "ci_low": low, "ci_high": high, "n": 300}
         for seed in (None,) if tokens is None else SEEDS:
-            setting = f"{method}-{tokens}-{'-'.join(map(str, axes.values()))}-{seed}"
+            setting = "-".join(map(str, (method, tokens, *axes.values(), *(changes or {}).items(), seed)))
             path = f"results/evaluate/tiny-llava/{setting}/{name}"
             _answers(root / path, name, method, tokens, seed)
             scores.append({
@@ -85,9 +106,22 @@ def _add(
             })  # fmt: skip
     mean = float(np.mean([found["relative"] for found in benchmarks.values()]))
     average = {"relative": mean, "ci_low": mean - half, "ci_high": mean + half} if tokens else {"relative": 100.0}
-    summary.append(
-        {**common, "seeds": [] if tokens is None else list(SEEDS), "benchmarks": benchmarks, "average": average}
-    )
+    summary.append({
+        **common, "seeds": [] if tokens is None else list(SEEDS), "benchmarks": benchmarks, "average": average,
+        "difference": None, "against": {}, "coverage": None if tokens is None else _coverage(mean),
+    })  # fmt: skip
+
+
+def _coverage(mean: float) -> dict[str, Any]:
+    return {
+        size: {"share": share, "ci_low": share - 0.01, "ci_high": share + 0.01, "objects": count}
+        for size, share, count in (("all", mean / 120, 900), ("small", mean / 140, 400))
+    }
+
+
+def _paired(a: dict[str, Any], b: dict[str, Any], half: float) -> dict[str, float]:
+    points = a["average"]["relative"] - b["average"]["relative"]
+    return {"points": points, "ci_low": points - half, "ci_high": points + half}
 
 
 def _answers(folder: Path, benchmark: str, method: str, tokens: int | None, seed: int | None) -> None:

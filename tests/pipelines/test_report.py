@@ -11,10 +11,11 @@ from report_results import QUESTIONS, write_results
 from ocvtp.errors import BadInput, Corrupt
 from pipelines.report import main
 from pipelines.report_html import charts
-from pipelines.report_html.data import load
+from pipelines.report_html.claims import findings
+from pipelines.report_html.data import Results, load
 from pipelines.report_html.headline import headline
 from pipelines.report_html.page import documents, render
-from pipelines.report_html.tables import main_table, reference
+from pipelines.report_html.tables import ablations, chosen_rows, coverage_table, main_table, reference
 
 
 class Page(HTMLParser):
@@ -154,6 +155,7 @@ def test_ablations_vary_one_axis_around_the_papers_choice(grid: Path) -> None:
 def test_there_are_no_ablation_tables_without_a_grid(page: Page) -> None:
     assert set(page.tables) <= {
         "table-main-tiny-llava", "table-efficiency-tiny-llava", "table-pruners", "table-paper",
+        "table-coverage-tiny-llava", "findings-tiny-llava",
     }  # fmt: skip
 
 
@@ -234,7 +236,8 @@ def test_plots_hold_every_setting_and_step(grid: Path) -> None:
 def test_it_works_with_the_barest_results(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     row = {"vlm": "v", "method": "vanilla", "tokens": None, "share": None, "layer": None, "loss": None, "slots": None,
-           "top_k": None, "benchmarks": {"gqa": {"score": 0.5, "relative": 100.0, "n": 9}},
+           "top_k": None, "changes": {}, "difference": None, "against": {}, "coverage": None,
+           "benchmarks": {"gqa": {"score": 0.5, "relative": 100.0, "n": 9}},
            "average": {"relative": 100.0}, "seeds": []}  # fmt: skip
     score = {**row, "benchmark": "gqa", "seed": None, "score": 0.5, "relative": 100.0, "path": "results/nowhere"}
     (tmp_path / "results/summary.json").write_text(json.dumps([row]))
@@ -283,3 +286,36 @@ def test_rows_of_other_settings_do_not_enter_the_main_table(grid: Path) -> None:
     table = main_table(load(grid), "tiny-llava")
     averages = [line.cells[-1].top for block in table.blocks for line in block.lines if line.label == "OC-VTP"]
     assert averages == ["99.5%", "97.0%", "94.0%"]
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return load(write_results(tmp_path_factory.mktemp("ablated"), ablated=True))
+
+
+def test_claims_are_judged_by_paired_intervals(ablated: Results) -> None:
+    found = {finding.claim.split(" (")[0]: finding for finding in findings(ablated, "tiny-llava")}
+    assert found["OC-VTP keeps more accuracy than Random"].verdict == "holds"
+    assert found["AW-MSE trains a better pruner than MSE"].verdict == "holds"
+    assert "48 tokens (33.3%): +3.0 points [1.5, 4.5]" in found["AW-MSE trains a better pruner than MSE"].evidence
+    assert found["Layer 9 is a better place to look than layer 10"].verdict == "cannot be told"
+    assert found["train.steps: what the grid has is better than 50"].verdict == "does not hold"
+
+
+def test_what_was_ablated_has_its_tables_and_stays_out_of_the_others(ablated: Results) -> None:
+    tables = {table.name: table for table in ablations(ablated, "tiny-llava")}
+    assert list(tables) == ["layer-tiny-llava", "loss-tiny-llava", "train-steps-oc-vtp-tiny-llava"]
+    steps = tables["train-steps-oc-vtp-tiny-llava"]
+    assert steps.head == ["Tokens", "as in the grid", "50", "800"]
+    first, covered = steps.blocks[0].lines[:2]
+    assert [cell.top for cell in first.cells] == ["99.5%", "101.5%", "99.5%"]
+    assert covered.label == "objects covered"
+    assert covered.cells[1].top == f"{101.5 / 1.2:.1f}%"
+    assert len([row for row in chosen_rows(ablated, "tiny-llava") if row["method"] == "oc-vtp"]) == 3
+
+
+def test_object_coverage_has_a_table(ablated: Results) -> None:
+    table = coverage_table(ablated, "tiny-llava")
+    assert table is not None
+    assert table.head == ["Method", "All 900 objects", "400 small ones"]
+    assert [line.label for line in table.blocks[0].lines] == ["Random", "OC-VTP"]
