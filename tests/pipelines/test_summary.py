@@ -1,5 +1,6 @@
 """Tables of scores: arithmetic done again by hand, and dashes where something is missing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,48 @@ def test_metrics_have_one_path_whatever_the_loss_but_where_several_are_in_the_gr
     more = [result(setting("oc-vtp", 16, 0, "aw_mse"), name, right) for name, right in ANSWERS.items()]
     both = metrics(summary_rows([*grid, *more], list(ANSWERS), 200))[VLM]
     assert set(both) == {"vanilla", "random", "oc-vtp-loss_mse", "oc-vtp-loss_aw_mse"}
+
+
+def test_differences_are_of_averages_and_paired_by_question(grid: list[Result], result) -> None:
+    tried = []
+    for seed in (0, 1):
+        one = replace(setting("oc-vtp", 16, seed, "aw_mse"), changes=(("loss", "aw_mse"),))
+        tried += [result(one, name, right - 3) for name, right in ANSWERS.items()]
+    _, random, ours, other = summary_rows([*grid, *tried], list(ANSWERS), 500)
+    lost = 100 * (2 / 16 + 2 / 10) / 2
+    assert other["difference"]["points"] == pytest.approx(-lost)
+    assert (
+        other["difference"]["ci_low"] < -lost < other["difference"]["ci_high"] <= 0
+    )  # never right where ours is wrong
+    assert other["changes"] == {"loss": "aw_mse"}
+    assert (random["difference"], ours["difference"], random["against"], other["against"]) == (None, None, {}, {})
+    assert ours["against"]["random"]["points"] == pytest.approx(100 * (2 / 16 + 2 / 10) / 2)
+    assert ours["against"]["random"]["ci_low"] >= 0
+    assert set(ours["against"]) == {"random"}  # vanilla has another budget
+    assert "aw_mse" in next(name for name in metrics([random, ours, other])[VLM] if "loss" in name)
+
+
+def test_without_the_setting_it_was_changed_from_there_is_no_difference(grid: list[Result], result) -> None:
+    one = replace(setting("oc-vtp", 9, 0, "aw_mse"), changes=(("loss", "aw_mse"),))
+    rows = summary_rows([*grid, *(result(one, name, right) for name, right in ANSWERS.items())], list(ANSWERS), 200)
+    assert rows[-1]["difference"] is None
+
+
+def test_an_image_counts_once_for_coverage_however_often_it_is_asked_about(grid: list[Result]) -> None:
+    counts = {(0, "a"): [4, 2, 2, 0], (1, "a"): [4, 4, 2, 2], (0, "b"): [1, 1, 0, 0], (1, "b"): [1, 0, 0, 0]}
+    seen = []
+    for one in grid:
+        if one.setting.method == "random":
+            names = ["a"] * (QUESTIONS - 1) + ["b"]
+            samples = [
+                {**sample, "image": name, "objects": counts[one.setting.seed or 0, name]}
+                for sample, name in zip(one.samples, names, strict=True)
+            ]
+            one = replace(one, samples=samples)
+        seen.append(one)
+    _, random, ours = summary_rows(seen, list(ANSWERS), 500)
+    assert random["coverage"]["all"]["share"] == pytest.approx((3 + 0.5) / (4 + 1))
+    assert random["coverage"]["all"]["objects"] == 5
+    assert random["coverage"]["small"] == {"share": 0.5, "ci_low": 0.0, "ci_high": 0.5, "objects": 2}
+    assert ours["coverage"] is None
+    assert metrics([random])[VLM]["random"]["16"]["coverage"] == {"all": pytest.approx(70), "small": pytest.approx(50)}

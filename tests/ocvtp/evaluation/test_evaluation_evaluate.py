@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evaluation_data
+import numpy as np
 import pytest
 
+from ocvtp.data.scenes import file_name, jpeg, make_scene, write_scenes
 from ocvtp.errors import BadInput, Corrupt, NotAvailable
 from ocvtp.evaluation import files, setting
 from ocvtp.evaluation.evaluate import Setting, evaluate, forget
@@ -55,6 +58,34 @@ def test_a_benchmark_from_end_to_end(name: str, vlm_folder: Path, question_sets:
     assert contents(tmp_path / "again") == contents(tmp_path / "out")  # bytes, whatever the batch
     assert not any(str(place).encode() in b"".join(contents(tmp_path / "out").values())
                    for place in (tmp_path, vlm_folder, question_sets, Path.home()))  # fmt: skip
+
+
+def test_kept_tokens_are_laid_on_the_masks_of_the_scenes(vlm_folder: Path, tmp_path: Path) -> None:
+    rows = [{**evaluation_data.gqa(1)[0], "id": str(i), "image": {"bytes": jpeg(make_scene(0, "benchmark", i)),
+             "path": file_name("benchmark", i)}} for i in (0, 1, 1)]  # fmt: skip
+    data = evaluation_data.write_parquet(tmp_path / "gqa.parquet", rows)
+    plain = evaluate(Setting(vlm=str(vlm_folder), **RANDOM), "gqa", data, tmp_path / "plain")
+    assert plain["object_coverage"] is None
+    write_scenes(tmp_path, 2, 0, "benchmark").rename(tmp_path / "scenes.json")
+    score = evaluate(Setting(vlm=str(vlm_folder), **RANDOM), "gqa", data, tmp_path / "out")
+    samples = files.read_samples(tmp_path / "out")
+    once = {}
+    for sample, index in zip(samples, (0, 1, 1), strict=True):
+        lit = np.zeros((96, 96), bool)
+        for number in sample["kept"]:
+            top, left = 8 * (number // 12), 8 * (number % 12)
+            lit[top : top + 8, left : left + 8] = True
+        things = make_scene(0, "benchmark", index).objects
+        small = [thing for thing in things if thing.area < 2 * 64]
+        hits = [sum(bool((lit & thing.mask_HW).any()) for thing in some) for some in (things, small)]
+        assert sample["objects"] == [len(things), hits[0], len(small), hits[1]]
+        assert sample["image"] == file_name("benchmark", index)
+        once[index] = sample["objects"]
+    objects, covered, small_objects, small_covered = (sum(column) for column in zip(*once.values(), strict=True))
+    assert score["object_coverage"]["objects"] == objects
+    assert score["object_coverage"]["small_objects"] == small_objects
+    assert score["object_coverage"]["all"] == pytest.approx(covered / objects)
+    assert score["object_coverage"]["small"] == pytest.approx(small_covered / small_objects if small_objects else None)
 
 
 def test_vanilla_and_shares_and_seeds(vlm_folder: Path, question_sets: Path, tmp_path: Path) -> None:
