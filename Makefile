@@ -1,6 +1,6 @@
 # One command each: `make repro` runs the experiment, `make test` the tests. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help env repro test check ui clean system lock
+.PHONY: help env repro test nightly check ui clean system lock
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -33,6 +33,9 @@ system:  # what Debian must provide for all tests; needs root
 
 test: $(STAMP) system  ## run the tests
 	pytest
+
+nightly: $(STAMP) system  ## run the tests that take minutes each
+	pytest -m nightly
 
 check: $(STAMP)  ## all that CI asks: format, lint, types, import contracts, tests
 	ruff format --check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
@@ -326,6 +327,16 @@ def test_separate_gaussians_train(tmp_path):
     pruner = PrunerConfig(**{**PRUNER.to_dict(), "queries": "separate_gaussian", "max_slots": 4})
     metrics, _ = run(tmp_path, "a", pruner=pruner, slots=[4])
     assert math.isfinite(metrics["val_loss"])
+
+
+@pytest.mark.nightly
+def test_compiled_training_ends_in_the_same_weights(tmp_path):
+    for compiled in (False, True):
+        run(tmp_path, str(compiled), compile=compiled, precision="fp32")
+    plain, fast = (load_file(tmp_path / name / "model.safetensors") for name in ("False", "True"))
+    assert plain.keys() == fast.keys()
+    for name, weights in plain.items():
+        torch.testing.assert_close(fast[name], weights, rtol=0, atol=1e-4)
 
 
 def test_provenance_is_written(tmp_path):
