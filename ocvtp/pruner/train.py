@@ -28,7 +28,7 @@ from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
 from ocvtp.pruner.training.validate import Row, evaluate, validate
 
-__all__ = ["NotFinite", "Progress", "TokenSource", "TrainConfig", "train"]
+__all__ = ["NotFinite", "Progress", "TokenSource", "TrainConfig", "compile_parts", "train"]
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, all steps, and a few words."""
@@ -91,6 +91,13 @@ def train(
     return metrics
 
 
+def compile_parts(pruner: OCPruner) -> None:
+    """`torch.compile` what a step spends its time in, in place: projection, slot attention and decoder."""
+    decoder: Any = pruner.decoder
+    for module in (pruner.project, pruner.slot_attention, getattr(decoder, "transformer", decoder)):
+        module.compile()
+
+
 class _Run:
     """One training."""
 
@@ -121,7 +128,7 @@ class _Run:
         self.state = state.State(self._spec(images))
         self.row = Row()
         if config.compile:
-            self._compile()
+            compile_parts(self.pruner)
         self.loss = self.ranks.wrapped(StepLoss(self.pruner, config))
 
     @property
@@ -293,8 +300,3 @@ class _Run:
             "held_out": self.held_out,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def _compile(self) -> None:
-        decoder: Any = self.pruner.decoder
-        for module in (self.pruner.project, self.pruner.slot_attention, getattr(decoder, "transformer", decoder)):
-            module.compile()
