@@ -10,10 +10,10 @@ from typing import Any
 
 from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Results, Row
+from pipelines.report_html.headline import UNTRAINED
 from pipelines.report_html.tables import PRUNED, base_rows, budgets, chosen_rows, reference
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
-UNTRAINED = f"{PRUNED}-untrained"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _ablations(results: Results, vlm: str) -> Iterator[Finding]:
         if all(row[axis] == wanted[axis] for axis in AXES if axis not in row["changes"])
     ]
     changes = {next(iter(row["changes"].items())) for row in rows}
-    for path, value in sorted(changes, key=str):
+    for path, value in sorted(changes, key=_order):
         tried = {row["share"]: row for row in rows if row["changes"] == {path: value}}
         points = {_budget(row): _reversed(row["difference"]) for _, row in _falling(tried)}
         claim = _CLAIMS.get((path, value)) if base is not None and base.get(path) == _PAPERS.get(path) else None
@@ -98,6 +98,12 @@ _CLAIMS: Mapping[tuple[str, Any], str] = {
     ("layer", -2): "Layer 9 is a better place to look than layer -2 (paper, Table 6)",
     **{("top_k", k): f"One token a slot is better than {k} (paper, Table 5)" for k in (2, 3, 6)},
 }
+
+
+def _order(change: tuple[str, Any]) -> tuple[str, float, str]:
+    path, value = change
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return path, value if number else 0, str(value)
 
 
 def _plain(row: Row) -> bool:

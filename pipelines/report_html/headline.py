@@ -1,6 +1,5 @@
 """What the numbers say, in plain sentences: does OC-VTP beat random at the smallest budget?"""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +8,7 @@ from pipelines.report_html import names
 from pipelines.report_html.data import Results, Row
 from pipelines.report_html.tables import PRUNED, chosen_rows
 
+RIVAL, UNTRAINED = "random", f"{PRUNED}-untrained"
 Verdict = Literal["yes", "no", "open", "unknown"]
 
 
@@ -24,113 +24,71 @@ class Headline:
 
 def headline(results: Results, vlm: str) -> Headline:
     """Compare OC-VTP with random at the smallest budget that both have."""
-    rows = [row for row in chosen_rows(results, vlm) if _average(row) is not None]
-    pairs = _pairs(rows, "random")
-    if not pairs:
+    ours = [row for row in chosen_rows(results, vlm) if row["method"] == PRUNED and _paired(row, RIVAL)]
+    ours.sort(key=lambda row: -row["share"])
+    if not ours:
         claim = f"{vlm}: OC-VTP and random were not both evaluated at one budget, so they cannot be compared."
         return Headline(vlm, "unknown", claim)
-    ours, random = pairs[-1]
+    rows = chosen_rows(results, vlm)
     whole = next((row["tokens"] for row in rows if row["method"] == "vanilla"), None)
-    verdict, claim = _claim(vlm, ours, random, whole)
-    details = [_evidence(results, ours, random)]
-    details += [_other_budget(a, b) for a, b in reversed(pairs[:-1])]
-    untrained = _pairs(rows, f"{PRUNED}-untrained")
-    if untrained:
-        details.append(_training(*untrained[-1]))
+    verdict, claim = _claim(vlm, ours[-1], whole)
+    details = [_evidence(rows, ours[-1]), *(_other_budget(row) for row in reversed(ours[:-1]))]
+    if _paired(ours[-1], UNTRAINED):
+        details.append(_training(ours[-1]))
     return Headline(vlm, verdict, claim, details)
 
 
-def _claim(vlm: str, ours: Row, random: Row, whole: float | None) -> tuple[Verdict, str]:
+def _claim(vlm: str, ours: Row, whole: float | None) -> tuple[Verdict, str]:
     share = f"{100 * ours['share']:.1f}%"
     where = (
         f"With {ours['tokens']:g} of {vlm}’s {whole:g} vision tokens ({share})"
         if (whole and ours["tokens"] is not None)
         else f"With {share} of {vlm}’s vision tokens"
     )
-    points = f"{abs(_gap(ours, random)):.1f} points"
-    order = compare(ours, random)
-    if order == "above":
-        return "yes", f"{where}, OC-VTP beats random by {points}; the 95% intervals do not overlap."
-    if order == "below":
-        return "no", f"{where}, OC-VTP loses to random by {points}; the 95% intervals do not overlap."
-    if order == "unknown":
-        return "unknown", f"{where}, OC-VTP and random are {points} apart; without intervals that proves nothing."
-    ahead = "ahead of" if _gap(ours, random) >= 0 else "behind"
-    return "open", f"{where}, OC-VTP is {points} {ahead} random, but the 95% intervals overlap: not settled."
+    found = ours["against"][RIVAL]
+    points = f"{abs(found['points']):.1f} points"
+    if found["ci_low"] > 0:
+        return "yes", f"{where}, OC-VTP beats random by {points} {_interval(found)}."
+    if found["ci_high"] < 0:
+        return "no", f"{where}, OC-VTP loses to random by {points} {_interval(found)}."
+    ahead = "ahead of" if found["points"] >= 0 else "behind"
+    return "open", f"{where}, OC-VTP is {points} {ahead} random {_interval(found)}: not settled."
 
 
-def compare(a: Row, b: Row) -> Literal["above", "below", "overlap", "unknown"]:
-    """Whether the interval of `a` lies above or below that of `b`."""
-    ends = [row["average"].get(key) for row in (a, b) for key in ("ci_low", "ci_high")]
-    if any(end is None for end in ends):
-        return "unknown"
-    a_low, a_high, b_low, b_high = ends
-    return "above" if a_low > b_high else "below" if a_high < b_low else "overlap"
-
-
-def difference(a: Row, b: Row) -> tuple[float, float, float] | None:
-    """Points between two averages, with an interval that takes them as independent: wider than a paired
-    one.
-    """
-    if compare(a, b) == "unknown":
-        return None
-    gap = _gap(a, b)
-    (a_mid, a_low, a_high), (b_mid, b_low, b_high) = (
-        [row["average"][key] for key in ("relative", "ci_low", "ci_high")] for row in (a, b)
-    )
-    return gap, gap - math.hypot(a_mid - a_low, b_high - b_mid), gap + math.hypot(a_high - a_mid, b_mid - b_low)
-
-
-def _evidence(results: Results, ours: Row, random: Row) -> str:
-    text = f"OC-VTP keeps {_written(ours)} of vanilla's average accuracy, random {_written(random)}"
-    apart = difference(ours, random)
-    if apart:
-        text += f"; the difference is {apart[0]:+.1f} points {names.interval(apart[1], apart[2])} "
-        text += "(taking the two as independent, which makes it rather too wide)"
+def _evidence(rows: Sequence[Row], ours: Row) -> str:
     asked = [found.get("n") or 0 for found in ours["benchmarks"].values() if found]
-    seeds = len(ours.get("seeds") or [])
-    return f"{text}. {_count(len(asked), 'benchmark')}, {sum(asked)} questions, {_count(seeds, 'seed')}."
-
-
-def _other_budget(ours: Row, other: Row) -> str:
-    words = {
-        "above": "the intervals do not overlap",
-        "below": "the intervals do not overlap",
-        "overlap": "the intervals overlap",
-        "unknown": "there are no intervals",
-    }
+    random = next(row for row in rows if row["method"] == RIVAL and row["share"] == ours["share"])
     return (
-        f"With {names.budget(ours['tokens'], ours['share']).replace(' Tokens', ' tokens')}: OC-VTP {_written(ours)}, "
-        f"random {_written(other)}; {words[compare(ours, other)]}."
+        f"OC-VTP keeps {_written(ours)} of vanilla's average accuracy, random {_written(random)}. "
+        f"{_count(len(asked), 'benchmark')}, {sum(asked)} questions, {_count(len(ours.get('seeds') or []), 'seed')}; "
+        "intervals are 95% bootstraps over questions, those of differences paired by question."
     )
 
 
-def _training(ours: Row, untrained: Row) -> str:
-    order = compare(ours, untrained)
-    text = f"What training buys at this budget: {_gap(ours, untrained):+.1f} points over the same pruner with random "
-    return text + (
-        "weights, with intervals that do not overlap."
-        if order in ("above", "below")
-        else "weights; the intervals overlap."
-        if order == "overlap"
-        else "weights."
+def _other_budget(ours: Row) -> str:
+    budget = names.budget(ours["tokens"], ours["share"]).replace(" Tokens", " tokens")
+    return f"With {budget}: OC-VTP {_written(ours)}, {_points(ours['against'][RIVAL])} against random."
+
+
+def _training(ours: Row) -> str:
+    found = ours["against"][UNTRAINED]
+    verdict = (
+        "training helps" if found["ci_low"] > 0 else "training harms" if found["ci_high"] < 0 else "it cannot be told"
     )
+    return f"What training buys at this budget, over the same pruner with random weights: {_points(found)}; {verdict}."
 
 
-def _pairs(rows: Sequence[Row], rival: str) -> list[tuple[Row, Row]]:
-    """(OC-VTP, rival) at every budget that both have, the largest first."""
-    ours = {row["share"]: row for row in rows if row["method"] == PRUNED}
-    theirs = {row["share"]: row for row in rows if row["method"] == rival}
-    return [(ours[share], theirs[share]) for share in sorted(ours, reverse=True) if share in theirs]
+def _paired(row: Row, rival: str) -> Row | None:
+    found: Row | None = row["against"].get(rival)
+    return found
 
 
-def _average(row: Row) -> float | None:
-    value: float | None = (row.get("average") or {}).get("relative")
-    return value
+def _points(found: Row) -> str:
+    return f"{found['points']:+.1f} points {_interval(found)}"
 
 
-def _gap(a: Row, b: Row) -> float:
-    return float(a["average"]["relative"]) - float(b["average"]["relative"])
+def _interval(found: Row) -> str:
+    return names.interval(found["ci_low"], found["ci_high"])
 
 
 def _written(row: Row) -> str:

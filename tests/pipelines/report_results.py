@@ -47,10 +47,13 @@ def write_results(
         for axes in ours if method == "oc-vtp" else [none]:
             worse = LOSS_GAIN.get(axes["loss"] or "", 0.0) - (axes["layer"] or 9) % 9 - 2.0 * ((axes["top_k"] or 1) - 1)
             _add(root, scores, summary, method, tokens, axes, relative + worse, half_width)
+    random = {row["tokens"]: row for row in summary if row["method"] == "random"}
+    for row in summary:
+        if row["method"] == "oc-vtp":
+            row["against"] = {"random": _paired(row, random[row["tokens"]], half_width)}
     if ablated:
         for tokens in (48, 32, 16):
             grid = {row["method"]: row for row in summary if row["tokens"] == tokens}
-            grid["oc-vtp"]["against"] = {"random": _paired(grid["oc-vtp"], grid["random"], half_width)}
             for path, value, worse in ABLATED:
                 axes = {**ours[0], **({path: value} if path in ours[0] else {})}
                 _add(root, scores, summary, "oc-vtp", tokens, axes, RELATIVE["oc-vtp", tokens] - worse, half_width,

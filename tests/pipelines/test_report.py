@@ -131,6 +131,7 @@ def test_a_missing_result_is_a_dash_never_zero(root: Path, tmp_path: Path) -> No
     del row["benchmarks"]["mme"]
     row["benchmarks"]["pope"]["score"] = None
     row["average"] = {"relative": None, "ci_low": None, "ci_high": None}
+    next(r for r in summary if r["method"] == "oc-vtp" and r["tokens"] == 16)["against"] = {"random": None}
     path.write_text(json.dumps(summary))
     cells = _row(_page(tmp_path), "table-main-tiny-llava", "Random", 2)
     assert [cell[0] for cell in cells] == ["Random", "59.5", "–", "–", "58.4", "–"]
@@ -162,10 +163,10 @@ def test_there_are_no_ablation_tables_without_a_grid(page: Page) -> None:
 @pytest.mark.parametrize(
     ("gain", "half", "verdict", "words"),
     [
-        (0.0, 1.5, "yes", "OC-VTP beats random by 22.5 points; the 95% intervals do not overlap"),
-        (-22.0, 1.5, "open", "OC-VTP is 0.5 points ahead of random, but the 95% intervals overlap: not settled"),
-        (-25.0, 1.5, "open", "OC-VTP is 2.5 points behind random"),
-        (-40.0, 1.5, "no", "OC-VTP loses to random by 17.5 points"),
+        (0.0, 1.5, "yes", "OC-VTP beats random by 22.5 points [21.0, 24.0]."),
+        (-22.0, 1.5, "open", "OC-VTP is 0.5 points ahead of random [-1.0, 2.0]: not settled"),
+        (-25.0, 3.5, "open", "OC-VTP is 2.5 points behind random [-6.0, 1.0]"),
+        (-40.0, 1.5, "no", "OC-VTP loses to random by 17.5 points [-19.0, -16.0]"),
     ],
 )
 def test_the_headline_says_it_plainly(tmp_path: Path, gain: float, half: float, verdict: str, words: str) -> None:
@@ -175,6 +176,7 @@ def test_the_headline_says_it_plainly(tmp_path: Path, gain: float, half: float, 
     for row in summary:
         if row["method"] == "oc-vtp":
             row["average"] = {key: value + gain for key, value in row["average"].items()}
+            row["against"]["random"] = {key: value + gain for key, value in row["against"]["random"].items()}
     path.write_text(json.dumps(summary))
     said = headline(load(tmp_path), "tiny-llava")
     assert said.verdict == verdict
