@@ -1,10 +1,11 @@
-"""What can be fetched beforehand: the VLMs and the benchmarks of the catalogues, and whether they are here
-already.
+"""`ocvtp catalog`: the VLMs that have a name. And what can be fetched beforehand of them and of the benchmarks, and
+whether it is here already.
 
 A catalogue is a YAML file of ocvtp, name -> entry. What matters here of an entry is `hub` (an id on the
 Hugging Face hub) and `revision` (a commit); an entry without `hub` ships with ocvtp or is made by it.
 """
 
+import argparse
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,11 +13,46 @@ from typing import Any, Literal
 
 import yaml
 
+from ocvtp.commands import common
 from ocvtp.errors import BadInput, NotAvailable
 
 Kind = Literal["model", "dataset"]
 _WEIGHTS_AND_CONFIGS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """Files of a model that are fetched: never pickled weights."""
+
+
+def add(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = common.add(
+        subparsers, "catalog", run, "list the VLMs that have a name",
+        "Where their weights come from, the reference layers (layer 9 is hidden_states[9]) and the paper's budgets: "
+        "tokens an image, or a share of them. Any other model of these families is named by its folder.",
+    )  # fmt: skip
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the catalogue."""
+    from ocvtp.vlms import catalog
+
+    entries = catalog()
+    if args.json:
+        common.print_json([{"name": name, **entry} for name, entry in entries.items()])
+        return 0
+    table = common.table("", "name", "weights", "layers", "budgets")
+    for name, entry in entries.items():
+        weights = f"{entry['hub']} at {entry['revision']}" if "hub" in entry else "shipped with ocvtp"
+        table.add_row(name, weights, _listed(entry["layers"]), _listed(entry["budgets"]))
+    common.console().print(table)
+    for name, entry in entries.items():
+        if "settings" in entry:
+            settings = ", ".join(f"{key} = {value}" for key, value in entry["settings"].items())
+            common.console().print(f"{name} is loaded with {settings}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(f"{value:.1%}" if isinstance(value, float) else str(value) for value in values)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Legend: n tokens, d width, m width of the MLP, T vision tokens of an image, K sl
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape
@@ -40,16 +41,17 @@ class Prefill:
         return {**asdict(self), "total": self.total}
 
 
-def paper_llm_flops(tokens: int, *, width: int = 4096, layers: int = 32, mlp: int = 11008) -> int:
+def paper_llm_flops(tokens: int | Sequence[int], *, width: int = 4096, layers: int = 32, mlp: int = 11008) -> int:
     """The paper's count of a prefill of `tokens` (vision and text), by default of a 7B model.
+
+    One count, or one for each layer.
 
     2 L (4 n d^2 + 2 n^2 d + 2 n d m). It leaves out one of the MLP's three matrices, the tower, the projector
     and `lm_head`. With the paper's 32 text tokens it gives all of Table 4 but 6.30 T, which is 6.31 T by the
     formula (n = 608) and 6.30 T for one token less.
     """
-    _check("tokens", tokens, 0)
-    n, d, m = tokens, width, mlp
-    return MAC * layers * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m)
+    d, m = width, mlp
+    return sum(MAC * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m) for n in _each_layer("tokens", tokens, layers))
 
 
 def pruner_flops(
@@ -110,6 +112,7 @@ def prefill_flops(
     grid: tuple[int, int] | None = None,
     tower_layers: int | None = None,
     causal: bool = False,
+    text_asks: bool = False,
 ) -> Prefill:
     """The true operations of a prefill of one image and its prompt.
 
@@ -127,6 +130,8 @@ def prefill_flops(
             are assumed unless given.
         tower_layers: layers of the tower that run; those that the features need unless given.
         causal: count only the attention pairs that a causal mask leaves.
+        text_asks: where tokens are dropped between layers, every token of the prompt ranks them and not the last one
+            alone (`ocvtp.methods.Entry.text_asks`). Ranking is part of `llm`.
 
     Raises:
         BadInput: counts that are negative, larger than the image or not one a layer.
@@ -140,7 +145,8 @@ def prefill_flops(
         tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers),
         projector=MAC * projected * _projector(shape),
         pruner=pruner,
-        llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in by_layer),
+        llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in by_layer)
+        + _ranking(shape.llm, by_layer, text_tokens, text_asks=text_asks),
         lm_head=MAC * shape.llm.width * shape.llm.vocabulary,
     )
 
@@ -152,9 +158,22 @@ def llm_layer_flops(llm: LlmShape, tokens: int, *, causal: bool = False) -> int:
     return MAC * (tokens * weights + 2 * pairs * llm.queries)
 
 
-def kv_cache_bytes(llm: LlmShape, tokens: int, *, bytes_per_number: int = 2) -> int:
-    """Memory of the keys and values of `tokens` over all layers."""
-    return 2 * llm.layers * llm.keys * tokens * bytes_per_number
+def ranking_flops(llm: LlmShape, tokens: int, rows: int = 1) -> int:
+    """Operations of some rows of one layer's attention over `tokens`: all keys, and the queries of these rows."""
+    return MAC * (tokens * llm.width * llm.keys + rows * llm.width * llm.queries + rows * tokens * llm.queries)
+
+
+def _ranking(llm: LlmShape, by_layer: Sequence[int], text_tokens: int, *, text_asks: bool) -> int:
+    """Of what is done before each layer that reads fewer tokens than the one before it, and once to find who asks."""
+    rows = 1 + text_tokens if text_asks else 1
+    before = [tokens for tokens, after in pairwise(by_layer) if after < tokens]
+    finding = MAC * by_layer[0] * text_tokens * llm.width if before and text_asks else 0
+    return finding + sum(ranking_flops(llm, tokens + text_tokens, rows) for tokens in before)
+
+
+def kv_cache_bytes(llm: LlmShape, tokens: int | Sequence[int], *, bytes_per_number: int = 2) -> int:
+    """Memory of the keys and values of `tokens` over all layers: one count, or one for each layer."""
+    return 2 * llm.keys * sum(_each_layer("tokens", tokens, llm.layers)) * bytes_per_number
 
 
 def _projector(shape: VlmShape) -> int:
@@ -199,13 +218,20 @@ def _window_pairs(tower: TowerShape, image_tokens: int, grid: tuple[int, int] | 
 
 
 def _by_layer(kept: int | Sequence[int] | None, image_tokens: int, layers: int) -> list[int]:
-    counts = [image_tokens if kept is None else kept] * layers if kept is None or isinstance(kept, int) else list(kept)
-    if len(counts) != layers:
-        raise BadInput(f"kept has {len(counts)} counts: one for each of the {layers} layers is needed")
+    counts = _each_layer("kept", image_tokens if kept is None else kept, layers)
     for count in counts:
         if not 0 <= count <= image_tokens:
             raise BadInput(f"kept is {count}: an image of {image_tokens} tokens keeps 0 to {image_tokens}")
     return counts
+
+
+def _each_layer(name: str, counts: int | Sequence[int], layers: int) -> list[int]:
+    found = list(counts) if isinstance(counts, Sequence) else [counts] * layers
+    if len(found) != layers:
+        raise BadInput(f"{name} has {len(found)} counts: one for each of the {layers} layers is needed")
+    for count in found:
+        _check(name, count, 0)
+    return found
 
 
 def _check(name: str, value: Any, low: int) -> None:

@@ -70,7 +70,7 @@ def evaluate(
     with _ALONE, ready(setting, device) as answerer:
         outcome = ask(entry, answerer, data=path, batch_size=setting.batch_size, limit=rows, progress=progress)
         made = _made_by(setting, answerer, outcome.image_tokens, fingerprint)
-        covered = add_objects(outcome.samples, path, answerer.vlm.grid)
+        covered = add_objects(outcome.samples, path, answerer.vlm.entry.grid)
     score = _agreed(entry, outcome.primary, outcome.samples)
     result = files.clean({
         "benchmark": benchmark,

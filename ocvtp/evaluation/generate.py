@@ -13,12 +13,9 @@ import torch
 from PIL import Image
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.family import pad_to_square
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: `role`, and `content` as text or a list of parts; images are PIL under `image` or `url`."""
-_SQUARE = ("LlavaForConditionalGeneration",)
-"""Families that see one square: other images are padded to it, as LLaVA-1.5 does in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Answerer:
             sequences = self.vlm.model.generate(**inputs, **self._generation(options))
         new = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.vlm.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        kept = self._kept(inputs["input_ids"], [len(some) for some in images])
+        kept = self._kept(inputs, [len(some) for some in images])
         lengths = inputs["attention_mask"].sum(1).tolist()
         made = (new != self._pad_id).sum(1).tolist()
         return [
@@ -123,16 +120,14 @@ class Answerer:
         strange = next((image for image in images if not isinstance(image, Image.Image)), None)
         if strange is not None:
             raise BadInput(f"an image of a question is a {type(strange).__name__}; it must be a PIL image")
-        if type(self.vlm.model).__name__ not in _SQUARE:
-            return images
-        fill = tuple(int(255 * mean) for mean in self.vlm.processor.image_processor.image_mean)
-        return [pad_to_square(image, fill) for image in images]
+        return [self.vlm.family.prepare(self.vlm.processor, image) for image in images]
 
-    def _kept(self, ids_BL: torch.Tensor, images_B: Sequence[int]) -> list[list[list[int]] | list[int]]:
+    def _kept(self, inputs: Mapping[str, Any], images_B: Sequence[int]) -> list[list[list[int]] | list[int]]:
         if self.handle is None:
-            totals = (ids_BL == self.vlm.model.config.image_token_id).sum(1).tolist()
-            return [[total // count] * count if count else [] for total, count in zip(totals, images_B, strict=True)]
-        kept = iter(self.handle.last_kept)
+            images = self.vlm.family.images(inputs)
+            kept = iter([] if images is None else self.vlm.family.counts(images))
+        else:
+            kept = iter(self.handle.last_kept)
         return [[next(kept) for _ in range(count)] for count in images_B]
 
 

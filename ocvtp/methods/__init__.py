@@ -4,12 +4,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from ocvtp.errors import BadInput
-from ocvtp.methods import oc_vtp, random, vanilla
+from ocvtp.methods import (
+    downsample,
+    fastv,
+    hiprune,
+    oc_vtp,
+    pyramiddrop,
+    random,
+    sparsevlm,
+    tome,
+    trim,
+    vanilla,
+    visionzip,
+)
 from ocvtp.methods.base import Entry, Kept, Look, Method, nearest, options_of
 from ocvtp.methods.budget import Budget, Keep
 
 REGISTRY: Mapping[str, Entry] = {
-    entry.name: entry for entry in (vanilla.ENTRY, random.ENTRY, oc_vtp.ENTRY, oc_vtp.UNTRAINED)
+    entry.name: entry
+    for entry in (
+        vanilla.ENTRY,
+        random.ENTRY,
+        downsample.ENTRY,
+        oc_vtp.ENTRY,
+        oc_vtp.UNTRAINED,
+        visionzip.ENTRY,
+        hiprune.ENTRY,
+        trim.ENTRY,
+        tome.ENTRY,
+        fastv.ENTRY,
+        sparsevlm.ENTRY,
+        pyramiddrop.ENTRY,
+    )
 }
 
 __all__ = ["REGISTRY", "Budget", "Entry", "Keep", "Kept", "Look", "Method", "describe", "entry_of", "options_of"]

@@ -10,17 +10,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.family import Family, Grid, Vision
+from ocvtp.vlms.family import Family, Grid, Images, Layout, Vision
 
 Acts = Literal["nowhere", "before the LLM", "inside the LLM"]
 
 
 @dataclass(frozen=True)
 class Look:
-    """Images with equally many tokens, as a method before the LLM sees them.
+    """Images whose tokens stand alike, as a method before the LLM sees them.
 
     Attributes:
         vision: what the tower made of the batch.
@@ -37,6 +38,11 @@ class Look:
     seeds: list[int]
     grids: list[Grid]
     prompts: list[list[int]]
+
+    @property
+    def layout(self) -> Layout:
+        """Where the tokens of each of these images stand."""
+        return self.vision.layout(self.members[0])
 
     @property
     def count(self) -> int:
@@ -56,9 +62,13 @@ class Look:
 class Kept:
     """What stays of the images of a group.
 
+    A method that puts something in the place of tokens, such as their mean, says which token it stands for: its number
+    is kept, others of them are not. So k is always what the LLM reads, and kept numbers are always places in the image.
+
     Attributes:
-        indices_Gk: numbers of tokens, ascending and distinct.
-        values_GkV: what is handed on in place of those tokens' own values; None: their own.
+        indices_Gk: numbers of tokens, ascending and distinct; -1 at the end stands for none.
+        values_GkV: what is handed on in place of those tokens' own values, in the order in which the LLM reads it;
+            None: their own.
     """
 
     indices_Gk: Tensor
@@ -71,6 +81,13 @@ class Method(ABC):
     def layers(self) -> Collection[int]:
         """Indices into `hidden_states` of the layers that it looks at."""
         return ()
+
+    def look(self, family: Family, images: Images, keeps: Sequence[int]) -> Vision:
+        """Run the tower once. A method that changes what the tower does has a pass of its own here.
+
+        `keeps` is k of each image.
+        """
+        return family.look(images, self.layers())
 
     @abstractmethod
     def choose(self, look: Look) -> Kept:
@@ -90,6 +107,11 @@ class Entry:
         trained: it needs a trained pruner.
         options: names of its options with their defaults.
         build: makes the method from the model's adapter, the pruner and all options; None prunes nothing.
+        positions: of the tokens that stay, unless the caller wants it otherwise.
+        per_layer: inside the LLM: from tokens of an image, keep, layers of the LLM and all options, how many tokens of
+            the image each layer reads; `BadInput` for a budget that cannot be reached. None: `keep` in each.
+        text_asks: inside the LLM: tokens are ranked by every token of the text after an image, not by the last alone.
+        needs: what a VLM must have.
     """
 
     name: str
@@ -100,6 +122,10 @@ class Entry:
     trained: bool
     options: Mapping[str, Any]
     build: Callable[[Family, Any, Mapping[str, Any]], Method | None]
+    positions: Literal["compact", "original"] = "compact"
+    per_layer: Callable[[int, int, int, Mapping[str, Any]], list[int]] | None = None
+    text_asks: bool = False
+    needs: frozenset[Literal["clip tower", "text tower"]] = frozenset()
 
 
 def nearest(name: str, legal: Collection[str]) -> str:
@@ -120,3 +146,53 @@ def no_pruner(entry_name: str, pruner: Any) -> None:
     """`BadInput` if a pruner is given to a method that has no use for it."""
     if pruner is not None:
         raise BadInput(f"{entry_name} uses no pruner: leave pruner out, or choose method='oc-vtp'")
+
+
+BEHAVIOURS = ("default", "reference")
+"""Default does what is right, reference what the authors' code does."""
+
+
+def behave(name: str, options: Mapping[str, Any], reference: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Options in which those that were left None are as the behaviour has them.
+
+    Args:
+        name: of the method.
+        options: as `options_of` returns them, `behaviour` among them.
+        reference: what default and reference have for each option on which they differ.
+
+    Raises:
+        BadInput: an unknown behaviour.
+    """
+    one_of(name, options, "behaviour", BEHAVIOURS)
+    which = BEHAVIOURS.index(options["behaviour"])
+    return {
+        **options,
+        **{option: both[which] for option, both in reference.items() if options[option] is None},
+    }
+
+
+def one_of(name: str, options: Mapping[str, Any], option: str, legal: Sequence[Any]) -> None:
+    """`BadInput` unless an option has one of its legal values."""
+    value = options[option]
+    if not any(value == each and type(value) is type(each) for each in legal):
+        raise BadInput(f"{name} has no {option}={value!r}: legal: {', '.join(map(repr, legal))}")
+
+
+def whole(name: str, options: Mapping[str, Any], option: str, least: int = 0) -> None:
+    """`BadInput` unless an option is None or a whole number that is large enough."""
+    value = options[option]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise BadInput(f"{name} has no {option}={value!r}: a whole number, at least {least}, is needed")
+
+
+def highest(scores_GN: Tensor, number: int) -> Tensor:
+    """Numbers of the highest scores of each image, [G, number], ascending. Of equals the lower number."""
+    numbers_Gk: Tensor = scores_GN.argsort(dim=1, descending=True, stable=True)[:, :number].sort(1).values
+    return numbers_Gk
+
+
+def ascending(numbers_GX: Tensor) -> Tensor:
+    """Numbers of tokens sorted, with every -1, which stands for none, at the end."""
+    last = numbers_GX.max() + 1 if numbers_GX.numel() else 1
+    sorted_GX = torch.where(numbers_GX < 0, last, numbers_GX).sort(1).values
+    return torch.where(sorted_GX == last, -1, sorted_GX)

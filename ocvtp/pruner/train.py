@@ -160,10 +160,19 @@ class _Run:
                 if self.ranks.first:
                     state.save(resume, self.state, self.tensors)
             if progress is not None:
-                last = self.state.last_loss
-                progress(self.state.step, self.total, "" if last is None else f"loss {last:.4f}")
+                self._tell(progress, resume)
             if self.state.stopped:
                 return
+
+    def _tell(self, progress: Progress, resume: Path) -> None:
+        """Say how far it is. Who stops the training there, as Ctrl-C does, finds this very step in the checkpoint."""
+        last = self.state.last_loss
+        try:
+            progress(self.state.step, self.total, "" if last is None else f"loss {last:.4f}")
+        except KeyboardInterrupt:
+            if self.ranks.first:
+                state.save(resume, self.state, self.tensors)
+            raise
 
     def best(self) -> OCPruner:
         """The weights of the best validation."""

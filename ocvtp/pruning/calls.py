@@ -13,6 +13,9 @@ _REFUSED = {
     "prefill_chunk_size": "a prompt in chunks cannot be shortened",
     "mm_encoder_outputs": "give pixel_values instead, for the pruner looks into the tower",
     "pixel_values_videos": "videos are not pruned",
+    "shift_labels": "give labels, which are cut like the prompts",
+    "vision_feature_layer": "the pruner was made for the layer that the model's own configuration names",
+    "vision_feature_select_strategy": "the pruner was made for the strategy that the model's own configuration names",
     "inputs_embeds": "give input_ids, for image tokens cannot be found in embeddings",
 }
 _DYNAMIC = (None, "dynamic", "offloaded")

@@ -1,6 +1,6 @@
 """From images to what the language model reads of them: one pass of the tower, the method's choice, the projector.
 
-Letters: I images, G images with equally many tokens, N tokens of an image, k tokens kept, D width of the LLM.
+Letters: I images, G images with equally many tokens, N tokens of an image, k tokens kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.methods import Budget, Kept, Look, Method
-from ocvtp.vlms.family import Family, Images
+from ocvtp.vlms.family import Family, Images, Layout, Placed, Vision
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Choice:
     """What stays of one image: numbers of its tokens, ascending, on the CPU, and what the LLM reads in their place."""
 
     indices_k: Tensor
-    features_kD: Tensor
+    placed: Placed
 
 
 def choose(
@@ -29,16 +29,16 @@ def choose(
     seeds: Sequence[int],
     prompts: Sequence[list[int]],
 ) -> list[Choice]:
-    """Choose the tokens of each image. Images with equally many tokens go through the method together.
+    """Choose the tokens of each image. Images whose tokens stand alike go through the method together.
 
     `seeds` and `prompts` (token ids, without placeholders and padding) are one an image.
     """
     counts = family.counts(images)
     keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
-    vision = family.look(images, method.layers())
+    vision = method.look(family, images, keeps)
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
-    for (_, keep), members in _groups(counts, keeps).items():
+    for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
         look = Look(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
         with torch.no_grad():
@@ -47,22 +47,23 @@ def choose(
             indices[member], values[member] = chosen, taken
     order = range(len(images))
     features = family.project([values[i] for i in order])
-    return [Choice(indices[i].cpu(), features[i]) for i in order]
+    return [Choice(indices[i], family.place(images, i, indices[i], features[i])) for i in order]
 
 
-def _groups(counts: Sequence[int], keeps: Sequence[int]) -> Mapping[tuple[int, int], list[int]]:
-    groups: dict[tuple[int, int], list[int]] = {}
-    for number, key in enumerate(zip(counts, keeps, strict=True)):
-        groups.setdefault(key, []).append(number)
+def _groups(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int], list[int]]:
+    groups: dict[tuple[Layout, int], list[int]] = {}
+    for number, keep in enumerate(keeps):
+        groups.setdefault((vision.layout(number), keep), []).append(number)
     return groups
 
 
 def _taken(kept: Kept, look: Look) -> list[tuple[Tensor, Tensor]]:
-    """Numbers and values of what stays of each image; -1 at the end of the numbers stands for none."""
-    values_GNV = look.vision.values(look.members)
-    indices_Gk = kept.indices_Gk.to(values_GNV.device)
+    """Numbers, on the CPU, and values of what stays of each image."""
     values_GkV = kept.values_GkV
     if values_GkV is None:
-        values_GkV = values_GNV.gather(1, indices_Gk.clamp(min=0)[..., None].expand(-1, -1, values_GNV.shape[2]))
+        values_GNV = look.vision.values(look.members)
+        indices_Gk = kept.indices_Gk.to(values_GNV.device).clamp(min=0)
+        values_GkV = values_GNV.gather(1, indices_Gk[..., None].expand(-1, -1, values_GNV.shape[2]))
+    indices_Gk = kept.indices_Gk.cpu()
     numbers_G = (indices_Gk >= 0).sum(1).tolist()
     return [(indices_Gk[i, :number], values_GkV[i, :number]) for i, number in enumerate(numbers_G)]

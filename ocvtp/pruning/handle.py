@@ -1,17 +1,16 @@
 """Pruning on one model: `generate` and `forward` are replaced on the instance, nothing else is touched.
 
 The caller goes on to speak of whole prompts. `generate` looks at the images once and then runs as it is, on the
-caller's own ids, mask and positions. `forward` shortens prompts that have images on their way into the language model,
-and translates mask and positions of what follows. Returned sequences, streamers and stopping criteria therefore see
-whole prompts; `logits` of a prompt are those of its shortened form (`Handle.last_columns` says of which columns).
+caller's own ids, mask and positions. `forward` shortens prompts that have images (`ocvtp.pruning.forward`). Returned
+sequences, streamers and stopping criteria therefore see whole prompts; `logits` of a prompt are those of its shortened
+form (`Handle.last_columns` says of which columns).
 
 Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, q new columns.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -20,11 +19,13 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Entry, Keep, Method, entry_of, options_of
+from ocvtp.methods.inside import Inside
 from ocvtp.pruning import calls
 from ocvtp.pruning.choosing import Choice, choose
+from ocvtp.pruning.forward import Forward, Looked
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.seeds import name_of, seeds_of
-from ocvtp.pruning.splice import Positions, Spliced, Spot, splice
+from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.vlms.base import family_of
 from ocvtp.vlms.family import Family, Images
 
@@ -36,7 +37,7 @@ def prune(
     pruner: Any = None,
     *,
     seed: int = 0,
-    positions: Positions = "compact",
+    positions: Positions | None = None,
     **options: Any,
 ) -> "Handle":
     """Prune the vision tokens of a model from now on, in place.
@@ -48,7 +49,8 @@ def prune(
             none.
         pruner: for `oc-vtp`: an `OCPruner`, a folder, or an id on the hub.
         seed: of methods with randomness. What is kept of an image depends on it and on the image alone.
-        positions: `compact` numbers the shortened prompt anew, `original` leaves each token its position.
+        positions: `compact` numbers the shortened prompt anew, `original` leaves each token its position; None: as the
+            method has it; with M-RoPE (Qwen2.5-VL) `original`, and always so inside the LLM.
         options: of the method (`ocvtp.methods.REGISTRY[method].options`).
 
     Returns:
@@ -63,7 +65,7 @@ def prune(
     family = family_of(model)
     if "_ocvtp_handle" in model.__dict__:
         raise BadInput("this model is pruned already: call remove() on its handle first")
-    if positions not in ("compact", "original"):
+    if positions not in ("compact", "original", None):
         raise BadInput(f"positions is {positions!r}: compact or original is needed")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise BadInput(f"seed is {seed!r}: a whole number is needed")
@@ -73,15 +75,12 @@ def prune(
     if family.facts.tokens is not None:
         budget.tokens(family.facts.tokens)
     built = entry.build(family, pruner, options_of(entry, options))
+    if isinstance(built, Inside) and family.facts.tokens is not None:
+        built.planned(family.facts.tokens, budget.tokens(family.facts.tokens))
     return Handle(model, entry, family, built, budget, seed, positions)
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """Images of one `generate`, looked at before it starts."""
-
-    spots: list[Spot]
-    rows: int
+_EVERYTHING = Budget.parse(1.0)
 
 
 class Handle:
@@ -93,23 +92,30 @@ class Handle:
         keep: the budget as it was given.
         seed: of the run.
         last_kept: for each image of the last call, the numbers of the tokens that stayed, ascending.
+        last_layers: for each layer of the language model, the tokens of each of these images that it read. They are
+            fewer in later layers if the method acts inside the LLM, and may then contain merged tokens.
         last_columns: [B, S]: the caller's column that each column of the last shortened prompts, and so of their
             logits, comes from; -1 for padding. None if they were not shortened.
     """
 
     def __init__(
         self, model: Any, entry: Entry, family: Family, method: Method | None, budget: Budget, seed: int,
-        positions: Positions,
+        positions: Positions | None,
     ) -> None:  # fmt: skip
         self.model, self.method, self.keep, self.seed = model, entry.name, budget.written, seed
         self.last_kept: list[list[int]] = []
+        self.last_layers: list[list[int]] = []
         self.last_columns: Tensor | None = None
-        self._family, self._method, self._budget, self._positions = family, method, budget, positions
+        self._family, self._method = family, method
+        # A method inside the LLM chooses there: before it everything stays.
+        self._budget = _EVERYTHING if isinstance(method, Inside) else budget
+        self._depth: int = model.get_decoder().config.num_hidden_layers
         self._samples: list[str] | None = None
         self._random, self._needs_text = entry.random, entry.needs_text
         self._running = threading.local()
         self._before = {name: model.__dict__[name] for name in ("generate", "forward") if name in model.__dict__}
         self._generate, self._forward = model.generate, model.forward
+        self._prompts = Forward(model, family, model.forward, method, budget, positions, entry.positions)
         model.generate = calls.Replacement(model.generate, self._pruned_generate)
         model.forward = calls.Replacement(model.forward, self._pruned_forward)
         model._ocvtp_handle = self
@@ -121,6 +127,7 @@ class Handle:
         for name in ("generate", "forward", "_ocvtp_handle"):
             del self.model.__dict__[name]
         self.model.__dict__.update(self._before)
+        self._prompts.remove()
 
     def __enter__(self) -> "Handle":
         return self
@@ -146,20 +153,19 @@ class Handle:
         if Prefix.of(call.get("past_key_values")) is not None:
             raise BadInput("generate cannot go on from a cache of pruned prompts: give the whole conversation anew")
         images = self._family.images(call)
-        if images is None:
-            self.last_kept = []
-            return self._run_generate(None, call)
-        if self._method is None:
-            self.last_kept = [list(range(count)) for count in self._family.counts(images)]
+        if images is None or self._method is None:
+            self._keep_all(images)
             return self._run_generate(None, call)
         calls.refuse(call, self.model.generation_config)
+        self._prompts.check(call, self._family.counts(images))
         ids_BL = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
         with torch.no_grad():
             looked = self._look(self._method, ids_BL, call.get("attention_mask"), images)
-        kept = {name: value for name, value in call.items() if name not in self._family.vision_inputs}
+        dropped = self._family.vision_inputs - self._family.position_inputs
+        kept = {name: value for name, value in call.items() if name not in dropped}
         return self._run_generate(looked, kept)
 
-    def _run_generate(self, looked: _Looked | None, call: dict[str, Any]) -> Any:
+    def _run_generate(self, looked: Looked | None, call: dict[str, Any]) -> Any:
         before = self._state()
         self._running.state = (True, looked)
         try:
@@ -167,9 +173,9 @@ class Handle:
         finally:
             self._running.state = before
 
-    def _state(self) -> tuple[bool, _Looked | None]:
+    def _state(self) -> tuple[bool, Looked | None]:
         """Whether this thread is inside `generate`, and the images it was given."""
-        state: tuple[bool, _Looked | None] = getattr(self._running, "state", (False, None))
+        state: tuple[bool, Looked | None] = getattr(self._running, "state", (False, None))
         return state
 
     def _pruned_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,22 +185,22 @@ class Handle:
         if looked is not None:
             fresh = Prefix.of(cache) is None
             if fresh and ids_Bq is not None and bool((ids_Bq == self._family.placeholder).any()):
-                return self._shortened(call, _repeated(looked, len(ids_Bq)))
+                return self._shortened(call, looked, len(ids_Bq))
         elif not inside:
             images = self._family.images(call)
             if images is not None and self._method is not None:
                 calls.refuse(call)
-                return self._shortened(call, self._look(self._method, ids_Bq, call.get("attention_mask"), images).spots)
-            if images is not None:
-                self.last_kept = [list(range(count)) for count in self._family.counts(images)]
-            elif Prefix.of(cache) is None:
-                self.last_kept, self.last_columns = [], None
+                self._prompts.check(call, self._family.counts(images))
+                looked = self._look(self._method, ids_Bq, call.get("attention_mask"), images)
+                return self._shortened(call, looked, looked.rows)
+            if images is not None or Prefix.of(cache) is None:
+                self._keep_all(images)
         prefix = Prefix.of(cache)
-        return self._forward(**call) if prefix is None else self._continued(call, prefix)
+        return self._forward(**call) if prefix is None else self._prompts.continued(call, prefix)
 
     # --- Images ------------------------------------------------------------------------------------------------------
 
-    def _look(self, method: Method, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> _Looked:
+    def _look(self, method: Method, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> Looked:
         """Choose tokens of each image, and find out where they go."""
         if ids_BL is None:
             raise BadInput("a pruned model needs input_ids beside images")
@@ -203,7 +209,23 @@ class Handle:
         prompts = [texts[row] for row, _, _ in found]
         choices = choose(self._family, method, self._budget, images, self._seeds(images), prompts)
         self.last_kept = [choice.indices_k.tolist() for choice in choices]
-        return _Looked([_spot(*where, choice) for where, choice in zip(found, choices, strict=True)], len(ids_BL))
+        self.last_layers = [[len(choice.placed.places_X) for choice in choices] for _ in range(self._depth)]
+        spots = [_spot(*where, choice) for where, choice in zip(found, choices, strict=True)]
+        return Looked(spots, *ids_BL.shape)
+
+    def _shortened(self, call: dict[str, Any], looked: Looked, rows: int) -> Any:
+        """Run the model on prompts with fewer tokens, and note what came of them."""
+        output, told = self._prompts.shortened(call, looked, rows)
+        self.last_columns = told.columns_BS
+        if told.kept is not None and told.layers is not None:
+            self.last_kept, self.last_layers = told.kept, told.layers
+        return output
+
+    def _keep_all(self, images: Images | None) -> None:
+        """Nothing is dropped in this call."""
+        counts = [] if images is None else self._family.counts(images)
+        self.last_kept = [list(range(count)) for count in counts]
+        self.last_layers, self.last_columns = [counts for _ in range(self._depth)], None
 
     def _seeds(self, images: Images) -> list[int]:
         names = self._samples
@@ -215,78 +237,6 @@ class Handle:
             raise BadInput(f"{len(names)} names of samples for {len(images)} images: one for each is needed")
         return seeds_of(self.seed, names)
 
-    # --- Prompts -----------------------------------------------------------------------------------------------------
-
-    def _shortened(self, call: dict[str, Any], spots: list[Spot]) -> Any:
-        """Run the model on prompts with the kept tokens only."""
-        cache, ids_BL, mask_BL = call.get("past_key_values"), call["input_ids"], call.get("attention_mask")
-        if mask_BL is not None and mask_BL.ndim != 2:
-            raise BadInput(f"a pruned model needs a mask of two dimensions, not of shape {list(mask_BL.shape)}")
-        if isinstance(call.get("logits_to_keep"), Tensor):
-            raise BadInput("a pruned model needs logits_to_keep as a number: columns are others after pruning")
-        before_BS, positions_PBL, mask_BL = self._placed(call, cache, ids_BL, mask_BL)
-        spliced = splice(mask_BL, positions_PBL, spots, self._positions)
-        whole_BS = spliced.mask_BS if before_BS is None else torch.cat([before_BS, spliced.mask_BS], 1)
-        prefix = Prefix(whole_BS, spliced.next_B, bool(whole_BS.all()))
-        self.last_columns = spliced.columns_BS
-        call = self._rewritten(call, spliced)
-        call["attention_mask"] = None if prefix.full else whole_BS
-        output = self._forward(**call)
-        if getattr(output, "past_key_values", None) is not None:
-            prefix.remember(output.past_key_values)
-        if hasattr(output, "image_hidden_states"):
-            output.image_hidden_states = spliced.features_XD
-        return output
-
-    def _placed(
-        self, call: Mapping[str, Any], cache: Any, ids_BL: Tensor, mask_BL: Tensor | None
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Mask of what is in the cache already, positions of the new columns if none were left out, and their mask."""
-        batch, length = ids_BL.shape
-        prefix = Prefix.of(cache)
-        if prefix is not None:
-            mask_BS, positions_Bt = prefix.since(cache, mask_BL, length, batch)
-            return mask_BS[:, :-length], positions_Bt[None, :, -length:], mask_BS[:, -length:]
-        past = 0 if cache is None else cache.get_seq_length()
-        if mask_BL is None:
-            mask_BL = ids_BL.new_ones(batch, past + length)
-        positions_PBL = self._family.positions(call, mask_BL, past)
-        return (mask_BL[:, :past] if past else None), positions_PBL, mask_BL[:, past:]
-
-    def _rewritten(self, call: Mapping[str, Any], spliced: Spliced) -> dict[str, Any]:
-        """The arguments of the shortened call, but for the mask."""
-        ids_BS = spliced.gather(call["input_ids"], self._family.padding)
-        embeds_BSD = self.model.get_input_embeddings()(ids_BS)
-        features_XD = spliced.features_XD.to(embeds_BSD.device, embeds_BSD.dtype)
-        where_BSD = spliced.image_BS.to(embeds_BSD.device)[..., None].expand_as(embeds_BSD)
-        rewritten = {
-            **{name: value for name, value in call.items() if name not in self._family.vision_inputs},
-            "input_ids": None,
-            "inputs_embeds": embeds_BSD.masked_scatter(where_BSD, features_XD),
-            "position_ids": self._family.position_ids(spliced.positions_PBS),
-        }
-        if call.get("labels") is not None:
-            rewritten["labels"] = spliced.gather(call["labels"], -100)
-        return rewritten
-
-    def _continued(self, call: dict[str, Any], prefix: Prefix) -> Any:
-        """Run the model on what follows pruned prompts."""
-        new = next((call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None), None)
-        if new is None:
-            raise BadInput("a pruned model needs input_ids or inputs_embeds")
-        batch, length = new.shape[:2]
-        mask_BL = call.get("attention_mask")
-        mask_BS, positions_Bt = prefix.since(call["past_key_values"], mask_BL, length, batch)
-        full = prefix.full and (mask_BL is None or bool(mask_BS.all()))
-        positions_1Bq = positions_Bt[None, :, -length:]
-        return self._forward(
-            **{
-                **{name: value for name, value in call.items() if name not in self._family.vision_inputs},
-                "attention_mask": None if full else mask_BS,
-                "position_ids": self._family.position_ids(positions_1Bq),
-            }
-        )
-
 
 def _texts(ids_BL: Tensor, mask_BL: Tensor | None, placeholder: int) -> list[list[int]]:
     """Token ids of each prompt, without placeholders and padding."""
@@ -297,16 +247,5 @@ def _texts(ids_BL: Tensor, mask_BL: Tensor | None, placeholder: int) -> list[lis
 
 
 def _spot(row: int, start: int, length: int, choice: Choice) -> Spot:
-    return Spot(row, start, length, choice.indices_k, choice.features_kD)
-
-
-def _repeated(looked: _Looked, rows: int) -> list[Spot]:
-    """The spots of prompts that were repeated, each as often as the others, for beams or several answers."""
-    if rows % looked.rows:
-        raise BadInput(f"{rows} prompts reached the model, which is no multiple of the {looked.rows} that were given")
-    copies = rows // looked.rows
-    return [
-        Spot(spot.row * copies + copy, spot.start, spot.length, spot.places_k, spot.features_kD)
-        for spot in looked.spots
-        for copy in range(copies)
-    ]
+    placed = choice.placed
+    return Spot(row, start, length, placed.places_X, placed.features_XD, placed.numbers_X, placed.whole)

@@ -1,5 +1,9 @@
 """Prompts with fewer vision tokens: which columns stay, where they go, and what positions they have.
 
+Positions. `original`: each token has that of the whole prompt. `compact`: gaps are closed. Where positions count
+tokens, those that stay follow one another; where they are places in a picture (M-RoPE), rows and columns of it of which
+nothing stays are left out. What follows begins after the largest position of the image, as in a whole prompt.
+
 Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, k tokens kept of an image,
 P rows of positions (1, or 3 for M-RoPE), D width of the language model.
 """
@@ -20,8 +24,10 @@ class Spot:
 
     Attributes:
         row, start, length: where its placeholders stand.
-        places_k: which of them stay, ascending; on the CPU.
+        places_k: which of `whole` places stay, ascending; on the CPU.
         features_kD: what is put there.
+        numbers_k: which of the image's tokens it is; -1 for what is no token. On the CPU.
+        whole: places that the image would have with all tokens: one a placeholder, in most families.
     """
 
     row: int
@@ -29,6 +35,25 @@ class Spot:
     length: int
     places_k: Tensor
     features_kD: Tensor
+    numbers_k: Tensor
+    whole: int
+
+    @property
+    def columns_k(self) -> Tensor:
+        """Columns of the caller; of places that have no placeholder the last one's."""
+        return self.start + self.places_k.clamp(max=self.length - 1)
+
+    def moved(self, positions_PL: Tensor, mode: Positions) -> tuple[Tensor, int]:
+        """Positions of the tokens that stay, [P, k], and by how much what follows them moves."""
+        span_PN = positions_PL[:, self.start : self.start + self.length]
+        columns_k = self.columns_k
+        positions_Pk = positions_PL[:, columns_k] + (self.start + self.places_k - columns_k)
+        if mode == "original":
+            return positions_Pk, self.whole - self.length
+        first_P1, length = span_PN[:, :1], int((span_PN.amax(1) - span_PN[:, 0]).max()) + 1
+        ranks_Pk = torch.stack([torch.unique(row_k, return_inverse=True)[1] for row_k in positions_Pk])
+        left = int(ranks_Pk.max()) + 1 if len(columns_k) else 0
+        return first_P1 + ranks_Pk, left - length
 
 
 @dataclass(frozen=True)
@@ -42,6 +67,7 @@ class Spliced:
         positions_PBS: of the tokens; 0 for padding.
         next_B: the position of the next token of each prompt.
         features_XD: of all vision tokens, row by row.
+        right: padding stands on the right.
     """
 
     columns_BS: Tensor
@@ -50,11 +76,17 @@ class Spliced:
     positions_PBS: Tensor
     next_B: Tensor
     features_XD: Tensor
+    right: bool
 
     def gather(self, rows_BL: Tensor, filler: int) -> Tensor:
         """Something with an entry a column, such as ids or labels, [B, S]."""
-        chosen_BS = rows_BL.gather(1, self.columns_BS.clamp(min=0).to(rows_BL.device))
-        return chosen_BS.masked_fill((self.columns_BS < 0).to(rows_BL.device), filler)
+        return cut(rows_BL, self.columns_BS, filler)
+
+
+def cut(rows_BL: Tensor, columns_BS: Tensor, filler: int) -> Tensor:
+    """Some columns of something, [B, S]; a filler where there are none (-1)."""
+    columns_BS = columns_BS.to(rows_BL.device)
+    return rows_BL.gather(1, columns_BS.clamp(min=0)).masked_fill(columns_BS < 0, filler)
 
 
 def splice(mask_BL: Tensor, positions_PBL: Tensor, spots: Sequence[Spot], mode: Positions) -> Spliced:
@@ -86,6 +118,7 @@ def splice(mask_BL: Tensor, positions_PBL: Tensor, spots: Sequence[Spot], mode: 
         positions_PBS=torch.stack(positions, 1).to(device),
         next_B=torch.tensor(nexts, device=device),
         features_XD=torch.cat(ordered),
+        right=right,
     )
 
 
@@ -113,24 +146,21 @@ class _Row:
 
 
 def _row(mask_L: Tensor, positions_PL: Tensor, spots: Sequence[Spot], mode: Positions, *, right: bool) -> _Row:
-    columns, shifts, images, done, shift = list[Tensor](), list[Tensor](), list[Tensor](), 0, 0
+    columns, positions, images, done, shift = list[Tensor](), list[Tensor](), list[Tensor](), 0, 0
     for spot in sorted(spots, key=lambda spot: spot.start):
-        kept = len(spot.places_k)
-        columns += [torch.arange(done, spot.start), spot.start + spot.places_k]
-        images += [torch.zeros(spot.start - done, dtype=torch.bool), torch.ones(kept, dtype=torch.bool)]
-        # Closed gaps: the tokens that stay follow one another from where the image began.
-        shifts += [torch.full((spot.start - done,), shift), shift + torch.arange(kept) - spot.places_k]
-        done, shift = spot.start + spot.length, shift + kept - spot.length
+        moved_Pk, further = spot.moved(positions_PL, mode)
+        columns += [torch.arange(done, spot.start), spot.columns_k]
+        positions += [positions_PL[:, done : spot.start] + shift, moved_Pk + shift]
+        images += [torch.zeros(spot.start - done, dtype=torch.bool), torch.ones(len(spot.places_k), dtype=torch.bool)]
+        done, shift = spot.start + spot.length, shift + further
     columns.append(torch.arange(done, len(mask_L)))
+    positions.append(positions_PL[:, done:] + shift)
     images.append(torch.zeros(len(mask_L) - done, dtype=torch.bool))
-    shifts.append(torch.full((len(mask_L) - done,), shift))
-    columns_S, image_S = torch.cat(columns), torch.cat(images)
-    mask_S, positions_PS = mask_L[columns_S], positions_PL[:, columns_S]
-    if mode == "compact":
-        positions_PS = positions_PS + torch.cat(shifts)
+    columns_S, image_S, positions_PS = torch.cat(columns), torch.cat(images), torch.cat(positions, 1)
+    mask_S = mask_L[columns_S]
     real = mask_S.nonzero()[:, 0]
     # What comes next follows the largest position: of the whole prompt where gaps stay.
-    last = positions_PS[:, real] if mode == "compact" else positions_PL[:, mask_L.bool()]
+    last = positions_PS[:, real] if mode == "compact" else positions_PL[:, mask_L.bool()] + shift
     following = int(last.max()) + 1 if last.numel() else 0
     part = slice(0, int(real[-1]) + 1) if right and len(real) else slice(int(real[0]) if len(real) else 0, None)
     positions_PS = positions_PS.masked_fill(mask_S == 0, 0)

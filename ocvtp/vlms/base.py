@@ -3,12 +3,15 @@
 Letters: I images, N tokens of an image without CLS, C tower width.
 """
 
+import copy
 import hashlib
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,11 +20,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ocvtp.errors import BadInput, NotAvailable
+from ocvtp.errors import BadInput, Corrupt, NotAvailable
 from ocvtp.vlms.family import Facts, Family, Grid, Images
 from ocvtp.vlms.llava import LlavaFamily
+from ocvtp.vlms.llava_next import LlavaNextFamily
+from ocvtp.vlms.qwen2_5_vl import Qwen25VLFamily
 
-FAMILIES: Mapping[str, type[Family]] = {"LlavaForConditionalGeneration": LlavaFamily}
+FAMILIES: Mapping[str, type[Family]] = {
+    "LlavaForConditionalGeneration": LlavaFamily,
+    "LlavaNextForConditionalGeneration": LlavaNextFamily,
+    "Qwen2_5_VLForConditionalGeneration": Qwen25VLFamily,
+}
 """Classes of transformers that can be pruned."""
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -38,6 +47,7 @@ class Entry:
         weights: what tells its weights from others: the commit, or for a folder their SHA-256.
         facts: of the tower.
         budgets: the paper's: tokens an image, or shares where the number of tokens varies.
+        settings: entries of the config that are other than in its files.
     """
 
     name: str
@@ -47,6 +57,13 @@ class Entry:
     weights: str
     facts: Facts
     budgets: tuple[int | float, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text_tower(self) -> str | None:
+        """The whole CLIP, on the hub, whose vision tower this VLM has; None where the catalogue names none."""
+        named: str | None = catalog().get(self.name, {}).get("text_tower")
+        return named
 
     @property
     def tokens(self) -> int | None:
@@ -55,7 +72,7 @@ class Entry:
 
     @property
     def grid(self) -> Grid | None:
-        """Rows and columns of an image's tokens; None where they depend on the image."""
+        """Rows and columns of an image's tokens; None where they depend on the image, or are more than one grid."""
         return self.facts.grid
 
     @property
@@ -73,6 +90,11 @@ class Entry:
         """The layer that the language model is fed from, as index into `hidden_states`."""
         return self.facts.feature_layer
 
+    @property
+    def llm_layers(self) -> int:
+        """Layers of the language model."""
+        return _llm_layers(self.folder)
+
 
 @cache
 def catalog() -> Mapping[str, Mapping[str, Any]]:
@@ -84,6 +106,8 @@ def catalog() -> Mapping[str, Mapping[str, Any]]:
 def resolve(name: str | Path, *, revision: str | None = None) -> Entry:
     """Look a VLM up, by catalogue name or folder, without loading weights.
 
+    Does without transformers, which takes seconds to import, where the config's file says all that is asked of it.
+
     Args:
         name: of the catalogue, or a folder with a model of transformers.
         revision: on the hub, instead of the catalogue's.
@@ -91,22 +115,74 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Entry:
     Raises:
         BadInput: neither a name of the catalogue nor a folder with a supported model.
         NotAvailable: its weights are not on this machine; says how to get them.
+        Corrupt: its config.json cannot be read.
     """
-    from transformers import AutoConfig
-
     name = str(name)
     folder, commit = _locate(name, revision)
-    config = AutoConfig.from_pretrained(folder)
-    architecture = (config.architectures or ["model without a named class"])[0]
+    known = catalog().get(name, {})
+    written, settings = _written(folder), known.get("settings", {})
+    architecture = (written.get("architectures") or ["model without a named class"])[0]
     return Entry(
         name=name,
         family=architecture,
         folder=folder,
         revision=commit,
         weights=commit or _weights_digest(folder),
-        facts=_family_class(architecture, name).facts_of(config),
-        budgets=tuple(catalog().get(name, {}).get("budgets", ())),
+        facts=_facts(_family_class(architecture, name), folder, written, settings),
+        budgets=tuple(known.get("budgets", ())),
+        settings=settings,
     )
+
+
+def _written(folder: Path) -> dict[str, Any]:
+    """What stands in a folder's config.json."""
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Corrupt(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Corrupt(f"{path} holds a {type(found).__name__}: the config of a model is needed")
+    return found
+
+
+class _Unwritten(AttributeError):
+    """An entry that a config.json leaves to the defaults of transformers."""
+
+
+class _Written(SimpleNamespace):
+    """A config as it is written."""
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        there = {name: value for name, value in entries.items() if value is not None}
+        super().__init__(**{n: _Written(v) if isinstance(v, dict) else v for n, v in there.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        raise _Unwritten(name)
+
+
+def _facts(family: type[Family], folder: Path, written: Mapping[str, Any], settings: Mapping[str, Any]) -> Facts:
+    """From the config's file alone where it says all that is needed."""
+    try:
+        return family.facts_of(_Written({**written, **settings}))
+    except _Unwritten:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        return family.facts_of(config)
+
+
+@cache
+def _llm_layers(folder: Path) -> int:
+    written = _written(folder)
+    found = written.get("text_config", written).get("num_hidden_layers")
+    if found is None:
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+    return int(found)
 
 
 def _family_class(architecture: str, name: str) -> type[Family]:
@@ -197,21 +273,29 @@ class VLM:
         """C."""
         return self.entry.width
 
+    @cached_property
+    def _seen(self) -> Family:
+        """The family with all that the tower sees as tokens."""
+        return self.family.untrimmed()
+
     @property
     def grid(self) -> Grid | None:
-        """Rows and columns of an image's tokens; None where they depend on the image."""
-        return self.entry.grid
+        """Rows and columns of the tokens that `tower` gives of an image; None where they depend on the image."""
+        return self._seen.facts.grid
 
     def preprocess(self, images: list[Image.Image], *, mode: str = "pad") -> Images:
         """Images for the tower: padded to the shape that it wants, or squashed into it."""
         return self.family.preprocess(self.processor, images, mode=mode)
 
     def grids(self, images: Images) -> list[Grid]:
-        """Rows and columns of tokens of each image."""
-        return self.family.grids(images)
+        """Rows and columns of the tokens that `tower` gives of each image."""
+        return self._seen.grids(images)
 
     def tower(self, images: Images, layers: Collection[int]) -> dict[int, Tensor]:
         """Tokens of each layer, [I, N, C] without CLS, in one pass that stops after the deepest layer.
+
+        They are what a pruner is trained on: all that the tower sees. Of LLaVA-NeXT that is tile upon tile with their
+        padding, in one tall grid, in whatever mode the model is.
 
         Args:
             images: as `preprocess` makes them.
@@ -222,7 +306,7 @@ class VLM:
         """
         indices = {layer: self.family.index(layer) for layer in layers}
         with torch.inference_mode():
-            vision = self.family.look(images, set(indices.values()), values=False)
+            vision = self._seen.look(images, set(indices.values()), values=False)
             everyone = range(len(images))
             if len(set(vision.counts)) == 1:
                 return {layer: vision.tokens(index, everyone) for layer, index in indices.items()}
@@ -259,6 +343,10 @@ def load(
     processor = AutoProcessor.from_pretrained(entry.folder)
     processor.tokenizer.padding_side = "left"
     model = model.to(device).eval()
+    for setting, value in entry.settings.items():
+        setattr(model.config, setting, copy.deepcopy(value))
+        if hasattr(processor.image_processor, setting):
+            setattr(processor.image_processor, setting, copy.deepcopy(value))
     model.ocvtp_entry = entry
     return VLM(entry, model, processor, family_of(model))
 

@@ -25,7 +25,7 @@ class Facts:
 
     Attributes:
         tokens: N; None where it depends on the image.
-        grid: rows and columns of an image's tokens; None where they depend on the image.
+        grid: rows and columns of an image's tokens; None where they depend on the image, or are more than one grid.
         width: C.
         depth: encoder blocks of the tower.
         feature_layer: the layer that the language model is fed from, as index into `hidden_states`.
@@ -59,6 +59,47 @@ class Images:
         return len(self.pixels if self.sizes is None else self.sizes)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tokens of an image that follow one another and fill a grid, row by row.
+
+    Attributes:
+        start: number of the first of them.
+        grid: their rows and columns.
+        tile: rows and columns of tokens of what the tower sees at a time; None: all of the grid.
+        offset: rows and columns of the first tile that come before the grid, where padding was cut off.
+    """
+
+    start: int
+    grid: Grid
+    tile: Grid | None = None
+    offset: Grid = (0, 0)
+
+
+Layout = tuple[Part, ...]
+"""Where the tokens of an image stand: in one grid; LLaVA-NeXT has one of the whole image and one of its tiles."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What the language model reads of an image, and where among the image's placeholders it stands.
+
+    Letters: X tokens that stay together with what stays for their sake.
+
+    Attributes:
+        features_XD: what is read.
+        places_X: which of `whole` places, ascending; on the CPU.
+        numbers_X: the number of the token there; -1 for what is no token, such as the end of a row. On the CPU.
+        whole: places that the image would have with all tokens. If there are more than placeholders, the prompt is as
+            if it had had so many.
+    """
+
+    features_XD: Tensor
+    places_X: Tensor
+    numbers_X: Tensor
+    whole: int
+
+
 class Vision(ABC):
     """What the tower made of some images. `members` are the numbers of images that have the same N."""
 
@@ -66,6 +107,10 @@ class Vision(ABC):
     """N of each image."""
     grids: list[Grid]
     """Rows and columns of each image's tokens."""
+
+    def layout(self, member: int) -> Layout:
+        """Where the tokens of an image stand."""
+        return (Part(0, self.grids[member]),)
 
     @abstractmethod
     def tokens(self, layer: int, members: Sequence[int]) -> Tensor:
@@ -91,11 +136,17 @@ class Vision(ABC):
 
     @abstractmethod
     def keys(self, block: int, members: Sequence[int]) -> Tensor:
-        """Keys of an encoder block, mean over heads, [G, N, E]; `hidden_states[block]` must have been asked for."""
+        """Keys of an encoder block, mean over heads, [G, N, E]; `hidden_states[block]` must have been asked for.
+
+        As the block's projection makes them: before rotary positions, where the tower has those.
+        """
 
     @abstractmethod
     def cls_values(self, members: Sequence[int]) -> Tensor:
-        """The CLS rows of the layer that values come from, one a tile, [G, tiles, V]; `Incompatible` without CLS."""
+        """The CLS rows of the layer that values come from, one a tile, [G, tiles, V]; `Incompatible` without CLS.
+
+        Tiles stand in the order of `layout`: part by part, and row by row in each.
+        """
 
 
 class Family(ABC):
@@ -103,6 +154,8 @@ class Family(ABC):
 
     vision_inputs: ClassVar[frozenset[str]]
     """Arguments of the model's `forward` that describe images."""
+    position_inputs: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that `generate` needs for the positions of a prompt."""
     facts: Facts
 
     def __init__(self, model: Any) -> None:
@@ -114,11 +167,19 @@ class Family(ABC):
     def facts_of(cls, config: Any) -> Facts:
         """Read a config; `BadInput` where this kind of the family is not supported."""
 
+    def untrimmed(self) -> "Family":
+        """The same with all that the tower sees as tokens, in one grid: what pruners are trained on. Here: itself."""
+        return self
+
     def index(self, layer: int) -> int:
         """The index into `hidden_states`, 1 to depth, of a layer counted as in the paper."""
         return resolve_layer(layer, self.facts.depth, vlm="the vision tower of this VLM")
 
     # --- Images ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, processor: Any, image: Image.Image) -> Image.Image:
+        """An image as the model's processor should get it to answer questions: as it is, unless a family says more."""
+        return image
 
     @abstractmethod
     def preprocess(self, processor: Any, images: list[Image.Image], *, mode: str) -> Images:
@@ -157,6 +218,10 @@ class Family(ABC):
     def project(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Values [k, V] of each image as the language model reads them, [k, D]."""
 
+    def place(self, images: Images, number: int, indices_k: Tensor, features_kD: Tensor) -> Placed:
+        """Where the tokens of an image that stay go in the prompt. Here: token n to placeholder n."""
+        return Placed(features_kD, indices_k, indices_k, self.spans(images)[number])
+
     # --- Prompts -----------------------------------------------------------------------------------------------------
 
     @property
@@ -187,6 +252,16 @@ class Family(ABC):
         if past:  # as the model counted when it filled the cache
             return torch.arange(past, mask_BL.shape[1], device=mask_BL.device).expand(len(mask_BL), -1)[None]
         return (mask_BL.long().cumsum(1) - 1).clamp(min=0)[None]
+
+    def spread(self, call: Mapping[str, Any], positions_Bq: Tensor, mask_Bq: Tensor) -> Tensor:
+        """Positions of new columns that may hold images, [P, B, q], as the model has them.
+
+        Args:
+            call: arguments of `forward`.
+            positions_Bq: what they would be if there was text in all of them.
+            mask_Bq: 1 for tokens, 0 for padding.
+        """
+        return positions_Bq[None]
 
     def position_ids(self, positions_PBS: Tensor) -> Tensor:
         """Positions in the shape that the model takes."""

@@ -70,11 +70,15 @@ class LlavaFamily(Family):
         """The CLIP model."""
         return self.model.model.vision_tower
 
+    def prepare(self, processor: Any, image: Image.Image) -> Image.Image:
+        """Padded to a square, as LLaVA-1.5 is evaluated; the processor of transformers would cut its sides off."""
+        return pad_to_square(image, _mean_colour(processor.image_processor))
+
     def preprocess(self, processor: Any, images: list[Image.Image], *, mode: str) -> Images:  # noqa: D102
         check_mode(mode)
         processor = processor.image_processor
         side = self.model.config.vision_config.image_size
-        fill = tuple(int(255 * mean) for mean in processor.image_mean)
+        fill = _mean_colour(processor)
         squares = [
             pad_to_square(image, fill)
             if mode == "pad"
@@ -105,6 +109,15 @@ class LlavaFamily(Family):
         states = clip.hidden_states(self.tower, images.pixels, wanted)
         return LlavaVision(self, states, self.counts(images), self.grids(images))
 
+    def tiles(self, images: Images) -> clip.Tiles:
+        """Each image is one tile."""
+        numbers_1N = torch.arange(self.counts(images)[0])[None]
+        return clip.Tiles(images.pixels, [numbers_1N] * len(images))
+
     def project(self, values: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
         projected = self.model.model.multi_modal_projector(torch.cat(list(values)))
         return list(projected.split([len(each) for each in values]))
+
+
+def _mean_colour(image_processor: Any) -> tuple[int, ...]:
+    return tuple(int(255 * mean) for mean in image_processor.image_mean)

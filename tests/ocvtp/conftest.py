@@ -16,11 +16,21 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 WORDS = "<pad> <s> </s> <unk> <image> what is this red blue square how many are there in the image ? :".split()
+QWEN_WORDS = [*WORDS, "<video>", "<vision>", "</vision>"]
 QUESTIONS = (
     "what is this ?",
     "how many red are there in the image ?",
@@ -41,8 +51,9 @@ class TinyVLM(NamedTuple):
 
     def prompt(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str] = QUESTIONS) -> Any:
         """A batch: each prompt has its images, which may be none, and then a question."""
+        mark = " <vision> <image> </vision>" if isinstance(self.processor, Qwen2_5_VLProcessor) else " <image>"
         texts = [
-            "<s>" + " <image>" * len(row) + f" {question}"
+            "<s>" + mark * len(row) + f" {question}"
             for row, question in zip(images, questions[: len(images)], strict=True)
         ]
         flat = [image for row in images for image in row]
@@ -53,8 +64,8 @@ class TinyVLM(NamedTuple):
         return self.prompt([images[row]], [QUESTIONS[row]])
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+def tokenizer(vocabulary: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -62,7 +73,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>"}
+        | ({"video_token": "<video>"} if "<video>" in vocabulary else {}),
         padding_side="left",
     )
 
@@ -86,41 +98,48 @@ def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:
     return Image.fromarray((noisy.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
 
+VISION = CLIPVisionConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=5,
+    num_attention_heads=2,
+    projection_dim=16,
+    image_size=56,
+    patch_size=14,
+)
+TEXT = LlamaConfig(
+    vocab_size=len(WORDS),
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def ready(model: Any, seed: int) -> Any:
+    """With weights of a seed; answers do not end before they have to, as those of random weights would."""
+    model = enlarge(model, seed)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
 def make_llava(seed: int = 0) -> TinyVLM:
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        projection_dim=16,
-        image_size=56,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     config = LlavaConfig(
-        vision_config=vision.to_dict(),
-        text_config=text.to_dict(),
+        vision_config=VISION.to_dict(),
+        text_config=TEXT.to_dict(),
         image_token_id=WORDS.index("<image>"),
         image_seq_length=16,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
     torch.manual_seed(seed)
-    model = enlarge(LlavaForConditionalGeneration(config), seed)
-    # Answers of random weights would often end at once.
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model = ready(LlavaForConditionalGeneration(config), seed)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
         tokenizer=tokenizer(),
@@ -131,7 +150,77 @@ def make_llava(seed: int = 0) -> TinyVLM:
     return TinyVLM(model, processor, 16)
 
 
-MAKERS: dict[str, Callable[[int], TinyVLM]] = {"llava": make_llava}
+def make_llava_next(seed: int = 0) -> TinyVLM:
+    """Tiles of 4 x 4 tokens, of which an image has one to four beside the one of all of it."""
+    pinpoints = [[56, 112], [112, 56], [112, 112], [56, 168]]
+    config = LlavaNextConfig(
+        vision_config=VISION.to_dict(),
+        text_config=TEXT.to_dict(),
+        image_token_id=WORDS.index("<image>"),
+        image_seq_length=16,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    model = ready(LlavaNextForConditionalGeneration(config), seed)
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return TinyVLM(model, processor, None)
+
+
+def make_qwen2_5_vl(seed: int = 0) -> TinyVLM:
+    """16 to 40 tokens of 2 x 2 patches; windows of 2 x 2 tokens in all blocks but two."""
+    vision = {
+        "depth": 5,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [2, 4],
+        "out_hidden_size": 32,
+    }
+    text = {
+        **{name: getattr(TEXT, name) for name in TEXT_OF_QWEN},
+        "vocab_size": len(QWEN_WORDS),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=QWEN_WORDS.index("<image>"),
+        video_token_id=QWEN_WORDS.index("<video>"),
+        vision_start_token_id=QWEN_WORDS.index("<vision>"),
+        vision_end_token_id=QWEN_WORDS.index("</vision>"),
+    )
+    torch.manual_seed(seed)
+    model = ready(Qwen2_5_VLForConditionalGeneration(config), seed)
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 40}),
+        tokenizer=tokenizer(QWEN_WORDS),
+        video_processor=Qwen2VLVideoProcessor(),
+    )
+    return TinyVLM(model, processor, None)
+
+
+TEXT_OF_QWEN = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
+    "pad_token_id bos_token_id eos_token_id"
+).split()
+MAKERS: dict[str, Callable[[int], TinyVLM]] = {
+    "llava": make_llava,
+    "llava_next": make_llava_next,
+    "qwen2_5_vl": make_qwen2_5_vl,
+}
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,18 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+import ocvtp
 from ocvtp.efficiency.flops import (
     kv_cache_bytes,
     llm_layer_flops,
     paper_llm_flops,
     prefill_flops,
     pruner_flops,
+    ranking_flops,
 )
 from ocvtp.efficiency.shapes import KNOWN, known_shape, shape_of
 from ocvtp.errors import BadInput, Incompatible
+from ocvtp.methods import REGISTRY
 
 
 @pytest.mark.parametrize(
@@ -154,11 +157,49 @@ def test_qwen_equals_torchs_counter() -> None:
 
 def test_tokens_dropped_inside_the_language_model() -> None:
     shape = shape_of(_tiny_llava().config)
+    d, m, queries, keys = 64, 144, 64, 32
     counts = [64, 32, 8]
-    want = sum(llm_layer_flops(shape.llm, n + 32) for n in counts)
+    layers = sum(2 * (n * d * (2 * queries + 2 * keys + 3 * m) + 2 * n * n * queries) for n in (96, 64, 40))
+    # Before each layer that reads less: keys of all that is there, one query, and one row of products.
+    ranking = sum(2 * (n * d * keys + d * queries + n * queries) for n in (96, 64))
     got = prefill_flops(shape, image_tokens=64, kept=counts)
-    assert got.llm == want
+    assert got.llm == layers + ranking
     assert got.projector == prefill_flops(shape, image_tokens=64).projector
+    assert prefill_flops(shape, image_tokens=64, kept=[32] * 3) == prefill_flops(shape, image_tokens=64, kept=32)
+    # 33 rows where text asks, and once 64 tokens against 32 words.
+    more = sum(2 * 32 * (d * queries + n * queries) for n in (96, 64)) + 2 * 64 * 32 * d
+    assert prefill_flops(shape, image_tokens=64, kept=counts, text_asks=True).llm == got.llm + more
+    assert ranking_flops(shape.llm, 96) + ranking_flops(shape.llm, 64) == ranking
+    assert kv_cache_bytes(shape.llm, [96, 64, 40]) == 2 * keys * 200 * 2
+    paper = sum(2 * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m) for n in (96, 64, 40))
+    assert paper_llm_flops([96, 64, 40], width=d, layers=3, mlp=m) == paper
+
+
+@pytest.mark.parametrize(("method", "keep"), [("fastv", 26), ("pyramiddrop", 30), ("sparsevlm", 40)])
+def test_methods_inside_the_language_model_equal_torchs_counter(method: str, keep: int) -> None:
+    torch.manual_seed(0)
+    model, entry, text = _tiny_llava(), REGISTRY[method], 11
+    ids = torch.randint(3, 90, (1, 64 + text))
+    ids[:, :64] = 96
+    assert entry.per_layer is not None
+    counts = entry.per_layer(64, keep, 3, entry.options)
+    with (
+        ocvtp.prune(model, method, keep) as handle,
+        FlopCounterMode(display=False) as counter,
+        torch.inference_mode(),
+    ):
+        output = model(input_ids=ids, pixel_values=torch.randn(1, 3, 64, 64), logits_to_keep=1, use_cache=True)
+    assert handle.last_layers == [[count] for count in counts]
+    want = prefill_flops(
+        shape_of(model.config), image_tokens=64, kept=counts, text_tokens=text, text_asks=entry.text_asks
+    )
+    by_part = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    assert want.llm == pytest.approx(by_part["LlavaForConditionalGeneration.model.language_model"], rel=0.01)
+    assert want.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert want.llm < 0.75 * prefill_flops(shape_of(model.config), image_tokens=64, text_tokens=text).llm
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    shape = shape_of(model.config).llm
+    assert held == kv_cache_bytes(shape, [count + text for count in counts], bytes_per_number=4)
 
 
 def test_causal_attention_counts_half_the_pairs() -> None:

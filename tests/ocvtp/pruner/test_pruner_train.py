@@ -329,6 +329,27 @@ def test_separate_gaussians_train(tmp_path):
     assert math.isfinite(metrics["val_loss"])
 
 
+@pytest.mark.parametrize("moment", [1, 4, 5])
+def test_stopped_where_it_says_how_far_it_is_it_goes_on_from_that_very_step(tmp_path, moment):
+    """As by Ctrl-C, or by a cluster that wants its machine back: between two checkpoints, too."""
+    said = []
+
+    def progress(done, total, note):
+        said.append(done)
+        if len(said) == moment:
+            raise KeyboardInterrupt
+
+    _, expected = run(tmp_path, "calm", checkpoint_every=3)
+    config = TrainConfig(**{**FAST, "checkpoint_every": 3})
+    for attempt in range(2):
+        try:
+            train(PRUNER, config, Source(), tmp_path / "out", resume=tmp_path / "resume", progress=progress)
+        except KeyboardInterrupt:
+            assert attempt == 0
+    assert said == list(range(1, 7))  # every step once
+    assert files(tmp_path / "out") == expected
+
+
 @pytest.mark.nightly
 def test_compiled_training_ends_in_the_same_weights(tmp_path):
     for compiled in (False, True):

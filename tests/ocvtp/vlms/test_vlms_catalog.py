@@ -1,5 +1,8 @@
 """Names, folders, fingerprints, and what is said when something is missing."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ocvtp.errors import BadInput, NotAvailable
+from ocvtp.cli import main
+from ocvtp.errors import BadInput, Corrupt, NotAvailable
 from ocvtp.vlms import base, catalog, load, resolve
 
 
@@ -118,5 +122,72 @@ def test_an_unsupported_class_is_refused_with_what_is_supported(tmp_path: Path) 
 def test_every_entry_says_where_it_is_and_what_the_paper_did_with_it() -> None:
     for name, entry in catalog().items():
         assert ("hub" in entry and "revision" in entry) != ("folder" in entry), name
-        assert set(entry["layers"]) == {9, 10, -2}, name
+        assert set(entry["layers"]) == {9, 10, -2} | ({16} if name.startswith("qwen") else set()), name
         assert len(entry["budgets"]) == 3, name
+        shares = [isinstance(budget, float) for budget in entry["budgets"]]
+        assert all(shares) if name.startswith("qwen") else not any(shares), name
+    assert list(catalog()) == [
+        "tiny-llava", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b"
+    ]  # fmt: skip
+
+
+def test_settings_of_an_entry_go_into_config_and_processor(
+    make_vlm: Callable[..., Any], picture_of: Callable[..., Image.Image], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tiny = make_vlm("llava_next")
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    settings = {"image_grid_pinpoints": [[112, 112]], "mm_patch_merge_type": "flat"}
+    assert resolve(tmp_path).tokens is None
+    monkeypatch.setattr(base, "catalog", lambda: {"next": {"folder": str(tmp_path), "settings": settings}})
+    vlm = load("next")
+    assert (vlm.entry.tokens, vlm.entry.grid, vlm.grid) == (80, None, (20, 4))
+    for size in ((56, 56), (30, 150)):
+        images = vlm.preprocess([picture_of(0, *size)])
+        assert (images.pixels.shape[1], vlm.family.counts(images), vlm.grids(images)) == (5, [80], [(20, 4)])
+        assert vlm.tower(images, [2])[2].shape == (1, 80, 32)
+    vlm.model.config.image_grid_pinpoints.append([56, 56])
+    assert settings["image_grid_pinpoints"] == [[112, 112]]
+
+
+def test_the_catalogues_llava_next_has_the_papers_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what the config on the hub says of the tower (336 pixels, patches of 14) and of tiles."""
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "patch_size": 14,
+              "num_hidden_layers": 24}  # fmt: skip
+    config = {
+        "architectures": ["LlavaNextForConditionalGeneration"], "vision_config": vision, "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default", "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672]],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    entry = resolve("llava-next-7b")
+    assert (entry.tokens, entry.width, entry.feature_layer, entry.budgets) == (2880, 1024, 23, (640, 320, 160))
+    assert resolve(tmp_path).tokens is None
+
+
+def test_looking_a_folder_up_does_not_wait_for_transformers() -> None:
+    code = (
+        "import sys\nfrom ocvtp.vlms import resolve\n"
+        "assert resolve('tiny-llava').tokens == 144\nassert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_config_that_is_no_config_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text('{"architectures"')
+    with pytest.raises(Corrupt, match=r"config\.json is not JSON"):
+        resolve(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(Corrupt, match=r"config\.json holds a list: the config of a model is needed"):
+        resolve(folder)
+
+
+def test_the_command_line_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["catalog", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"]: row.get("hub") for row in rows}["qwen2.5-vl-3b"] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert main(["catalog"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in catalog())

@@ -1,0 +1,195 @@
+"""What a method inside the LLM is: which layers drop tokens, by whose attention, and how many.
+
+The prompt enters the language model whole. At each stage tokens of every image are scored by rows of one layer's
+attention, the best stay, and from the layer `pruned` on the model reads the shorter prompt. How many tokens stay
+follows from the number of tokens and the budget alone, never from what an image shows: so the cost of each layer is
+known before, without weights (`Entry.per_layer`).
+
+Budgets. `budget="average"` counts truly: the tokens of an image that each layer reads, summed over the layers and
+divided by their number, come as near to `keep` as whole numbers allow and never above. The first layers read
+everything, so there is a least average; a budget below it is refused with that number. `budget="reference"` counts as
+the authors of each method do; their pages say how.
+
+Depth. Authors give layers for models of 32. In a model of another depth they stand at the same share of it, rounded,
+at least one layer after each other, the first never before the second layer; stages past the end are left out. Four
+layers (tiny-llava): tokens are dropped before layers 1, 2 and 3, counted from 0.
+
+Several images in a prompt: each has its own budget. Their scores come from the same attention rows, each a softmax
+over the whole prompt, but they compete within one image only.
+
+Letters: G images of a group, N tokens of an image, d tokens dropped, c tokens made of them, T tokens of a text,
+D width of the LLM.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ocvtp.errors import BadInput, Incompatible
+from ocvtp.methods.base import Kept, Look, Method, one_of
+from ocvtp.vlms.family import Family
+
+BUDGETS = ("average", "reference")
+_AUTHORS_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Scored by the attention of layer `scored`; layer `pruned` is the first that reads the shorter prompt."""
+
+    scored: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What stays of an image at a stage: tokens `kept` as they are, and tokens `merged` from the others."""
+
+    kept: int
+    merged: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Together."""
+        return self.kept + self.merged
+
+
+class Inside(Method):
+    """A way to drop tokens between layers of the language model, made for models of one depth."""
+
+    name: ClassVar[str]
+    positions: ClassVar[Literal["compact", "original"]]
+    """Of the tokens that stay, unless the caller wants it otherwise."""
+    reads_text: ClassVar[bool] = False
+    """It has raters. Without them the one row of attention is that of the token which asks, the last of the prompt."""
+
+    def __init__(self, depth: int, budget: str, stages: Sequence[Stage]) -> None:
+        one_of(self.name, {"budget": budget}, "budget", BUDGETS)
+        if not stages:
+            raise BadInput(f"{self.name} drops tokens between layers, but the language model has {depth} of them")
+        self.depth, self.budget, self.stages = depth, budget, tuple(stages)
+        self._plans: dict[tuple[int, int], list[Step]] = {}
+
+    @abstractmethod
+    def steps(self, tokens: int, keep: int) -> list[Step]:
+        """What stays of an image of so many tokens, one step a stage.
+
+        Raises:
+            BadInput: a budget that cannot be reached; names the least that can.
+        """
+
+    def planned(self, tokens: int, keep: int) -> list[Step]:
+        """As `steps`, found once for images of a size."""
+        if (tokens, keep) not in self._plans:
+            self._plans[tokens, keep] = self.steps(tokens, keep)
+        return self._plans[tokens, keep]
+
+    def raters(self, vision_ND: Tensor, text_TD: Tensor) -> Tensor:
+        """Which tokens of the text after an image rate it, [T] bool, from the embeddings of both.
+
+        If none does, the token that asks is the one rater.
+        """
+        return torch.zeros(len(text_TD), dtype=torch.bool, device=text_TD.device)
+
+    def merge(self, dropped_GdD: Tensor, scores_Gd: Tensor, merged: int) -> tuple[Tensor, Tensor]:
+        """Tokens made of dropped ones, [G, c, D], and which of those [G, c] each stands for; none by default."""
+        none_G0 = torch.empty(len(scores_Gd), 0, dtype=torch.long, device=scores_Gd.device)
+        return dropped_GdD[:, :0], none_G0
+
+    def per_layer(self, tokens: int, keep: int) -> list[int]:
+        """Tokens of an image that each layer reads."""
+        return counts(self.depth, tokens, self.stages, self.planned(tokens, keep))
+
+    def choose(self, look: Look) -> Kept:
+        """Hand everything on."""
+        return Kept(torch.arange(look.count).expand(len(look.members), -1))
+
+    def refuse(self, tokens: int, keep: int, least: int, *, ways: Sequence[str] = ()) -> BadInput:
+        """The error about a budget below the least average, and ways around it."""
+        first = self.stages[0].pruned
+        who = "the first layer reads" if first == 1 else f"the first {first} layers read"
+        return BadInput(
+            f"{self.name} cannot keep {keep} of {tokens} tokens an image on average over {self.depth} layers: {who} "
+            f"all of them, so at least {-(-least // self.depth)} are needed" + "".join(f"; {way}" for way in ways)
+        )
+
+
+def counts(depth: int, tokens: int, stages: Sequence[Stage], steps: Sequence[Step]) -> list[int]:
+    """Tokens of an image that each layer reads."""
+    found = [tokens] * depth
+    for stage, step in zip(stages, steps, strict=True):
+        found[stage.pruned :] = [step.tokens] * (depth - stage.pruned)
+    return found
+
+
+def scaled(layers: Sequence[int], depth: int) -> list[int]:
+    """Layers of a model of 32 at the same share of another depth: rounded, rising, from 1 on, within the model."""
+    found: list[int] = []
+    for layer in layers:
+        found.append(max(round(layer * depth / _AUTHORS_DEPTH), found[-1] + 1 if found else 1))
+    return [layer for layer in found if layer < depth]
+
+
+def listed(name: str, option: str, given: Any, low: int, high: int) -> list[int]:
+    """Layers that the caller wants: whole numbers that rise, within bounds; `BadInput` otherwise."""
+    layers = list(given) if isinstance(given, list | tuple) else [given]
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and low <= layer <= high for layer in layers)
+    if not layers or not whole or layers != sorted(set(layers)):
+        raise BadInput(f"{name} has no {option}={given!r}: rising whole numbers from {low} to {high} are needed")
+    return layers
+
+
+def largest(fits: Callable[[float], bool]) -> float:
+    """The largest number in [0, 1] that fits, where all below one do; 0 is taken for granted."""
+    if fits(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def fill(kept: Sequence[int], total: Callable[[Sequence[int]], int | None], limit: int) -> list[int]:
+    """Raise numbers one by one as long as their total stays within a limit, the one that costs most first.
+
+    `total` is None for numbers that cannot be.
+    """
+    best = list(kept)
+    while True:
+        more = [[number + (i == stage) for i, number in enumerate(best)] for stage in range(len(best))]
+        sums = [total(each) for each in more]
+        costs = [(cost, -stage) for stage, cost in enumerate(sums) if cost is not None and cost <= limit]
+        if not costs:
+            return best
+        best = more[-max(costs)[1]]
+
+
+def depth_of(family: Family) -> int:
+    """Layers of the language model.
+
+    Raises:
+        Incompatible: layers that look at a window only, whose masks and caches follow another rule.
+    """
+    config = family.model.get_decoder().config
+    kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention"} or (window is not None and not kinds):
+        raise Incompatible(
+            f"tokens cannot be dropped inside a language model with sliding windows (sliding_window={window}, "
+            f"layer_types={sorted(kinds)}): full attention in every layer, or a method before the LLM, is needed"
+        )
+    return int(config.num_hidden_layers)
+
+
+def per_layer(build: Callable[[int, Mapping[str, Any]], Inside]) -> Callable[[int, int, int, Mapping[str, Any]], Any]:
+    """`Entry.per_layer` of a method that is made from depth and options."""
+
+    def found(tokens: int, keep: int, depth: int, options: Mapping[str, Any]) -> list[int]:
+        return build(depth, options).per_layer(tokens, keep)
+
+    return found

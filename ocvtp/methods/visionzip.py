@@ -1,0 +1,184 @@
+"""VisionZip: the tokens that CLS attends to, and the rest merged into a few by the likeness of their keys.
+
+All is read from the block whose output the LLM is fed from. Of the budget k, M tokens are contextual, the others
+dominant:
+
+1. dominant: those that CLS attends to most (mean over heads); without a CLS, those that receive most attention;
+2. contextual: of the R tokens that are left, in their order, every (R // M)th is a target; each other one goes to the
+   target whose key (mean over heads) is most like its own by cosine, and is merged into it.
+
+M is 10/64 of k, rounded to the nearest and halves up: 30, 20 and 10 at 192, 128 and 64 tokens, 20, 10 and 5 of a
+tile's 128, 64 and 32. The authors' code states 10 of 64; their 30 of 221 is `contextual=30`.
+
+A contextual token is listed by its target.
+
+Where the release differs (`behaviour="reference"`; each is one option):
+
+- `cls=True`: the CLS row goes to the LLM as well, in the place of one dominant token. LLaVA's projector and LLM never
+  saw such a row. It is listed by the lowest number that nothing else is listed by.
+- `merge="sum"`: a contextual token is its target plus the mean of what was merged into it, so about twice as long as a
+  token; by default it is the mean of all of them.
+- `order="appended"`: CLS, dominant tokens, contextual tokens; by default each stands where its number says. With
+  LLaVA-NeXT: that for the whole image, then the tiles' dominant tokens in the order of the image, the CLS rows of
+  the tiles, their contextual tokens.
+- `per_tile=True`: each tile of LLaVA-NeXT has k // tiles tokens of its own, so that fewer than k may stay; by default
+  they compete, and contextual tokens may come from several.
+
+Letters: G images of a group, N tokens of an image, k kept, d dominant, M contextual, O others, E width of a key,
+V width of the values that the projector reads.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.errors import Incompatible
+from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of, whole
+from ocvtp.methods.layout import tiles
+from ocvtp.vlms.family import Facts, Family, Vision
+
+_REFERENCE = {
+    "cls": (False, True),
+    "merge": ("mean", "sum"),
+    "order": ("raster", "appended"),
+    "per_tile": (False, True),
+}
+
+
+@dataclass(frozen=True)
+class _Zipped:
+    """What stays of a tile, or of an image: numbers and values of each kind."""
+
+    dominant_Gd: Tensor
+    contextual_GM: Tensor
+    merged_GMV: Tensor
+    cls_Gc: Tensor
+    """c is 1, or 0 where no CLS goes on."""
+
+
+class VisionZip(Method):
+    """Dominant and contextual tokens."""
+
+    def __init__(self, facts: Facts, options: Mapping[str, Any]) -> None:
+        self._cls, self._block = facts.cls, facts.feature_layer - 1
+        self._options = options
+
+    def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
+        return {self._block}
+
+    def choose(self, look: Look) -> Kept:  # noqa: D102
+        vision, members = look.vision, look.members
+        scores_GN = vision.from_cls(self._block, members) if self._cls else look.received(self._block)
+        keys_GNE = torch.nn.functional.normalize(vision.keys(self._block, members).float(), dim=2)
+        values_GNV = vision.values(members)
+        if not self._options["per_tile"]:
+            everything_N = torch.arange(look.count, device=scores_GN.device)
+            zipped = [self._zip(everything_N, look.keep, scores_GN, keys_GNE, values_GNV)]
+        else:
+            pieces = tiles(look.layout, scores_GN.device)
+            zipped = [
+                self._zip(members_n, min(look.keep // len(pieces), len(members_n)), scores_GN, keys_GNE, values_GNV)
+                for members_n, _ in pieces
+            ]
+        return self._joined(zipped, values_GNV, vision, members)
+
+    def _zip(self, members_n: Tensor, keep: int, scores_GN: Tensor, keys_GNE: Tensor, values_GNV: Tensor) -> _Zipped:
+        """Choose and merge among some tokens, the same of each image."""
+        contextual = self._options["contextual"]
+        contextual = int(keep * 10 / 64 + 0.5) if contextual is None else min(contextual, keep)
+        cls = int(self._options["cls"] and keep > contextual)
+        dominant = keep - contextual - cls
+        order_Gn = scores_GN[:, members_n].argsort(dim=1, descending=True, stable=True)
+        dominant_Gd = members_n[order_Gn[:, :dominant].sort(1).values]
+        left_GR = members_n[order_Gn[:, dominant:].sort(1).values]
+        step = max(1, left_GR.shape[1] // max(1, contextual))
+        target_R = torch.zeros(left_GR.shape[1], dtype=torch.bool)
+        target_R[: contextual * step : step] = True
+        where_R = target_R.nonzero()[:, 0].to(left_GR.device)
+        others_R = (~target_R).nonzero()[:, 0].to(left_GR.device)
+        targets_GM, others_GO = left_GR[:, where_R], left_GR[:, others_R]
+        merged_GMV = self._merge(targets_GM, others_GO, keys_GNE, values_GNV)
+        # Nothing is listed by the first of the others; there is one, for CLS has taken a token's place.
+        return _Zipped(dominant_Gd, targets_GM, merged_GMV, others_GO[:, :cls])
+
+    def _merge(self, targets_GM: Tensor, others_GO: Tensor, keys_GNE: Tensor, values_GNV: Tensor) -> Tensor:
+        merged_GMV = _rows(values_GNV, targets_GM).float()
+        if not others_GO.shape[1] or not targets_GM.shape[1]:
+            return merged_GMV.to(values_GNV.dtype)
+        likeness_GOM = _rows(keys_GNE, others_GO) @ _rows(keys_GNE, targets_GM).transpose(1, 2)
+        goes_GMO = torch.nn.functional.one_hot(likeness_GOM.argmax(2), targets_GM.shape[1]).transpose(1, 2).float()
+        # A product adds in the same order each time, which scattered additions on a GPU do not.
+        sums_GMV, counts_GM1 = goes_GMO @ _rows(values_GNV, others_GO).float(), goes_GMO.sum(2, keepdim=True)
+        if self._options["merge"] == "sum":
+            merged_GMV = merged_GMV + sums_GMV / counts_GM1.clamp(min=1)
+        else:
+            merged_GMV = (merged_GMV + sums_GMV) / (1 + counts_GM1)
+        return merged_GMV.to(values_GNV.dtype)
+
+    def _joined(self, zipped: list[_Zipped], values_GNV: Tensor, vision: Vision, members: Any) -> Kept:
+        """What stays of all tiles, in the order in which the LLM reads it."""
+        cls_GTV = vision.cls_values(members) if self._options["cls"] else None
+        pieces = []
+        for number, tile in enumerate(zipped):
+            rows_GcV = values_GNV[:, :0] if cls_GTV is None else cls_GTV[:, number : number + tile.cls_Gc.shape[1]]
+            pieces.append(
+                {
+                    "cls": (tile.cls_Gc, rows_GcV),
+                    "dominant": (tile.dominant_Gd, _rows(values_GNV, tile.dominant_Gd)),
+                    "contextual": (tile.contextual_GM, tile.merged_GMV),
+                }
+            )
+        whole, others = pieces[0], pieces[1:]
+        in_order = [whole[kind] for kind in ("cls", "dominant", "contextual")]
+        if others:
+            in_order.append(_sorted([piece["dominant"] for piece in others]))
+            in_order += [piece[kind] for kind in ("cls", "contextual") for piece in others]
+        if self._options["order"] == "raster":
+            return Kept(*_sorted(in_order))
+        return Kept(
+            torch.cat([numbers for numbers, _ in in_order], 1).sort(1).values, torch.cat([v for _, v in in_order], 1)
+        )
+
+
+def _rows(table_GNX: Tensor, numbers_Gn: Tensor) -> Tensor:
+    return table_GNX.gather(1, numbers_Gn[..., None].expand(-1, -1, table_GNX.shape[2]))
+
+
+def _sorted(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Numbers and their values together, by number."""
+    numbers_Gk, order_Gk = torch.cat([numbers for numbers, _ in pairs], 1).sort(1)
+    return numbers_Gk, _rows(torch.cat([values for _, values in pairs], 1), order_Gk)
+
+
+def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
+    no_pruner("visionzip", pruner)
+    asked_for_cls = options["cls"]
+    options = behave("visionzip", options, _REFERENCE)
+    for option, legal in _REFERENCE.items():
+        one_of("visionzip", options, option, legal)
+    whole("visionzip", options, "contextual")
+    if asked_for_cls and not family.facts.cls:
+        raise Incompatible("visionzip cannot hand CLS on: this VLM's vision tower has none. Leave cls out")
+    return VisionZip(family.facts, {**options, "cls": options["cls"] and family.facts.cls})
+
+
+ENTRY = Entry(
+    name="visionzip",
+    acts="before the LLM",
+    needs_text=False,
+    source="VisionZip, arXiv 2412.04467",
+    random=False,
+    trained=False,
+    options={
+        "behaviour": "default",
+        "contextual": None,
+        "cls": None,
+        "merge": None,
+        "order": None,
+        "per_tile": None,
+    },
+    build=_build,
+)
