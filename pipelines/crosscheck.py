@@ -4,6 +4,7 @@
 mistake is not reported twice.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -16,11 +17,13 @@ from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.tokens.layers import resolve_layer
 from ocvtp.vlms import Entry, resolve
 from pipelines.ablate import AXES, OPTIONS, TRAIN, Change, Changes
+from pipelines.fitting import lacking
 from pipelines.grid import tokens_kept
 from pipelines.params import Params
 from pipelines.schema import Problems, nearest, show
 from pipelines.sections import PRUNER
 
+log = logging.getLogger(__name__)
 SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
 """Those that stage `sample` writes questions for."""
 ALL = "all"
@@ -28,12 +31,14 @@ ALL = "all"
 
 def crosscheck(params: Params, problems: Problems) -> Params:
     """Note everything that does not fit; returns the params with `method: all` spelt out."""
+    named = params.method != (ALL,)
     params = replace(params, method=_methods(params.method, problems), ablate=_new(params))
     _benchmarks(params, problems)
     _options(params, problems)
     _trainings(params, problems)
     _sample(params, problems)
     entries = _vlms(params.vlm, problems)
+    params = _fitting(params, entries, problems, named=named)
     for entry in entries:
         _layers("layer", params.layer, entry, problems)
         _layers("ablate.layer", [value for path, value in params.ablate if path == "layer"], entry, problems)
@@ -58,6 +63,26 @@ def _methods(methods: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
         return tuple(REGISTRY)
     _names("method", methods, [*REGISTRY, *([ALL] if len(methods) == 1 else [])], problems)
     return methods
+
+
+def _fitting(params: Params, entries: Sequence[Entry], problems: Problems, *, named: bool) -> Params:
+    """Methods that have no meaning on one of the VLMs: a problem where they are named, left out of `all`."""
+    fitting = []
+    for index, name in enumerate(params.method):
+        reasons = [
+            reason
+            for entry in entries
+            if name in REGISTRY
+            if (reason := lacking(REGISTRY[name], entry, params.evaluate.options.get(name, {})))
+        ]
+        if not reasons:
+            fitting.append(name)
+        elif named:
+            problems.add(_at("method", params.method, index), f"{name} {reasons[0]}")
+            fitting.append(name)
+        else:
+            log.warning("method: all is without %s, which %s", name, reasons[0])
+    return replace(params, method=tuple(fitting))
 
 
 def _benchmarks(params: Params, problems: Problems) -> None:

@@ -13,10 +13,12 @@ if __name__ == "__main__":
 
 from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
 from ocvtp.efficiency.shapes import VlmShape, shape_of
+from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import Entry, resolve
 from pipelines import outputs, stage
+from pipelines.fitting import by_layer
 from pipelines.grid import VANILLA
 from pipelines.stage import Stage
 
@@ -38,23 +40,30 @@ def rows_of(run: Stage, vlm: Entry) -> list[dict[str, Any]]:
     params = run.params
     shape = shape_of(AutoConfig.from_pretrained(vlm.folder))
     whole = vlm.tokens or params.efficiency.image_tokens
-    rows = [_row(run, vlm, shape, whole, VANILLA, None)]
+    rows: list[dict[str, Any] | None] = [_row(run, vlm, shape, whole, VANILLA, None)]
     for name in params.method:
-        if REGISTRY[name].acts == "inside the LLM":
-            log.info("efficiency: %s drops tokens inside the language model, by a schedule: not counted", name)
-        elif name != VANILLA:
+        if name != VANILLA:
             top_ks = params.top_k if "top_k" in REGISTRY[name].options else (None,)
             rows += [_row(run, vlm, shape, whole, name, keep, top_k) for keep in params.keep for top_k in top_ks]
-    return rows
+    return [row for row in rows if row is not None]
 
 
 def _row(
     run: Stage, vlm: Entry, shape: VlmShape, whole: int, method: str, keep: Budget | None, top_k: int | None = None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """None where the method cannot keep so few tokens."""
     kept = whole if keep is None else keep.tokens(whole)
-    text_tokens, llm = run.params.efficiency.text_tokens, shape.llm
+    text_tokens, llm, entry = run.params.efficiency.text_tokens, shape.llm, REGISTRY[method]
     pruner = _pruner(run, vlm, whole, kept, top_k or 1) if method in WITH_PRUNER else 0
-    flops = prefill_flops(shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner)
+    try:
+        layers = by_layer(entry, vlm, whole, kept, run.params.evaluate.options.get(method, {}))
+    except BadInput as error:
+        log.warning("efficiency: no row for %s with keep %s on %s: %s", method, keep and keep.written, vlm.name, error)
+        return None
+    read = [tokens + text_tokens for tokens in layers]
+    flops = prefill_flops(
+        shape, image_tokens=whole, kept=layers, text_tokens=text_tokens, pruner=pruner, text_asks=entry.text_asks
+    )
     return {
         "vlm": vlm.name,
         "method": method,
@@ -62,9 +71,10 @@ def _row(
         "tokens": kept,
         "share": kept / whole,
         "top_k": top_k,
-        "paper_flops": paper_llm_flops(kept + text_tokens, width=llm.width, layers=llm.layers, mlp=llm.mlp),
+        "layers": layers,
+        "paper_flops": paper_llm_flops(read, width=llm.width, layers=llm.layers, mlp=llm.mlp),
         "flops": flops.as_dict(),
-        "kv_cache_bytes": kv_cache_bytes(llm, kept + text_tokens),
+        "kv_cache_bytes": kv_cache_bytes(llm, read),
     }
 
 

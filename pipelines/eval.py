@@ -7,6 +7,7 @@ results are still written, and the stage ends with exit code 1.
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,11 +26,14 @@ from ocvtp.evaluation.masks import MASKS
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
 from pipelines import outputs, stage, tracking
+from pipelines.fitting import unreachable
 from pipelines.grid import PrunerCell, Setting, settings, vlm_folder
 from pipelines.spool import Record
 from pipelines.stage import Stage
 from pipelines.summary import Result, metrics, score_rows, summary_rows
 from pipelines.tasks.answers import answers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def work(run: Stage) -> None:
     """Evaluate what is missing, and write the output."""
     params = run.params
     vlms = {name: resolve(name) for name in params.vlm}
-    wanted = settings(params, REGISTRY, {name: entry.tokens for name, entry in vlms.items()})
+    wanted = _reachable(settings(params, REGISTRY, {name: entry.tokens for name, entry in vlms.items()}), vlms)
     pruners = _pruners(run, [setting.pruner for setting in wanted if setting.pruner is not None])
     data = _data(run)
     tasks = {
@@ -56,6 +60,18 @@ def work(run: Stage) -> None:
     results = list(_write(run, tasks))
     tracking.track(run, list(_records(run, wanted, tasks, results)))
     report.raise_if_failed()
+
+
+def _reachable(found: Sequence[Setting], vlms: Mapping[str, Entry]) -> list[Setting]:
+    """Settings without those whose method cannot keep so few tokens there: tables have a dash for them."""
+    kept = []
+    for setting in found:
+        why = unreachable(REGISTRY[setting.method], vlms[setting.vlm], setting.tokens, setting.options)
+        if why is None:
+            kept.append(setting)
+        else:
+            log.warning("%s is left out on %s: %s", setting.name, setting.vlm, why)
+    return kept
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "evaluate": (
         "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
     ),
-    "efficiency": ("vlm", "top_k", "keep", "method", "train", "efficiency"),
+    "efficiency": ("vlm", "top_k", "keep", "method", "train", "evaluate", "efficiency"),
     "report": (),
 }  # fmt: skip
 """Which entries of params.yaml each stage depends on, as in dvc.yaml."""

@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
+    "method": ["vanilla", "random", "oc-vtp"],
     "keep": [48, 16],
     "benchmark": ["pope", "textvqa"],
     "seed": [0],

@@ -14,7 +14,8 @@ from pipelines.stage import ROOT
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def make(**changes: object) -> list[dict]:
         monkeypatch.setenv("OCVTP_ROOT", str(tmp_path))
-        params = yaml.safe_load((ROOT / "params.yaml").read_text()) | changes
+        params = yaml.safe_load((ROOT / "params.yaml").read_text())
+        params |= {"method": ["vanilla", "random", "oc-vtp"], **changes}
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
         assert efficiency.main(["--params", str(tmp_path / "params.yaml")]) == 0
         return json.loads((tmp_path / "results/efficiency.json").read_text())["rows"]
@@ -45,6 +46,29 @@ def test_the_numbers_by_hand(rows) -> None:
     each = K * D * D + 2 * K * T * D + 6 * K * D * D + 2 * K * D * 4 * D
     assert ours["flops"]["pruner"] == 2 * (encode + 3 * each)
     assert ours["flops"]["total"] == random["flops"]["total"] + ours["flops"]["pruner"]
+
+
+def test_methods_inside_the_llm_are_counted_layer_by_layer(rows, caplog) -> None:
+    config = json.loads((ROOT / "ocvtp/vlms/tiny_llava/config.json").read_text())["text_config"]
+    d, m = config["hidden_size"], config["intermediate_size"]
+    assert config["num_hidden_layers"] == 4
+    found = rows(method=["fastv", "pyramiddrop", "sparsevlm"], keep=[48, 32])
+    # The first of four layers reads all 144 tokens: 36 on average, and more than 32 already.
+    assert [(row["method"], row["keep"]) for row in found] == [
+        ("vanilla", None), ("fastv", 48), ("pyramiddrop", 48), ("sparsevlm", 48),
+    ]  # fmt: skip
+    assert "no row for fastv with keep 32" in caplog.text
+    assert "at least 37 are needed" in caplog.text
+    fastv = found[1]
+    assert fastv["layers"] == [144, 16, 16, 16]
+    read = [n + 32 for n in fastv["layers"]]
+    layers = sum(2 * (n * (4 * d * d + 3 * d * m) + 2 * n * n * d) for n in read)
+    ranking = 2 * (176 * d * d + d * d + 176 * d)
+    assert fastv["flops"]["llm"] == layers + ranking
+    assert fastv["paper_flops"] == sum(2 * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m) for n in read)
+    assert fastv["kv_cache_bytes"] == 2 * sum(read) * d * 2
+    assert fastv["flops"]["projector"] == found[0]["flops"]["projector"]
+    assert all(row["tokens"] == 48 and sum(row["layers"]) <= 48 * 4 for row in found[1:])
 
 
 def test_equal_params_give_equal_bytes(rows, tmp_path: Path) -> None:

@@ -173,8 +173,13 @@ def test_numbers_are_read_as_dvc_writes_them(tmp_path: Path) -> None:
     assert params.layer == (-2,)
 
 
-def test_all_stands_for_every_method(write) -> None:
-    assert load(write(method="all")).method == tuple(REGISTRY)
+def test_all_stands_for_every_method_that_has_a_meaning_on_the_vlm(write, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(write(method="all")).method == tuple(name for name in REGISTRY if name != "trim")
+    assert "method: all is without trim, which needs the text tower of the CLIP" in caplog.text
+    path = write(method=["random", "trim"])
+    assert "method[1]: trim needs the text tower of the CLIP that tiny-llava's tower was trained with" in message(path)
+    given = load(write(method=["random", "trim"], evaluate__options={"trim": {"clip": "some/clip"}}))
+    assert given.method == ("random", "trim")
 
 
 def test_official_data_needs_no_scenes(write) -> None:

@@ -20,6 +20,7 @@ from pipelines import extract, outputs, sample, stage, train
 
 pytestmark = pytest.mark.pipeline
 SMALL: dict[str, Any] = {
+    "method": ["vanilla", "random", "oc-vtp"],
     "keep": [48, 16],
     "benchmark": ["pope"],
     "seed": 0,

@@ -1,0 +1,58 @@
+"""What fits a VLM, and which budgets can be reached on it: tiny-llava has 4 layers and 144 tokens."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+
+from ocvtp.methods import REGISTRY
+from ocvtp.methods.budget import Budget
+from ocvtp.vlms import Entry, resolve
+from pipelines.eval import _reachable
+from pipelines.fitting import by_layer, lacking, unreachable
+from pipelines.grid import Setting
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Entry:
+    return resolve("tiny-llava")
+
+
+def test_tokens_by_layer(tiny: Entry) -> None:
+    assert tiny.llm_layers == 4
+    assert by_layer(REGISTRY["random"], tiny, 144, 16, {}) == [16] * 4
+    # One layer of the four reads all: (144 + 3 n) / 4 = 48.
+    assert by_layer(REGISTRY["fastv"], tiny, 144, 48, {}) == [144, 16, 16, 16]
+    assert by_layer(REGISTRY["fastv"], tiny, 144, 16, {"budget": "reference"}) == [144, 16, 16, 16]
+
+
+def test_what_cannot_be_reached_is_said_with_what_can(tiny: Entry) -> None:
+    assert unreachable(REGISTRY["fastv"], tiny, 48, {}) is None
+    why = unreachable(REGISTRY["fastv"], tiny, 32, {})
+    assert why is not None
+    assert "37" in why  # (144 + 3) / 4, rounded up
+    assert unreachable(REGISTRY["fastv"], tiny, 32, {"budget": "reference"}) is None
+    assert unreachable(REGISTRY["visionzip"], tiny, 1, {}) is None
+    varying = replace(tiny, facts=replace(tiny.facts, tokens=None))
+    assert unreachable(REGISTRY["fastv"], varying, 1, {}) is None
+
+
+def test_what_a_method_needs(tiny: Entry) -> None:
+    assert lacking(REGISTRY["tome"], tiny, {}) is None
+    windows = replace(tiny, name="windows", facts=replace(tiny.facts, cls=False))
+    assert lacking(REGISTRY["tome"], windows, {}) == "needs a CLIP tower, and windows has another"
+    assert "the catalogue names none" in str(lacking(REGISTRY["trim"], tiny, {}))
+    assert lacking(REGISTRY["trim"], tiny, {"clip": "folder"}) is None
+    assert lacking(REGISTRY["trim"], replace(tiny, name="llava-1.5-7b"), {}) is None
+
+
+def test_evaluate_leaves_out_what_cannot_be_reached(tiny: Entry, caplog: pytest.LogCaptureFixture) -> None:
+    settings = [
+        Setting("tiny-llava", name, Budget.parse(keep), keep, keep / 144)
+        for name in ("random", "fastv")
+        for keep in (48, 16)
+    ]
+    with caplog.at_level(logging.WARNING):
+        kept = _reachable(settings, {"tiny-llava": tiny})
+    assert [(one.method, one.tokens) for one in kept] == [("random", 48), ("random", 16), ("fastv", 48)]
+    assert "fastv-16 is left out on tiny-llava" in caplog.text
