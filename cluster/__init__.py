@@ -15,6 +15,7 @@ from cluster.errors import (
     Interrupted,
     Locked,
     NotAvailable,
+    Stopped,
     TasksFailed,
 )
 from cluster.protocol import Cause
@@ -39,6 +40,7 @@ __all__ = [
     "Outcome",
     "Report",
     "Resources",
+    "Stopped",
     "Store",
     "Task",
     "TasksFailed",

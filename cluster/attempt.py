@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from cluster import code as code_module
-from cluster.errors import BadTask, Fenced
+from cluster.errors import BadTask, Fenced, Stopped
 from cluster.protocol import Cause, Event, Job
 from cluster.publish import About, is_published, publish
 from cluster.task import Call, resolve_call
@@ -25,6 +25,13 @@ class _Current:
     """The attempt this process is at, for `progress`."""
 
     report: Callable[[float, float, str], None] | None = None
+    stop: tuple[Cause, str] | None = None
+    """Why it is to stop, since somebody said so."""
+
+
+def stop(cause: Cause, detail: str) -> None:
+    """Have the task of this process stop when it next says how far it is; may be called by a signal handler."""
+    _Current.stop = _Current.stop or (cause, detail)
 
 
 def progress(done: float, total: float, note: str = "") -> None:
@@ -37,7 +44,10 @@ def progress(done: float, total: float, note: str = "") -> None:
 
     Raises:
         Fenced: another attempt took over this task: stop, the result would not be published.
+        Stopped: the machine is needed, or time is nearly up: save what is worth it in `resume/`, and raise it again.
     """
+    if _Current.report is not None and _Current.stop is not None:
+        raise Stopped(_Current.stop[1])
     if _Current.report is not None:
         _Current.report(float(done), float(total), note)
 
@@ -71,7 +81,7 @@ def _work(job: Job, workspace: Workspace, report: Report) -> Event:
     _Current.report = _throttled(job, workspace, report)
     try:
         _load(job)(job.spec, workspace.folder)
-        _Current.report = None
+        _Current.report = None  # what is done is published, stop or no stop
         publish(workspace, About(job.key, job.kind, job.call, job.spec, job.code))
     except MemoryError as error:
         traceback.print_exc()
@@ -79,6 +89,10 @@ def _work(job: Job, workspace: Workspace, report: Report) -> Event:
     except Fenced as error:
         log.error("%s", error)
         return _ended(job, Cause.LOST, str(error))
+    except Stopped as stopped:
+        cause, detail = _Current.stop or (Cause.PREEMPTED, str(stopped))
+        log.warning("stopped: %s", detail)
+        return _ended(job, cause, detail)
     except (KeyboardInterrupt, SystemExit) as error:
         return _failed(job, error)
     return _ended(job, Cause.DONE)

@@ -24,6 +24,8 @@ class ClusterConfig:
     """Which machines do the work: a name of the registry in `cluster.protocol`."""
     store: Path = Path(".ocvtp/store")
     """Folder of published results and logs."""
+    profile: str | None = None
+    """How to use a Ray or SLURM cluster: a file of `cluster/ray/` or `cluster/slurm/`, or a path."""
     workers: int | None = None
     """Cores to hand out on this machine; all it has if null."""
     memory_gb: float | None = None
@@ -43,6 +45,8 @@ class ClusterConfig:
         if not isinstance(self.store, str | Path) or not str(self.store):
             raise BadConfig(f"cluster.store is {self.store!r}: the path of a folder")
         object.__setattr__(self, "store", Path(self.store))
+        if self.profile is not None and (not isinstance(self.profile, str) or not self.profile):
+            raise BadConfig(f"cluster.profile is {self.profile!r}: the name of a profile, or the path of a YAML file")
         if self.on_locked not in get_args(OnLocked):
             raise BadConfig(f"cluster.on_locked is {self.on_locked!r}: {' or '.join(get_args(OnLocked))}")
         for name, value in (

@@ -52,3 +52,11 @@ class Interrupted(KeyboardInterrupt):
     def exit_code(self) -> int:
         """What a program ended by that signal returns: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signum
+
+
+class Stopped(KeyboardInterrupt):
+    """A task was told to stop: its machine is needed, or its time is nearly up. Raised by `progress`.
+
+    A `KeyboardInterrupt`, so that code that knows nothing of this package treats it as Ctrl-C. A task that has
+    something to save writes it to `resume/`, and raises it again.
+    """

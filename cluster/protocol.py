@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
 # module:class of every executor; imported when asked for, so that its packages are not needed before.
-EXECUTORS: dict[str, str] = {"local": "cluster.local:LocalExecutor"}
+EXECUTORS: dict[str, str] = {
+    "local": "cluster.local:LocalExecutor",
+    "ray": "cluster.ray_executor:RayExecutor",
+    "slurm": "cluster.slurm_executor:SlurmExecutor",
+}
 
 
 class Cause(StrEnum):

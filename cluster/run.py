@@ -298,6 +298,7 @@ class _Run:
             for event in self._executor.poll(POLL):
                 if event.kind == "ended" and event.job in self._flying:
                     _, job = self._flying.pop(event.job)
+                    self._board.done += is_published(job.out)
                     fence(job.out, job.id)
         for _, job in self._flying.values():
             fence(job.out, job.id)

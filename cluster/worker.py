@@ -49,7 +49,7 @@ def main(commands: int, events: int, driver: int) -> None:
         busy.set()
         report(Event(job.id, "started"))
         try:
-            with _output_to(job.log):
+            with output_to(job.log):
                 ended = perform(job, report)
         finally:
             busy.clear()
@@ -87,7 +87,7 @@ def _die_with(driver: int, commands: int, busy: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _output_to(log: Path) -> Iterator[None]:
+def output_to(log: Path) -> Iterator[None]:
     """Send stdout and stderr, of C code and child processes too, to the log of the attempt."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ def test_an_unknown_executor_is_refused_with_those_there_are(store: Store, confi
     ("section", "words"),
     [
         ({"excutor": "local"}, r"unknown key cluster.excutor: did you mean cluster.executor\?"),
-        ({"zzz": 1}, "unknown key cluster.zzz: legal keys: executor, store, workers"),
+        ({"zzz": 1}, "unknown key cluster.zzz: legal keys: executor, store, profile, workers"),
         ({"executor": "loocal"}, "cluster.executor is 'loocal': this version has .*local"),
         ({"workers": 0}, "cluster.workers is 0: a whole number, at least 1"),
         ({"workers": "2"}, "cluster.workers is '2'"),

@@ -1,0 +1,117 @@
+"""One attempt inside a SLURM job. What it says goes to a file of its own, named by the attempt and never by a job id.
+
+SLURM tells a job to stop with SIGUSR2 before its time is over and with SIGTERM when it is preempted or cancelled: the
+task then stops where it next says how far it is. A thread ends an attempt that outgrows its memory or its time, should
+SLURM not; SIGKILL is left to SLURM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster import wire
+from cluster.attempt import perform, stop
+from cluster.local import Guardian
+from cluster.machine import group_members, memory_of
+from cluster.protocol import Cause, Event, Job
+from cluster.worker import output_to
+
+TICK = 0.5  # seconds between two looks at memory and time
+PERIOD = 2.0  # seconds between two lines of progress: many jobs write to one file system
+
+
+def events_file(folder: Path, attempt: str) -> Path:
+    """Where an attempt says how it goes."""
+    return folder / f"{attempt}.events"
+
+
+class _Teller:
+    """Writes events, each a line in one write."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._lock, self._ended, self._last = threading.Lock(), False, 0.0
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._ended or (event.kind == "progress" and now - self._last < PERIOD):
+                return
+            self._ended = event.kind == "ended"
+            self._last = now if event.kind == "progress" else self._last
+            os.write(self._handle, wire.encode({"event": wire.event_to_json(event)}))
+            if self._ended:
+                os.fsync(self._handle)
+
+
+def run(data: Mapping[str, Any], folder: str, grace: float) -> None:
+    """What submitit calls.
+
+    Args:
+        data: the job, as JSON has it.
+        folder: of event files.
+        grace: seconds that a task has to stop after it was told to because its time is over.
+    """
+    job = Job.from_json(data)
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()
+    _give_way()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    tell = _Teller(events_file(Path(folder), job.id))
+    tell(Event(job.id, "started"))
+    threading.Thread(target=_watch, args=(job, tell, grace), name="limits", daemon=True).start()
+    guardian = Guardian()  # should this process be killed: not every SLURM finds the children of a dead one
+    guardian.tell("+", os.getpgrp())
+    try:
+        with output_to(job.log):
+            ended = perform(job, tell)
+        tell(ended)
+    finally:
+        guardian.tell("-", os.getpgrp())
+        guardian.close()
+
+
+def _give_way() -> None:
+    """Have signals stop the task, in place of what submitit does: write a pickle and queue the job again."""
+    causes = {
+        signal.SIGUSR2: (Cause.TIMEOUT, "SLURM says that its time is nearly over"),
+        signal.SIGTERM: (Cause.PREEMPTED, "SLURM takes its node away"),
+    }
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop(*causes[signal.Signals(number)])
+
+    for number in causes:
+        signal.signal(number, note)
+    signal.signal(signal.SIGCONT, signal.SIG_IGN)
+
+
+def _watch(job: Job, tell: _Teller, grace: float) -> None:
+    """End what outgrows its memory or its time."""
+    started = time.monotonic()
+    asked, group = job.resources, os.getpgrp()
+    while True:
+        time.sleep(TICK)
+        used = memory_of(group_members([group])[group])
+        if used > asked.memory_gb:
+            _die(job, tell, Cause.OOM, f"used {used:.2f} GB of memory, {asked.memory_gb:g} were asked for")
+        over = time.monotonic() - started - asked.minutes * 60
+        if over > 0:
+            detail = f"took longer than {asked.minutes:g} minutes"
+            stop(Cause.TIMEOUT, detail)
+            if over > grace:
+                _die(job, tell, Cause.TIMEOUT, detail)
+
+
+def _die(job: Job, tell: _Teller, cause: Cause, detail: str) -> None:
+    tell(Event(job.id, "ended", cause, detail))
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,351 @@
+"""The SLURM executor on a real SLURM of three nodes: what dies, who notices, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cluster_jobs as jobs
+import pytest
+import slurm_cluster
+import slurm_jobs
+from cluster_helpers import alive, kill, results, strays, wait_for
+from slurm_cluster import ServerInfo
+
+from cluster import ClusterConfig, Report, Resources, Store, run
+from cluster.errors import BadConfig, NotAvailable
+from cluster.slurm_orphans import PREFIX
+from cluster.slurm_profile import Profile
+from cluster.slurm_queue import State, expanded
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerInfo]:
+    reason = slurm_cluster.available()
+    if reason:
+        if os.environ.get("CI"):
+            pytest.fail(f"SLURM cannot be tested, and must be in CI: {reason}")
+        pytest.skip(f"NOT TESTED: {reason}")
+    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def config(server: ServerInfo, store: Store, monkeypatch: pytest.MonkeyPatch) -> ClusterConfig:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return ClusterConfig(executor="slurm", store=store.root, profile=str(server.profile))
+
+
+@pytest.fixture
+def start(config: ClusterConfig, tmp_path: Path) -> Start:
+    """Starts a driver of its own."""
+
+    def begin(seconds: float, count: int) -> subprocess.Popen[str]:
+        arguments = [str(config.store), str(config.profile), str(tmp_path / "calls"), str(seconds), str(count)]
+        return subprocess.Popen(
+            [sys.executable, slurm_jobs.__file__, *arguments], stdout=-1, stderr=-1, text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("OCVTP_")},
+        )  # fmt: skip
+
+    return begin
+
+
+def ran(tmp_path: Path) -> list[str]:
+    path = tmp_path / "calls"
+    return path.read_text().split() if path.exists() else []
+
+
+def steps(store: Store, tmp_path: Path, count: int = 40, **resources: float) -> Any:
+    spec = {"calls": str(tmp_path / "calls"), "steps": count}
+    asked = Resources(**{"memory_gb": 0.3, "minutes": 5, **resources})  # type: ignore[arg-type]
+    return store.task("steps", "steps", slurm_jobs.steps, spec, resources=asked)
+
+
+def during(condition: Callable[[], object], then: Callable[[], object], work: Callable[[], Report]) -> Report:
+    """Do something to a run once it is under way."""
+    failures: list[BaseException] = []
+
+    def hurt() -> None:
+        try:
+            wait_for(condition)
+            then()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=hurt)
+    thread.start()
+    report = work()
+    thread.join()
+    assert failures == []
+    return report
+
+
+def history(report: Report) -> list[str]:
+    (outcome,) = report.done
+    return list(map(str, outcome.history))
+
+
+def went_on(store: Store, tmp_path: Path) -> None:
+    """The second attempt began where the first had stopped, and all steps were made once."""
+    starts = [int(line) for line in ran(tmp_path)]
+    assert starts[0] == 0
+    assert 0 < starts[1] < 40
+    (out,) = store.published()
+    made = json.loads((out / "steps.json").read_text())
+    assert made == [1] * starts[1] + [2] * (40 - starts[1])
+    assert strays(store.root) == []
+
+
+def test_waves_keep_within_the_limits_of_arrays_and_of_the_queue(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    own = tmp_path / "profile.yaml"
+    own.write_text(server.profile.read_text() + "max_jobs: 24\narray_parallelism: 10\n")
+    most, ended = [0], threading.Event()
+
+    def count() -> None:
+        while not ended.wait(0.3):
+            most.append(len(server.jobs()))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    report = run(
+        slurm_jobs.squares(store, tmp_path / "calls", 0.0, 45),
+        config=ClusterConfig(executor="slurm", store=store.root, profile=str(own)),
+    )
+    ended.set()
+    thread.join()
+    assert len(report.done) == 45  # with arrays of at most 20 jobs
+    assert len(ran(tmp_path)) == 45
+    assert 6 < max(most) <= 24 + 6  # six fit on the nodes, and may be about to leave after their last word
+    assert strays(store.root) == []
+
+
+def test_a_preempted_task_goes_on_where_it_stopped(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    urgent = ["sbatch", "-p", "urgent", "-N3", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null"]
+    report = during(
+        lambda: ran(tmp_path), lambda: (time.sleep(1), server.command(*urgent)),
+        lambda: run([steps(store, tmp_path)], config=config),
+    )  # fmt: skip
+    assert history(report) == ["preempted", "done"]
+    went_on(store, tmp_path)
+
+
+def test_the_signal_before_the_time_limit_reaches_the_task(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    def tell() -> None:
+        time.sleep(1)
+        (job,) = server.jobs()
+        server.command("scancel", "--signal=USR2", job)
+
+    report = during(lambda: ran(tmp_path), tell, lambda: run([steps(store, tmp_path)], config=config))
+    assert history(report) == ["timeout", "done"]
+    went_on(store, tmp_path)
+
+
+def test_a_task_that_takes_too_long_goes_on_if_it_had_made_progress(
+    config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    (outcome,) = run([steps(store, tmp_path, minutes=0.04)], config=config).done
+    assert set(outcome.history) == {"timeout", "done"}
+    assert outcome.history[-1] == "done"
+    starts = [int(line) for line in ran(tmp_path)]
+    assert starts == sorted(set(starts))
+    hangs = store.task("hangs", "hangs", jobs.hangs, {"calls": str(tmp_path / "c"), "pids": str(tmp_path / "p")},
+                       resources=Resources(memory_gb=0.3, minutes=0.03))  # fmt: skip
+    own = tmp_path / "profile.yaml"
+    own.write_text(Path(str(config.profile)).read_text().replace("signal_seconds: 15", "signal_seconds: 1"))
+    (failed,) = run([hangs], config=ClusterConfig(executor="slurm", store=store.root, profile=str(own))).failed
+    assert (failed.cause, failed.attempts) == ("timeout", 1)
+    wait_for(lambda: not any(alive(int(pid)) for pid in (tmp_path / "p").read_text().split()), 5)
+
+
+def test_a_job_cancelled_by_somebody_else_is_made_again(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    report = during(
+        lambda: ran(tmp_path), lambda: (time.sleep(1), server.command("scancel", *server.jobs())),
+        lambda: run([steps(store, tmp_path)], config=config),
+    )  # fmt: skip
+    assert history(report) == ["preempted", "done"]
+    went_on(store, tmp_path)
+
+
+def test_the_task_of_a_lost_node_is_made_again_elsewhere(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    lost: list[str] = []
+
+    def lose() -> None:
+        lost.append(server.command("squeue", "-h", "-t", "running", "-o", "%N").split()[0])
+        server.kill_node(lost[0])
+
+    report = during(lambda: ran(tmp_path), lose, lambda: run([steps(store, tmp_path)], config=config))
+    assert history(report)[0] in ("node", "crashed", "lost")
+    assert history(report)[1:] == ["done"]
+    assert len(ran(tmp_path)) == 2
+    assert strays(store.root) == []
+    server.start_node(lost[0])
+
+
+def test_while_the_controller_is_away_jobs_go_on(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    def away() -> None:
+        pid = server.pid("slurmctld")
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not alive(pid))
+        time.sleep(2)
+        server.command("slurmctld", "-f", str(server.folder / "etc" / "slurm.conf"))
+
+    report = during(lambda: ran(tmp_path), away, lambda: run([steps(store, tmp_path)], config=config))
+    assert history(report) == ["done"]
+    assert ran(tmp_path) == ["0"]
+
+
+def test_ctrl_c_leaves_no_job_and_no_process(
+    server: ServerInfo, start: Start, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    driver = start(0.5, 40)
+    wait_for(lambda: len(ran(tmp_path)) > 3)
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=40)
+    assert driver.returncode == 130, err
+    assert server.jobs() == []
+    assert strays(store.root) == []
+    assert not any(b"submitit" in command for command in _commands(str(store.root)))
+    assert 0 < len(list((store.root / "square").iterdir())) < 40
+
+
+def _commands(about: str) -> list[bytes]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if about.encode() in command:
+            found.append(command)
+    return found
+
+
+def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
+    server: ServerInfo, start: Start, store: Store, tmp_path: Path
+) -> None:
+    driver = start(0.7, 30)
+    wait_for(lambda: len(ran(tmp_path)) > 7)
+    kill(driver.pid)
+    driver.communicate()
+    orphans = set(server.jobs())
+    assert orphans, "they go on: their driver had no time to end them"
+    again = start(0.7, 30)
+    out, err = again.communicate(timeout=90)
+    done, skipped = map(int, out.split())
+    assert done + skipped == 30, err
+    assert skipped > 0
+    assert "that a killed driver left behind" in err
+    assert not orphans & set(server.jobs())
+    # At most those that were under way ran twice: six fit on the nodes.
+    assert len(ran(tmp_path)) <= 30 + 6
+    assert strays(store.root) == []
+
+
+def test_two_drivers_share_the_work_and_leave_each_others_jobs_alone(
+    start: Start, store: Store, tmp_path: Path
+) -> None:
+    drivers = [start(0.2, 16) for _ in range(2)]
+    outs = [driver.communicate(timeout=120) for driver in drivers]
+    counts = [tuple(map(int, out.split())) for out, _ in outs]
+    assert all(done + skipped == 16 for done, skipped in counts), outs
+    assert not any("left behind" in err for _, err in outs)
+    assert len(list((store.root / "square").iterdir())) == 16
+    assert strays(store.root) == []
+
+
+def test_a_wiped_cluster_that_counts_from_the_start_again_hands_over_no_old_result(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    server.wipe()
+
+    def ids(tasks: Any) -> set[str]:
+        assert run(tasks, config=config).ok
+        ledgers = sorted(store.logs.glob("*/slurm/attempts.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+        return {json.loads(line)["job"] for line in ledgers[-1].read_text().splitlines()}
+
+    first = ids(slurm_jobs.squares(store, tmp_path / "calls", 0.0, 3))
+    server.wipe()
+    others = [
+        store.task("square", f"other {x}", jobs.square, {"x": x}, resources=slurm_jobs.SMALL) for x in range(100, 103)
+    ]
+    assert ids(others) == first
+    found = {json.loads((out / "result.json").read_text())["x"] for out in store.published()}
+    assert found == {0, 1, 2, 100, 101, 102}
+
+
+def test_what_could_never_run_is_refused_at_once(config: ClusterConfig, store: Store) -> None:
+    for resources in (Resources(memory_gb=100), Resources(gpus=2), Resources(cpus=3)):
+        task = store.task("square", "large", jobs.square, {"x": 1}, resources=resources)
+        with pytest.raises(NotAvailable, match=r"task 'large' asks for .* SLURM refuses that: "):
+            run([task], config=config)
+    assert results(store.root) == {}
+
+
+def test_without_slurm_it_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    config = ClusterConfig(executor="slurm", store=store.root)
+    with pytest.raises(NotAvailable, match="there is no scontrol on this machine"):
+        run([store.task("square", "one", jobs.square, {"x": 1})], config=config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partitoin: gpu", r"profile.yaml: unknown key 'partitoin': did you mean 'partition'\?"),
+        ("setup: module load", r"setup is 'module load': a list is needed"),
+        ("max_jobs: 0", "max_jobs is 0: a whole number, at least 1"),
+        ("poll_seconds: soon", "poll_seconds is 'soon': a number is needed"),
+        ("account: 7", "account is 7: a text is needed"),
+        ("sbatch: {mem: 4G}", "sbatch.mem is set by ocvtp itself"),
+        ("- partition", "does not hold a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_mistake_in_a_profile_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(text)
+    with pytest.raises(BadConfig, match=message):
+        Profile.load(str(path))
+
+
+def test_profiles_are_found_by_name() -> None:
+    with pytest.raises(BadConfig, match=r"there is no slurm profile 'gpuu' \(did you mean 'gpu'\?\)"):
+        Profile.load("gpuu")
+    with pytest.raises(BadConfig, match=r"there is no file mine\.yaml"):
+        Profile.load("mine.yaml")
+    profile = Profile.load("gpu")
+    parameters = profile.parameters(Resources(cpus=4, gpus=2, memory_gb=10, minutes=60))
+    assert (parameters["partition"], parameters["gres"], parameters["time"]) == ("gpu", "gpu:2", 63)
+    assert parameters["mem"] == f"{int(10.5 * 1024)}MB"
+    assert parameters["additional_parameters"] == {"nice": 100, "no-requeue": True}
+
+
+def test_ids_and_states_as_slurm_writes_them() -> None:
+    assert expanded("7_[1-3,5%2]") == ["7_1", "7_2", "7_3", "7_5"]
+    assert expanded("7_12") == ["7_12"]
+    assert State("COMPLETING").alive
+    assert not State("NODE_FAIL").alive
+    assert PREFIX == "ocvtp-"
