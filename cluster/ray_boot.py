@@ -37,9 +37,11 @@ def boot() -> Callable[..., Iterator[dict[str, Any]]]:
 
         if "cluster.ray_worker" not in sys.modules:  # the first attempt of this process
             if root is not None:
-                copy, mark, name = str(Path.cwd()).partition("/_ray_pkg_")
-                if not mark:
-                    raise RuntimeError(f"no copy of the working dir here: this worker runs in {copy}")
+                # Not by the current folder: where nodes share a disk, another one may have made the copy anew.
+                found = next((path for path in sys.path if "/_ray_pkg_" in path), None)
+                if found is None:
+                    raise RuntimeError(f"no copy of the working dir here: this worker imports from {sys.path}")
+                copy, mark, name = found.partition("/_ray_pkg_")
                 copy += mark + name.partition("/")[0]
                 moved = [os.path.relpath(path, root) for path in (setup["folder"], *code)]
                 # What does not lie in the working dir keeps its path.

@@ -35,15 +35,16 @@ def connect(context: Context, profile: Profile) -> tuple[Any, bool, str | None]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read by Ray when it is imported
     import ray
 
+    root = _job_root()
     if ray.is_initialized():
-        return ray, False, _job_root()
+        return ray, False, root
     runtime_env: dict[str, Any] | None = None
     if profile.working_dir is not None:
         check_size(Path(profile.working_dir))
         runtime_env = {"working_dir": profile.working_dir}
     with _own_signal_handlers():
         _init(ray, context, address, runtime_env)
-    return ray, True, str(Path(profile.working_dir).absolute()) if profile.working_dir else _job_root()
+    return ray, True, str(Path(profile.working_dir).absolute()) if profile.working_dir else root
 
 
 def _init(ray: Any, context: Context, address: str, runtime_env: dict[str, Any] | None) -> None:

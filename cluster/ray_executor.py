@@ -59,6 +59,8 @@ class RayExecutor:
         self._flights: dict[Any, _Flight] = {}  # by stream
         self._events: list[Event] = []
         self._looked, self._unplaced_since = 0.0, 0.0
+        # Both now: where nodes share a disk, Ray may remove its copy of them for a moment, to make it anew.
+        self._working_folder, self._code = str(Path.cwd()), code_path()
         self._ray, self._owned, root = connect(context, self._profile)
         try:
             self._address = self._ray.get_runtime_context().gcs_address
@@ -78,7 +80,7 @@ class RayExecutor:
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse tasks that fit no node, and a store that workers could not share."""
-        store = PACKAGE.fullmatch(str(self._context.config.store.absolute()))
+        store = PACKAGE.fullmatch(str(Path(self._working_folder, self._context.config.store)))
         if store:
             raise NotAvailable(
                 f"the store would lie in {store['root']}, Ray's copy of the working dir, which is not kept: set "
@@ -163,10 +165,10 @@ class RayExecutor:
         setup = {
             "run_id": self._context.run_id,
             "logs": str(self._context.logs),
-            "folder": str(Path.cwd()),
+            "folder": self._working_folder,
             "environment": environment | self._profile.environment,
         }
-        return setup, code_path(), root
+        return setup, self._code, root
 
     # Following what runs
 

@@ -38,7 +38,7 @@ class ServerInfo:
     def command(self, *command: str, check: bool = True) -> str:
         """Run one of SLURM's commands."""
         environment = {**os.environ, **self.environment}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 

@@ -190,28 +190,28 @@ from pathlib import Path
 import cluster_jobs as jobs
 from cluster import ClusterConfig, Store, run
 store = Store(Path(sys.argv[1]))
-tasks = [store.task("square", f"{x}", jobs.square, {"x": x, "seconds": 0.1}) for x in range(40)]
+tasks = [store.task("square", f"{x}", jobs.square, {"x": x, "seconds": 0.2}) for x in range(60)]
 report = run(tasks, config=ClusterConfig(executor="ray", store=store.root, tries=20))
 print(len(report.done), sum(one.attempts - 1 for one in report.done))
 """
 
 
 def test_chaos_loses_nothing(ray_server: ServerInfo, tmp_path: Path) -> None:
-    """40 tasks, a random worker SIGKILLed every second, Ray's or ours: all results equal those of a calm run."""
+    """60 tasks, a random worker SIGKILLed every 0.3 s, Ray's or ours: all results equal those of a calm run."""
     import cluster_jobs as jobs
 
     calm = Store(tmp_path / "calm")
-    tasks = [calm.task("square", f"{x}", jobs.square, {"x": x, "seconds": 0.1}) for x in range(40)]
+    tasks = [calm.task("square", f"{x}", jobs.square, {"x": x, "seconds": 0.2}) for x in range(60)]
     assert run(tasks, "local", config=ClusterConfig(store=calm.root)).ok
     ended, killed = threading.Event(), []
     choose = random.Random(0)
 
     def killer() -> None:
-        while not ended.wait(1.0):
+        while not ended.wait(0.3):
             workers = local_workers(ray_server)
             if workers:
                 # Ray's come up in seconds, ours in tenths: mostly ours, or nothing would ever run.
-                kind = ray_workers(ray_server) if len(killed) % 8 == 7 else workers
+                kind = ray_workers(ray_server) if len(killed) % 24 == 11 else workers
                 killed.append(choose.choice(kind or workers))
                 kill(killed[-1])
 
@@ -222,10 +222,10 @@ def test_chaos_loses_nothing(ray_server: ServerInfo, tmp_path: Path) -> None:
     finally:
         ended.set()
         thread.join()
-    done, retries = map(int, said.stdout.split())
-    assert (done, said.returncode) == (40, 0), said.stderr
+    done, retries = map(int, said.stdout.splitlines()[-1].split())  # Ray may say something before
+    assert (done, said.returncode) == (60, 0), said.stderr
     assert len(killed) > 5
-    assert retries > 3
+    assert retries > 2
     assert results(tmp_path / "store") == results(calm.root)
     assert strays(tmp_path / "store") == []
     wait_for(lambda: local_workers(ray_server) == [], seconds=5)

@@ -349,3 +349,26 @@ def test_ids_and_states_as_slurm_writes_them() -> None:
     assert State("COMPLETING").alive
     assert not State("NODE_FAIL").alive
     assert PREFIX == "ocvtp-"
+
+
+@pytest.mark.nightly
+def test_a_ray_cluster_inside_an_allocation(
+    server: ServerInfo, config: ClusterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray-on-slurm.sbatch` on a node of this cluster: another executor in the same allocation."""
+    script = Path(__file__).parents[2] / "cluster" / "slurm" / "ray-on-slurm.sbatch"
+    driver = Path(__file__).with_name("cluster_driver.py")
+    monkeypatch.setenv("RAY_HEAD_ADDRESS", "127.0.0.1")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # or Ray moves from 127.0.0.1 to the outer interface
+    monkeypatch.setenv("RAY_TMPDIR", str(server.folder / "ray"))
+    monkeypatch.setenv("PYTHONPATH", str(script.parents[2]))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    server.command(
+        "sbatch", "--wait", "--nodes=1", "--cpus-per-task=2", "--mem=6G", "--time=5", f"--chdir={tmp_path}",
+        f"--output={tmp_path}/out", str(script),
+        sys.executable, str(driver), str(config.store), str(tmp_path / "calls"), "0.1", "12", "inside", check=False,
+    )  # fmt: skip
+    assert "12 0" in (tmp_path / "out").read_text()
+    assert len(ran(tmp_path)) == 12
+    wait_for(lambda: server.jobs() == [])
+    assert not any(b"gcs_server" in command for command in _commands(str(server.folder)))
