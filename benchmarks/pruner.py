@@ -10,7 +10,6 @@ Rivals take turns within one run, so that what else the machine does meets all o
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -239,15 +238,20 @@ def flops() -> list[dict[str, Any]]:
 def memory(size: Size, device: torch.device, batch: int, which: str) -> float:
     """Bytes that two steps take at most beside the tokens: of the device, or of a process of its own."""
     tokens = images(size, batch, seed=7).to(device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     rival = (Plain if which == "plain" else Ours)(size, device)
     for number in range(2):
         rival.step(tokens, number)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else after) - before
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak()) - before
+
+
+def peak() -> int:
+    """Bytes of memory that this process has had at most. `getrusage` would count its parent before `exec` too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def memories(arguments: argparse.Namespace, batch: int) -> dict[str, float]:

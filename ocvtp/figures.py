@@ -80,6 +80,8 @@ class Panel:
         kept: indices of the kept tokens in raster order; None draws the picture as it is.
         grid: rows and columns of tokens.
         title: what stands above.
+        slots: attention of K slots over the tokens, [K, H x W]: each token has the colour of the slot that attends to
+            it most, and kept ones are framed.
         fit: `pad`: the grid lies over the picture padded to a square; `stretch`: over the picture itself.
     """
 
@@ -88,6 +90,7 @@ class Panel:
     grid: tuple[int, int] = (1, 1)
     title: str = ""
     fit: Fit = "stretch"
+    slots: ArrayLike | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Series:
 
 
 def kept_tokens(rows: Sequence[Sequence[Panel]], *, width: float = 1.55) -> bytes:
-    """Images in which dropped tokens are dimmed and kept ones framed, side by side, as a PNG.
+    """Images in which dropped tokens are dimmed and kept ones framed, or segments of slots, side by side, as a PNG.
 
     Args:
         rows: panels, a list for each row of the picture; rows may differ in length.
@@ -118,54 +121,9 @@ def kept_tokens(rows: Sequence[Sequence[Panel]], *, width: float = 1.55) -> byte
     """
 
     def draw(panel: Panel) -> Callable[[Axes], None]:
-        return lambda axes: _draw_kept(axes, panel)
+        return lambda axes: _draw_kept(axes, panel) if panel.slots is None else _draw_slots(axes, panel)
 
     return _panels([[(panel.title, draw(panel)) for panel in row] for row in rows], width)
-
-
-def slot_segments(
-    image: Image.Image,
-    attention_KN: ArrayLike,
-    grid: tuple[int, int],
-    *,
-    kept: Sequence[int] | None = None,
-    title: str = "",
-    fit: Fit = "stretch",
-) -> bytes:
-    """The image, the kept tokens if given, and the segments of the slots, side by side, as a PNG.
-
-    In the segments each token has the colour of the slot that attends to it most.
-
-    Args:
-        image: the picture.
-        attention_KN: attention of K slots over N tokens.
-        grid: rows and columns of tokens.
-        kept: kept tokens, framed in the segments too.
-        title: what stands above the kept tokens.
-        fit: as in `Panel`.
-    """
-    attention = np.asarray(attention_KN, dtype=np.float64)
-    tokens = grid[0] * grid[1]
-    if attention.ndim != 2 or attention.shape[1] != tokens:
-        raise BadInput(
-            f"attention has shape {list(attention.shape)}: [slots, {tokens}] is needed for a grid of "
-            f"{grid[0]} x {grid[1]} tokens"
-        )
-    segments_HW = attention.argmax(axis=0).reshape(grid)
-
-    def draw(axes: Axes) -> None:
-        width, height = _show(axes, Panel(image, None, grid, "", fit))
-        tint_HW3 = _slot_colors(attention.shape[0])[segments_HW]
-        axes.imshow(tint_HW3, extent=(0, width, height, 0), alpha=0.55, interpolation="nearest")
-        _edges(axes, segments_HW, (width, height), "white", 0.7)
-        if kept is not None:
-            _frame(axes, _mask(kept, grid), (width, height))
-
-    cells = [("image", lambda axes: _draw_kept(axes, Panel(image, None, grid, "", fit)))]
-    if kept is not None:
-        cells.append((title or "kept", lambda axes: _draw_kept(axes, Panel(image, kept, grid, "", fit))))
-    cells.append((f"{len(np.unique(segments_HW))} slots lead a token or more", draw))
-    return _panels([cells], 2.3)
 
 
 def kept_mask(kept: Sequence[int], grid: tuple[int, int]) -> NDArray[np.bool_]:
@@ -173,14 +131,14 @@ def kept_mask(kept: Sequence[int], grid: tuple[int, int]) -> NDArray[np.bool_]:
     return _mask(kept, grid)
 
 
-def padded(image: Image.Image, fit: Fit) -> Image.Image:
-    """The picture that the grid lies over, in RGB: for `pad`, in the middle of a grey square."""
+def padded(image: Image.Image, fit: Fit, ratio: float = 1.0) -> Image.Image:
+    """The picture that the grid lies over, in RGB: for `pad`, in the middle of a grey one of this width by height."""
     image = image.convert("RGB")
-    side = max(image.size)
-    if fit == "stretch" or image.size == (side, side):
+    width, height = max(image.width, round(image.height * ratio)), max(image.height, round(image.width / ratio))
+    if fit == "stretch" or image.size == (width, height):
         return image
-    canvas = Image.new("RGB", (side, side), (123, 117, 104))  # CLIP's mean colour, as the processors pad
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    canvas = Image.new("RGB", (width, height), (123, 117, 104))  # CLIP's mean colour, as the processors pad
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas
 
 
@@ -193,6 +151,23 @@ def _draw_kept(axes: Axes, panel: Panel) -> None:
     veil_HW4[~mask_HW] = VEIL
     axes.imshow(veil_HW4, extent=(0, size[0], size[1], 0), interpolation="nearest")
     _frame(axes, mask_HW, size)
+
+
+def _draw_slots(axes: Axes, panel: Panel) -> None:
+    attention_KN = np.asarray(panel.slots, dtype=np.float64)
+    tokens = panel.grid[0] * panel.grid[1]
+    if attention_KN.ndim != 2 or attention_KN.shape[1] != tokens:
+        raise BadInput(
+            f"attention has shape {list(attention_KN.shape)}: [slots, {tokens}] is needed for a grid of "
+            f"{panel.grid[0]} x {panel.grid[1]} tokens"
+        )
+    width, height = _show(axes, panel)
+    leads_HW = attention_KN.argmax(axis=0).reshape(panel.grid)
+    tint_HW3 = _slot_colors(attention_KN.shape[0])[leads_HW]
+    axes.imshow(tint_HW3, extent=(0, width, height, 0), alpha=0.55, interpolation="nearest")
+    _edges(axes, leads_HW, (width, height), "white", 0.4)
+    if panel.kept is not None:
+        _frame(axes, _mask(panel.kept, panel.grid), (width, height), INK, 1.1)
 
 
 def _show(axes: Axes, panel: Panel) -> tuple[int, int]:
@@ -211,10 +186,12 @@ def _mask(kept: Sequence[int], grid: tuple[int, int]) -> NDArray[np.bool_]:
     return mask.reshape(grid)
 
 
-def _frame(axes: Axes, mask_HW: NDArray[np.bool_], size: tuple[int, int]) -> None:
-    """A light line around every kept token."""
+def _frame(
+    axes: Axes, mask_HW: NDArray[np.bool_], size: tuple[int, int], color: str = "white", width: float = 0.8
+) -> None:
+    """A line around every kept token."""
     numbers_HW = np.where(mask_HW, np.arange(mask_HW.size).reshape(mask_HW.shape) + 1, 0)
-    _edges(axes, np.pad(numbers_HW, 1), size, "white", 0.8, pad=1)
+    _edges(axes, np.pad(numbers_HW, 1), size, color, width, pad=1)
 
 
 def _edges(axes: Axes, labels_HW: NDArray[Any], size: tuple[int, int], color: str, width: float, pad: int = 0) -> None:

@@ -1,9 +1,10 @@
-"""`ocvtp show`: the tokens that methods keep of an image, drawn over it."""
+"""`ocvtp show`: the tokens that methods keep of an image, and the segments of their slots, drawn over it."""
 
 import argparse
-from math import isqrt
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from ocvtp.commands import common, model
 from ocvtp.errors import BadInput
@@ -12,7 +13,8 @@ from ocvtp.errors import BadInput
 def add(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = common.add(subparsers, "show", run, "draw the tokens that methods keep of an image",
-                        "A row for each budget, a column for each method.")  # fmt: skip
+                        "A row for each budget, a column for each method, and one for its slots if it has any: there "
+                        "each token has the colour of the slot that attends to it most.")  # fmt: skip
     parser.add_argument("image", type=Path, help="a JPEG, PNG, WebP, ... file")
     model.add_arguments(parser)
     parser.add_argument("--out", type=Path, default=None, help="the PNG to write (default: IMAGE-kept.png, here)")
@@ -27,41 +29,59 @@ def run(args: argparse.Namespace) -> int:
     image = model.read_image(args.image)
 
     from ocvtp import figures, vlms
+    from ocvtp.vlms.base import family_of
 
     vlm = vlms.load(args.vlm, device=model.device(args.device))
+    family = family_of(vlm.model)
+    image = family.prepare(vlm.processor, image)
     inputs = model.inputs(vlm, image, args.prompt)
-    grid, fit = _grid(args.vlm, vlm, inputs)
+    images = family.images(inputs)
+    assert images is not None  # noqa: S101 - the processor was given one
+    maps = family.maps(images, 0)
     rows, found = [], []
     for budget in args.keep:
-        panels = [figures.Panel(image, None, grid, "image", fit)]
+        drawn = [[figures.Panel(_under(image, map_), title=map_.name or "image")] for map_ in maps]
         for method in args.methods:
-            with model.pruned(vlm, method, budget, args.pruner) as handle:
-                vlm.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-                kept = None if handle is None else [int(index) for index in handle.last_kept[0]]
-            count = grid[0] * grid[1] if kept is None else len(kept)
-            panels.append(figures.Panel(image, kept, grid, f"{method}, {count} tokens", fit))
+            kept, attention_KN = _pruned(vlm, method, budget, args.pruner, inputs)
+            count = sum(map_.numbers_hw.numel() for map_ in maps) if kept is None else len(kept)
+            for row, map_ in zip(drawn, maps, strict=True):
+                row.extend(_panels(row[0].image, map_, f"{method}, {count} tokens", kept, attention_KN))
             found.append({"method": method, "keep": budget, "tokens": count, "kept": kept})
-        rows.append(panels)
+        rows.extend(drawn)
     out.write_bytes(figures.kept_tokens(rows, width=2.3))
+    grids = [list(map_.numbers_hw.shape) for map_ in maps]
     if args.json:
-        common.print_json({"image": str(args.image), "out": str(out), "grid": list(grid), "methods": found})
+        common.print_json({"image": str(args.image), "out": str(out), "grids": grids, "methods": found})
     else:
-        common.console().print(
-            f"{out}: {len(found)} drawings on a grid of {grid[0]} x {grid[1]} tokens", soft_wrap=True
-        )
+        size = " and ".join(f"{high} x {wide}" for high, wide in grids)
+        common.console().print(f"{out}: {len(found)} drawings on {size} tokens", soft_wrap=True)
     return 0
 
 
-def _grid(name: str, vlm: Any, inputs: Any) -> tuple[tuple[int, int], Any]:
-    """Rows and columns of tokens, and how they lie over the picture."""
-    if "image_grid_thw" in inputs:
-        merge = vlm.model.config.vision_config.spatial_merge_size
-        _, rows, columns = (int(n) for n in inputs["image_grid_thw"][0])
-        return (rows // merge, columns // merge), "stretch"
-    tokens = int((inputs["input_ids"][0] == vlm.model.config.image_token_id).sum())
-    side = isqrt(tokens)
-    if side * side != tokens:
-        raise BadInput(
-            f"{name} cuts this image into {tokens} tokens on several tiles, which cannot be drawn on one grid"
-        )
-    return (side, side), "pad"
+def _pruned(vlm: Any, method: str, keep: int | float, pruner: str | None, inputs: Any) -> tuple[list[int] | None, Any]:
+    """Numbers of the kept tokens, and the attention of slots over all of them, if there are slots; None: all stay."""
+    with model.pruned(vlm, method, keep, pruner) as handle:
+        vlm.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        if handle is None:
+            return None, None
+        return [int(index) for index in handle.last_kept[0]], handle.slots(**inputs)[0]
+
+
+def _under(image: Image.Image, map_: Any) -> Image.Image:
+    from ocvtp import figures
+
+    return image if map_.ratio is None else figures.padded(image, "pad", map_.ratio)
+
+
+def _panels(image: Image.Image, map_: Any, title: str, kept: list[int] | None, attention_KN: Any) -> list[Any]:
+    """The kept tokens of one map, and the segments of the slots there."""
+    from ocvtp import figures
+
+    places = {number: place for place, number in enumerate(map_.numbers_hw.flatten().tolist())}
+    here = None if kept is None else [places[number] for number in kept if number in places]
+    grid = tuple(map_.numbers_hw.shape)
+    panels = [figures.Panel(image, here, grid, title)]
+    if attention_KN is not None:
+        slots = attention_KN[:, map_.numbers_hw.flatten().to(attention_KN.device)].float().cpu().numpy()
+        panels.append(figures.Panel(image, here, grid, f"its {len(slots)} slots", slots=slots))
+    return panels

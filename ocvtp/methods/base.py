@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.family import Family, Grid, Images, Layout, Vision
+from ocvtp.vlms.family import Family, Vision
+from ocvtp.vlms.images import Grid, Images, Layout
 
 Acts = Literal["nowhere", "before the LLM", "inside the LLM"]
 
@@ -92,6 +93,10 @@ class Method(ABC):
     @abstractmethod
     def choose(self, look: Look) -> Kept:
         """Choose `look.keep` tokens of each image."""
+
+    def slots(self, look: Look) -> Tensor | None:
+        """Attention of K slots over the tokens by which it chooses, [G, K, N]; None of methods without slots."""
+        return None
 
 
 @dataclass(frozen=True)

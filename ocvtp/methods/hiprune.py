@@ -32,7 +32,8 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.methods.base import Entry, Kept, Look, Method, ascending, behave, highest, no_pruner, one_of, whole
 from ocvtp.methods.layout import neighbours, tiles
-from ocvtp.vlms.family import Facts, Family, Layout, Part
+from ocvtp.vlms.family import Family
+from ocvtp.vlms.images import Facts, Layout, Part
 
 _REFERENCE = {"edges": ("cut", "wrap"), "per_tile": (False, True), "exclude": ("always", "minus one")}
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ocvtp.vlms.family import Grid, Layout, Part
+from ocvtp.vlms.images import Grid, Layout, Part
 
 NOBODY = -1
 """In a table of neighbours: there is none."""

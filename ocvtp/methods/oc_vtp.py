@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner
 from ocvtp.pruner import OCPruner, PrunerConfig
-from ocvtp.vlms.family import Facts, Family
+from ocvtp.pruner.select import Selection
+from ocvtp.vlms.family import Family
+from ocvtp.vlms.images import Facts
 
 _SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surplus": None, "precision": None}
 """Options of `OCPruner.select`; None leaves them to the pruner's config."""
@@ -32,6 +35,12 @@ class OCVTP(Method):
         return {self._layer, self._fill_block} if self._fills else {self._layer}
 
     def choose(self, look: Look) -> Kept:  # noqa: D102
+        return Kept(self._select(look).indices_BS)
+
+    def slots(self, look: Look) -> Tensor | None:  # noqa: D102
+        return self._select(look).attention_BKN
+
+    def _select(self, look: Look) -> Selection:
         tokens_GNC = look.tokens(self._layer)
         if self.pruner.device != tokens_GNC.device:
             self.pruner.to(tokens_GNC.device)
@@ -39,7 +48,7 @@ class OCVTP(Method):
             self.pruner.eval()
         scores_GN = look.received(self._fill_block) if self._fills else None
         options = {name: value for name, value in self._selection.items() if value is not None}
-        return Kept(self.pruner.select(tokens_GNC, look.keep, seeds=look.seeds, fill_scores=scores_GN, **options))
+        return self.pruner.select_details(tokens_GNC, look.keep, seeds=look.seeds, fill_scores=scores_GN, **options)
 
 
 def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:

@@ -37,7 +37,8 @@ from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of
 from ocvtp.methods.layout import share_evenly
 from ocvtp.vlms import clip
-from ocvtp.vlms.family import Family, Images, Vision, take
+from ocvtp.vlms.family import Family, Vision, take
+from ocvtp.vlms.images import Images
 
 _REFERENCE = {"order": ("raster", "merged")}
 

@@ -38,7 +38,8 @@ from torch import Tensor
 from ocvtp.errors import Incompatible
 from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.layout import tiles
-from ocvtp.vlms.family import Facts, Family, Vision
+from ocvtp.vlms.family import Family, Vision
+from ocvtp.vlms.images import Facts
 
 _REFERENCE = {
     "cls": (False, True),

@@ -23,12 +23,14 @@ class Selection:
         counts_B: how many each image keeps.
         distinct_B: how many distinct tokens the slots picked, before any were dropped or filled in.
         picked_BN: True where a slot picked the token.
+        attention_BKN: of the last iteration of slot attention; None where all tokens stay without it.
     """
 
     indices_BS: Tensor
     counts_B: Tensor
     distinct_B: Tensor
     picked_BN: Tensor
+    attention_BKN: Tensor | None = None
 
 
 def choose(
@@ -90,7 +92,7 @@ def choose(
     chosen_BS = order_BN[:, :width]
     over_BS = torch.arange(chosen_BS.shape[1], device=chosen_BS.device) >= counts_B1
     indices_BS = chosen_BS.masked_fill(over_BS, tokens).sort(1).values
-    return Selection(indices_BS.masked_fill(over_BS, -1), counts_B1[:, 0], distinct_B, picked_BN)
+    return Selection(indices_BS.masked_fill(over_BS, -1), counts_B1[:, 0], distinct_B, picked_BN, attention_BKN)
 
 
 def everything(batch: int, tokens: int, mask_BN: Tensor | None, device: torch.device) -> Selection:

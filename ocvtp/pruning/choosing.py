@@ -3,14 +3,15 @@
 Letters: I images, G images with equally many tokens, N tokens of an image, k tokens kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ocvtp.methods import Budget, Kept, Look, Method
-from ocvtp.vlms.family import Family, Images, Layout, Placed, Vision
+from ocvtp.vlms.family import Family, Vision
+from ocvtp.vlms.images import Images, Layout, Placed
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,51 @@ def choose(
 
     `seeds` and `prompts` (token ids, without placeholders and padding) are one an image.
     """
-    counts = family.counts(images)
-    keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
-    vision = method.look(family, images, keeps)
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
-    for (_, keep), members in _groups(vision, keeps).items():
-        seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
-        look = Look(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
+    for look in _looks(family, method, budget, images, seeds, prompts):
         with torch.no_grad():
             kept = method.choose(look)
-        for member, (chosen, taken) in zip(members, _taken(kept, look), strict=True):
+        for member, (chosen, taken) in zip(look.members, _taken(kept, look), strict=True):
             indices[member], values[member] = chosen, taken
     order = range(len(images))
     features = family.project([values[i] for i in order])
     return [Choice(indices[i], family.place(images, i, indices[i], features[i])) for i in order]
+
+
+def slots(
+    family: Family,
+    method: Method,
+    budget: Budget,
+    images: Images,
+    seeds: Sequence[int],
+    prompts: Sequence[list[int]],
+) -> list[Tensor | None]:
+    """Attention of the slots by which tokens of each image are chosen, [K, N]; None where there are none."""
+    found: dict[int, Tensor | None] = {}
+    for look in _looks(family, method, budget, images, seeds, prompts):
+        with torch.no_grad():
+            attention_GKN = method.slots(look)
+        for row, member in enumerate(look.members):
+            found[member] = None if attention_GKN is None else attention_GKN[row]
+    return [found[i] for i in range(len(images))]
+
+
+def _looks(
+    family: Family,
+    method: Method,
+    budget: Budget,
+    images: Images,
+    seeds: Sequence[int],
+    prompts: Sequence[list[int]],
+) -> Iterator[Look]:
+    """The images as the method sees them, in groups, after one pass of the tower."""
+    counts = family.counts(images)
+    keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
+    vision = method.look(family, images, keeps)
+    for (_, keep), members in _groups(vision, keeps).items():
+        seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
+        yield Look(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
 
 
 def _groups(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int], list[int]]:

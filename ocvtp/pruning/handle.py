@@ -21,13 +21,14 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Entry, Keep, Method, entry_of, options_of
 from ocvtp.methods.inside import Inside
 from ocvtp.pruning import calls
-from ocvtp.pruning.choosing import Choice, choose
+from ocvtp.pruning.choosing import Choice, choose, slots
 from ocvtp.pruning.forward import Forward, Looked
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.seeds import name_of, seeds_of
 from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.vlms.base import family_of
-from ocvtp.vlms.family import Family, Images
+from ocvtp.vlms.family import Family
+from ocvtp.vlms.images import Images
 
 
 def prune(
@@ -146,6 +147,18 @@ class Handle:
         finally:
             self._samples = None
 
+    def slots(self, **call: Any) -> list[Tensor | None]:
+        """Attention of the slots that choose tokens of each image, [K, N], given the arguments of a `generate`.
+
+        None for images that keep all tokens, and for methods without slots.
+        """
+        images = self._family.images(call)
+        if images is None or self._method is None:
+            return [None] * (0 if images is None else len(images))
+        with torch.no_grad():
+            prompts = self._prompts_of(call.get("input_ids"), call.get("attention_mask"), images)
+            return slots(self._family, self._method, self._budget, images, self._seeds(images), prompts)
+
     # --- In place of the model's own -----------------------------------------------------------------------------
 
     def _pruned_generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,13 +218,19 @@ class Handle:
         if ids_BL is None:
             raise BadInput("a pruned model needs input_ids beside images")
         found = self._family.find(ids_BL, images)
-        texts = _texts(ids_BL, mask_BL, self._family.placeholder) if self._needs_text else [[]] * len(ids_BL)
-        prompts = [texts[row] for row, _, _ in found]
+        prompts = self._prompts_of(ids_BL, mask_BL, images)
         choices = choose(self._family, method, self._budget, images, self._seeds(images), prompts)
         self.last_kept = [choice.indices_k.tolist() for choice in choices]
         self.last_layers = [[len(choice.placed.places_X) for choice in choices] for _ in range(self._depth)]
         spots = [_spot(*where, choice) for where, choice in zip(found, choices, strict=True)]
         return Looked(spots, *ids_BL.shape)
+
+    def _prompts_of(self, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> list[list[int]]:
+        """Token ids of the prompt that each image stands in, if the method reads them."""
+        if ids_BL is None or not self._needs_text:
+            return [[]] * len(images)
+        texts = _texts(ids_BL, mask_BL, self._family.placeholder)
+        return [texts[row] for row, _, _ in self._family.find(ids_BL, images)]
 
     def _shortened(self, call: dict[str, Any], looked: Looked, rows: int) -> Any:
         """Run the model on prompts with fewer tokens, and note what came of them."""

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ocvtp.errors import BadInput, Corrupt, NotAvailable
-from ocvtp.vlms.family import Facts, Family, Grid, Images
+from ocvtp.vlms.family import Family
+from ocvtp.vlms.images import Facts, Grid, Images
 from ocvtp.vlms.llava import LlavaFamily
 from ocvtp.vlms.llava_next import LlavaNextFamily
 from ocvtp.vlms.qwen2_5_vl import Qwen25VLFamily

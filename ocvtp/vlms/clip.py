@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.family import Images
+from ocvtp.vlms.images import Images
 
 _ROWS = 16
 """Images or tiles whose attention is in memory at the same time: 16 of 577 positions and 16 heads are 0.3 GB."""

@@ -6,7 +6,6 @@ C tower width, V width of the values that the projector reads, D width of the la
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,89 +14,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.tokens.layers import resolve_layer
-
-Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a config says of a VLM.
-
-    Attributes:
-        tokens: N; None where it depends on the image.
-        grid: rows and columns of an image's tokens; None where they depend on the image, or are more than one grid.
-        width: C.
-        depth: encoder blocks of the tower.
-        feature_layer: the layer that the language model is fed from, as index into `hidden_states`.
-        cls: whether the tower has a CLS token.
-    """
-
-    tokens: int | None
-    grid: Grid | None
-    width: int
-    depth: int
-    feature_layer: int
-    cls: bool
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images as a processor made them.
-
-    Attributes:
-        pixels: LLaVA: [I, 3, height, width]. LLaVA-NeXT: [I, tiles, 3, height, width], missing tiles at the end.
-            Qwen2.5-VL: [patches, numbers], those of all images in a row.
-        sizes: LLaVA-NeXT: [I, 2] height and width of the originals. Qwen2.5-VL: [I, 3] frames, rows and columns of
-            patches. LLaVA: None.
-    """
-
-    pixels: Tensor
-    sizes: Tensor | None = None
-
-    def __len__(self) -> int:
-        """I."""
-        return len(self.pixels if self.sizes is None else self.sizes)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tokens of an image that follow one another and fill a grid, row by row.
-
-    Attributes:
-        start: number of the first of them.
-        grid: their rows and columns.
-        tile: rows and columns of tokens of what the tower sees at a time; None: all of the grid.
-        offset: rows and columns of the first tile that come before the grid, where padding was cut off.
-    """
-
-    start: int
-    grid: Grid
-    tile: Grid | None = None
-    offset: Grid = (0, 0)
-
-
-Layout = tuple[Part, ...]
-"""Where the tokens of an image stand: in one grid; LLaVA-NeXT has one of the whole image and one of its tiles."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """What the language model reads of an image, and where among the image's placeholders it stands.
-
-    Letters: X tokens that stay together with what stays for their sake.
-
-    Attributes:
-        features_XD: what is read.
-        places_X: which of `whole` places, ascending; on the CPU.
-        numbers_X: the number of the token there; -1 for what is no token, such as the end of a row. On the CPU.
-        whole: places that the image would have with all tokens. If there are more than placeholders, the prompt is as
-            if it had had so many.
-    """
-
-    features_XD: Tensor
-    places_X: Tensor
-    numbers_X: Tensor
-    whole: int
+from ocvtp.vlms.images import Facts, Grid, Images, Layout, Map, Part, Placed
 
 
 class Vision(ABC):
@@ -200,6 +117,11 @@ class Family(ABC):
     @abstractmethod
     def grids(self, images: Images) -> list[Grid]:
         """Rows and columns of tokens of each image, from shapes alone."""
+
+    def maps(self, images: Images, number: int) -> list[Map]:
+        """Where the tokens of an image lie over it, from shapes alone. Here: over all of it, stretched."""
+        rows, columns = self.grids(images)[number]
+        return [Map(torch.arange(rows * columns).view(rows, columns))]
 
     @abstractmethod
     def spans(self, images: Images) -> list[int]:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ocvtp.vlms import clip
-from ocvtp.vlms.family import Facts, Family, Grid, Images, Vision, check_mode, pad_to_square, take
+from ocvtp.vlms.family import Family, Vision, check_mode, pad_to_square, take
+from ocvtp.vlms.images import Facts, Grid, Images
 
 
 class LlavaVision(Vision):

@@ -21,8 +21,7 @@ Letters: I images, G images of a group, T tiles of all images (the whole image i
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,83 +30,9 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.vlms import clip
-from ocvtp.vlms.family import Facts, Family, Grid, Images, Layout, Part, Placed, Vision, check_mode, take
-
-Merge = Literal["spatial_unpad", "spatial", "flat"]
-_MERGES: tuple[Merge, ...] = ("spatial_unpad", "spatial", "flat")
-Sizes = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How the tokens of an image of one size come from its tiles.
-
-    Attributes:
-        tiles: how many the tower sees, the whole image among them.
-        patches_N: of each token which patch it is, counted through all tiles.
-        layout: where tokens stand.
-        span: placeholders in an unpruned prompt.
-        newlines: rows end with one.
-        grid: rows and columns of the tokens: of tiles in a column, or, where tiles are put together, one column of all
-            tokens, since the whole image and its tiles do not fill one grid.
-    """
-
-    tiles: int
-    patches_N: Tensor
-    layout: Layout
-    span: int
-    newlines: bool
-    grid: Grid
-
-    @property
-    def count(self) -> int:
-        """N."""
-        return len(self.patches_N)
-
-    def newlines_of(self, indices_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of tokens among placeholders, and of the newlines that stay with them."""
-        tiled = self.layout[1]
-        height, width = tiled.grid
-        if not width:  # of an extremely narrow image nothing but newlines is left: they stay if everything does
-            rows = height if len(indices_k) == self.count else 0
-            return indices_k, tiled.start + torch.arange(rows)
-        rows_k = (indices_k - tiled.start).div(width, rounding_mode="floor").clamp(min=0)
-        stay = torch.unique(rows_k[indices_k >= tiled.start])
-        return indices_k + rows_k, tiled.start + (stay + 1) * (width + 1) - 1
-
-
-@lru_cache(maxsize=4096)
-def shape_of(size: tuple[int, int], pinpoints: Sizes, tile: int, side: int, merge: Merge) -> Shape:
-    """The shape of an image.
-
-    Args:
-        size: height and width of the original.
-        pinpoints: heights and widths in pixels that tiles may cover.
-        tile: height and width of a tile in pixels.
-        side: height and width of a tile in tokens.
-        merge: as in the docstring of this module.
-    """
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-    down, across = get_anyres_image_grid_shape(size, [list(each) for each in pinpoints], tile)
-    patches = side * side
-    whole = Part(0, (side, side))
-    numbers_hw = torch.arange(patches, (1 + down * across) * patches).view(down, across, side, side)
-    numbers_hw = numbers_hw.transpose(1, 2).reshape(down * side, across * side)
-    unpadded_hw = unpad_image(numbers_hw[None], size)[0]
-    height, width = unpadded_hw.shape
-    span = patches + height * (width + 1)
-    seen = 1 + down * across
-    if merge == "flat":
-        parts = tuple(Part(i * patches, (side, side)) for i in range(1, seen))
-        return Shape(seen, torch.arange(seen * patches), (whole, *parts), span, False, (seen * side, side))
-    if merge == "spatial":
-        unpadded_hw, (height, width), offset = numbers_hw, numbers_hw.shape, (0, 0)
-    else:
-        offset = ((down * side - height) // 2, (across * side - width) // 2)
-    tiles = Part(patches, (height, width), tile=(side, side), offset=offset)
-    order_N = torch.cat([torch.arange(patches), unpadded_hw.flatten()])
-    return Shape(seen, order_N, (whole, tiles), span, merge == "spatial_unpad", (len(order_N), 1))
+from ocvtp.vlms.anyres import MERGES, Merge, Shape, shape_of
+from ocvtp.vlms.family import Family, Vision, check_mode, take
+from ocvtp.vlms.images import Facts, Grid, Images, Layout, Map, Placed
 
 
 def paper_mode(model: Any, processor: Any, order: Literal["flat", "spatial"] = "flat") -> None:
@@ -269,6 +194,9 @@ class LlavaNextFamily(Family):
         """As `Shape` has them; `Vision.layout` has those of the whole image and of its tiles."""
         return [shape.grid for shape in self._shapes(images)]
 
+    def maps(self, images: Images, number: int) -> list[Map]:  # noqa: D102
+        return self._shapes(images)[number].maps()
+
     def spans(self, images: Images) -> list[int]:  # noqa: D102
         return [shape.span for shape in self._shapes(images)]
 
@@ -331,8 +259,8 @@ class _Flat(LlavaNextFamily):
 
 def _merge(config: Any) -> Merge:
     found = getattr(config, "mm_patch_merge_type", None) or "spatial_unpad"
-    if found not in _MERGES:
-        raise BadInput(f"mm_patch_merge_type is {found!r}: {', '.join(_MERGES)} are supported")
+    if found not in MERGES:
+        raise BadInput(f"mm_patch_merge_type is {found!r}: {', '.join(MERGES)} are supported")
     merge: Merge = found
     return merge
 

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.vlms.family import Facts, Family, Grid, Images, Vision, check_mode
+from ocvtp.vlms.family import Family, Vision, check_mode
+from ocvtp.vlms.images import Facts, Grid, Images
 
 _NUMBERS = 1 << 26
 """Of attention in memory at the same time: 256 MiB."""

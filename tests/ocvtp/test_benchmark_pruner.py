@@ -47,3 +47,4 @@ def test_it_prints_its_tables() -> None:
     assert all(0.99 < row["ratio"] < 1.01 for row in found["flops"])
     assert [round(row["counted"] / 1e9, 2) for row in found["flops"]] == [5.96, 23.78]
     assert found["machine"]["date"]
+    assert all(taken > 0 for taken in found["memory_bytes"].values())

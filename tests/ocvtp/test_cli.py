@@ -271,7 +271,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     def prune(model: object, *, method: str, keep: float, pruner: object = None) -> Iterator[SimpleNamespace]:
         calls.append((method, keep))
         count = keep if isinstance(keep, int) else round(144 * keep)
-        yield SimpleNamespace(last_kept=[torch.arange(count)])
+        yield SimpleNamespace(last_kept=[torch.arange(count)], slots=lambda **_: [None])
 
     monkeypatch.setattr(vlms, "load", lambda name, **_: vlm, raising=False)
     monkeypatch.setattr(ocvtp, "prune", prune, raising=False)
@@ -287,7 +287,7 @@ def test_show_draws_what_was_kept(
                      "--device", "cpu", "--json"])  # fmt: skip
     assert code == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["grid"] == [12, 12]
+    assert found["grids"] == [[12, 12]]
     assert [(m["method"], m["tokens"]) for m in found["methods"]] == [
         ("random", 72), ("hiprune", 72), ("random", 12), ("hiprune", 12),
     ]  # fmt: skip

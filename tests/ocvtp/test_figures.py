@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,7 +46,8 @@ def test_an_image_without_kept_tokens_is_left_as_it_is() -> None:
 def test_slots_get_one_colour_each() -> None:
     attention = np.zeros((4, 16))
     attention[[0, 1, 2, 3] * 4, np.arange(16)] = 1.0  # four columns of one slot each
-    png = figures.slot_segments(_white(), attention, (4, 4))
+    panel = Panel(_white(), None, (4, 4))
+    png = figures.kept_tokens([[panel, replace(panel, slots=attention)]])
     picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     right = picture[picture.shape[0] // 2 :, picture.shape[1] // 2 :]
     values, counts = np.unique(right.reshape(-1, 3), axis=0, return_counts=True)
@@ -109,7 +111,7 @@ def test_what_cannot_be_drawn_is_named() -> None:
     with pytest.raises(BadInput, match="kept token 9 is outside a grid of 3 x 3: 0 to 8"):
         figures.kept_tokens([[Panel(_white(), [0, 9], (3, 3))]])
     with pytest.raises(BadInput, match=r"shape \[2, 8\]: \[slots, 9\]"):
-        figures.slot_segments(_white(), np.zeros((2, 8)), (3, 3))
+        figures.kept_tokens([[Panel(_white(), None, (3, 3), slots=np.zeros((2, 8)))]])
     with pytest.raises(BadInput):
         figures.kept_tokens([])
     with pytest.raises(BadInput):

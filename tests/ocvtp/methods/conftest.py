@@ -14,7 +14,8 @@ from torch import Tensor
 import ocvtp
 from ocvtp.methods import Look, Method
 from ocvtp.vlms.base import family_of
-from ocvtp.vlms.family import Facts, Layout, Part, Vision
+from ocvtp.vlms.family import Vision
+from ocvtp.vlms.images import Facts, Layout, Part
 
 SQUARE: Layout = (Part(0, (4, 4)),)
 WIDE: Layout = (Part(0, (3, 7)),)

@@ -11,7 +11,7 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import entry_of
 from ocvtp.methods.downsample import Downsample
 from ocvtp.methods.layout import cells, share_out
-from ocvtp.vlms.family import Layout, Part
+from ocvtp.vlms.images import Layout, Part
 
 
 def overlap(low: float, high: float, unit: int) -> float:

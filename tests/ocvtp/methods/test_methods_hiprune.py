@@ -11,7 +11,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.methods import entry_of, options_of
 from ocvtp.methods.hiprune import HiPrune
-from ocvtp.vlms.family import Facts, Layout, Part
+from ocvtp.vlms.images import Facts, Layout, Part
 
 
 def method(facts: Facts, merge: int = 1, **options: Any) -> HiPrune:

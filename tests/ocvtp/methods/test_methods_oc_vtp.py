@@ -51,8 +51,8 @@ def test_indices_follow_from_the_hidden_states_of_transformers(
     made = pruner(behaviour=behaviour)
     inputs = llava.prompt([[picture_of(i)] for i in range(6)])
     seeds: list[list[int]] = []
-    select = made.select
-    made.select = lambda *args, **kwargs: seeds.append(kwargs["seeds"]) or select(*args, **kwargs)  # type: ignore[func-returns-value,method-assign]
+    select = made.select_details
+    made.select_details = lambda *args, **kwargs: seeds.append(kwargs["seeds"]) or select(*args, **kwargs)  # type: ignore[func-returns-value,method-assign]
     with ocvtp.prune(llava.model, "oc-vtp", 6, made, surplus="attention") as handle:
         llava.model(**inputs)
     llava.model.set_attn_implementation({"vision_config": "eager"})
@@ -144,6 +144,24 @@ def test_untrained_weights_are_drawn_from_their_own_seed(llava: Any, picture_of:
     assert kept(0) == first
     assert torch.equal(torch.get_rng_state(), state)
     assert kept(1) != first
+
+
+def test_slots_are_those_that_chose(make_vlm: Callable[..., Any], picture_of: Picture) -> None:
+    """Each slot's most attended token is kept, image by image, in every family; other methods have no slots."""
+    for family in ("llava", "llava_next", "qwen2_5_vl"):
+        vlm = make_vlm(family)
+        inputs = vlm.prompt([[picture_of(1)], [picture_of(2, 80, 40)]])
+        with ocvtp.prune(vlm.model, "oc-vtp-untrained", 6, layer=2) as handle:
+            vlm.model(**inputs)
+            slots = handle.slots(**inputs)
+        for attention_KN, kept in zip(slots, handle.last_kept, strict=True):
+            assert attention_KN is not None
+            assert len(attention_KN) == 6
+            assert set(attention_KN.argmax(1).tolist()) <= set(kept)
+        with ocvtp.prune(vlm.model, "random", 6) as handle:
+            assert handle.slots(**inputs) == [None, None]
+        with ocvtp.prune(vlm.model, "vanilla") as handle:
+            assert handle.slots(**inputs) == [None, None]
 
 
 def test_the_register_says_what_there_is() -> None:

@@ -15,7 +15,7 @@ import ocvtp
 from ocvtp.errors import BadInput, Incompatible, NotAvailable
 from ocvtp.methods import entry_of, options_of
 from ocvtp.methods.trim import Trim
-from ocvtp.vlms.family import Part
+from ocvtp.vlms.images import Part
 
 LENGTH = 9
 """Tokens that the text tower reads: fewer than some questions have."""

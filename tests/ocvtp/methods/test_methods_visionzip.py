@@ -11,7 +11,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import entry_of, options_of
 from ocvtp.methods.visionzip import VisionZip
-from ocvtp.vlms.family import Facts, Layout, Part
+from ocvtp.vlms.images import Facts, Layout, Part
 
 Rows = list[tuple[int, Tensor]]
 

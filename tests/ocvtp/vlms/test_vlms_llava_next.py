@@ -13,7 +13,8 @@ import ocvtp
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruning.splice import Spot
 from ocvtp.vlms import family_of
-from ocvtp.vlms.family import Images
+from ocvtp.vlms.anyres import MERGES, shape_of
+from ocvtp.vlms.images import Images
 from ocvtp.vlms.llava_next import Merge, paper_mode, shape_of
 
 Picture = Callable[..., Image.Image]
@@ -209,3 +210,21 @@ def test_modes_that_do_not_exist_are_refused(make_vlm: Callable[..., Any]) -> No
     vlm.model.config.mm_patch_merge_type = "anyres"
     with pytest.raises(BadInput, match="mm_patch_merge_type is 'anyres': spatial_unpad, spatial, flat are supported"):
         family_of(vlm.model)
+
+
+def test_maps_say_where_tokens_lie_over_the_image() -> None:
+    """In every order of the tokens the patch at a place of the picture is the same."""
+    pinpoints = ((12, 24), (24, 12), (24, 24))
+    for size in ((24, 24), (10, 24), (30, 13)):
+        shapes = {merge: shape_of(size, pinpoints, 12, 3, merge) for merge in MERGES}
+        patches = {merge: [shape.patches_N[map_.numbers_hw] for map_ in shape.maps()] for merge, shape in shapes.items()}
+        for maps in patches.values():
+            assert maps[0].tolist() == torch.arange(9).view(3, 3).tolist()
+        assert torch.equal(patches["flat"][1], patches["spatial"][1])
+        tiles, (top, left) = patches["spatial"][1], shapes["spatial_unpad"].layout[1].offset
+        height, width = patches["spatial_unpad"][1].shape
+        assert torch.equal(patches["spatial_unpad"][1], tiles[top : top + height, left : left + width])
+        # Down the left edge of the picture are the first columns of tiles, one below the other.
+        assert tiles[:4, 0].tolist() == [9, 12, 15, *([9 + 9 * shapes["flat"].across] if len(tiles) > 3 else [])]
+        assert shapes["flat"].maps()[1].ratio == tiles.shape[1] / tiles.shape[0]
+        assert shapes["spatial_unpad"].maps()[1].ratio is None

@@ -12,7 +12,7 @@ from torch import Tensor
 import ocvtp
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.vlms import family_of
-from ocvtp.vlms.family import Images
+from ocvtp.vlms.images import Images
 
 Picture = Callable[..., Image.Image]
 SIZES = [(112, 112), (196, 84), (84, 168)]
