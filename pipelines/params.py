@@ -72,7 +72,10 @@ class Params:
     slots: tuple[tuple[int, ...], ...] = entry([16, 32, 48], slots_axis)
     top_k: tuple[int, ...] = entry(1, axis(whole(1)))
     keep: tuple[Budget, ...] = entry([48, 32, 16], axis(keep))
-    method: tuple[str, ...] = entry(["vanilla", "random", "oc-vtp-untrained", "oc-vtp"], axis(text))
+    method: tuple[str, ...] = entry(
+        ["vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "visionzip", "hiprune", "tome",
+         "fastv", "sparsevlm", "pyramiddrop"], axis(text),
+    )  # fmt: skip
     benchmark: tuple[str, ...] = entry(["gqa", "mme", "pope", "textvqa"], axis(text))
     seed: tuple[int, ...] = entry([0, 1, 2], axis(whole(0, 2**31 - 1)))
     ablate: Changes = field(default=(), metadata=nested(tuple, read_ablate))

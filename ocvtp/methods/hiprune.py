@@ -2,13 +2,13 @@
 
 With g the attention that a token receives in a block (mean over heads and queries) and k the budget:
 
-1. anchors: the a = round(alpha k / 5) tokens with the highest g in the block after `layer`;
+1. anchors: the a = round(alpha k / 5) tokens with the highest g in the block after `object_layer`;
 2. buffers: their neighbours left, right, above and below;
 3. registers: of all others those with the highest g in the block whose output the LLM is fed from, until there are k.
 
 Anchors and buffers that do not fit, which alpha = 0.1 never has, stay out in the order of the register's g.
 
-As the authors have it, `layer` is 9 of the 24 blocks of LLaVA's tower and 16 of the 32 of Qwen2.5-VL's; towers of
+As the authors have it, `object_layer` is 9 of the 24 blocks of LLaVA's tower and 16 of the 32 of Qwen2.5-VL's; towers of
 another depth are read at the same share of it. alpha is 0.1 at all budgets: a = 4, 3 and 1 at 192, 128 and 64 tokens.
 
 Where the release differs (`behaviour="reference"`; each is one option):
@@ -92,11 +92,11 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     options = behave("hiprune", options, _REFERENCE)
     for option, legal in _REFERENCE.items():
         one_of("hiprune", options, option, legal)
-    whole("hiprune", options, "layer", 1)
+    whole("hiprune", options, "object_layer", 1)
     alpha = options["alpha"]
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise BadInput(f"hiprune has no alpha={alpha!r}: a number from 0 to 1 is needed, such as 0.1")
-    facts, layer = family.facts, options["layer"]
+    facts, layer = family.facts, options["object_layer"]
     if layer is None:
         layer = max(1, int(facts.depth * (9 / 24 if facts.cls else 16 / 32) + 0.5))
     side = getattr(family.model.config.vision_config, "spatial_merge_size", 1)
@@ -110,6 +110,13 @@ ENTRY = Entry(
     source="HiPrune, github.com/Danielement321/HiPrune",
     random=False,
     trained=False,
-    options={"behaviour": "default", "layer": None, "alpha": 0.1, "edges": None, "per_tile": None, "exclude": None},
+    options={
+        "behaviour": "default",
+        "object_layer": None,
+        "alpha": 0.1,
+        "edges": None,
+        "per_tile": None,
+        "exclude": None,
+    },
     build=_build,
 )

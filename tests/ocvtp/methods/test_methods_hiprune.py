@@ -80,7 +80,7 @@ def widths(layout: Layout, owners: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 0.6])
 def test_ties_and_all(tools: Any, name: str, behaviour: str, alpha: float) -> None:
     layout = tools.layouts[name]
-    owners, made = tools.owners(layout), method(tools.facts, behaviour=behaviour, alpha=alpha, layer=3)
+    owners, made = tools.owners(layout), method(tools.facts, behaviour=behaviour, alpha=alpha, object_layer=3)
     assert set(made.layers()) == {2, 4}
     for seed in range(5):
         vision = tools.numbers(layout, seed=seed)
@@ -107,7 +107,7 @@ def test_at_an_edge_only_the_release_takes_a_token_of_the_next_row(tools: Any, m
     shallow[0, 39] = 1.0  # the last of the fifth row
     monkeypatch.setattr(vision, "received", lambda block, members: shallow if block == 2 else deep)
     for behaviour, wrapped in (("default", []), ("reference", [40])):
-        indices, _ = tools.choose(method(tools.facts, layer=3, behaviour=behaviour), vision, 30)
+        indices, _ = tools.choose(method(tools.facts, object_layer=3, behaviour=behaviour), vision, 30)
         assert indices[0].tolist() == [*range(26 - len(wrapped)), 31, 38, 39, *wrapped, 47]
 
 
@@ -117,14 +117,14 @@ def test_sums_let_the_release_for_qwen_keep_fewer(tools: Any) -> None:
     for seed in range(8):
         vision = tools.numbers(layout, seed=seed)
         shallow, deep = vision.received(2, [0, 1, 2]), vision.received(5, [0, 1, 2])
-        options = {"layer": 3, "alpha": 0.5, "behaviour": "reference"}
+        options = {"object_layer": 3, "alpha": 0.5, "behaviour": "reference"}
         indices, _ = tools.choose(method(tools.without_cls, 2, **options), vision, 12)
         for image in range(3):
             expected = as_released([list(range(21))], [7], 12, shallow[image], deep[image], 0.5, queries=84)
             fewer += len(expected) < 12
             assert indices[image].tolist() == expected + [-1] * (12 - len(expected))
         for exclude in ("always", "minus one"):
-            whole = tools.choose(method(tools.facts, layer=3, alpha=0.5, exclude=exclude), vision, 12)[0]
+            whole = tools.choose(method(tools.facts, object_layer=3, alpha=0.5, exclude=exclude), vision, 12)[0]
             assert bool((whole >= 0).all())
     assert fewer
 
@@ -134,7 +134,7 @@ def test_sums_let_the_release_for_qwen_keep_fewer(tools: Any) -> None:
 def test_on_models(vlm: Any, pictures: Any, tools: Any, keep: int, alpha: float, behaviour: str) -> None:
     family = tools.family(vlm)
     blocks = (2, family.facts.feature_layer - 1)
-    seen = tools.prune(vlm, pictures, "hiprune", keep, behaviour=behaviour, layer=3, alpha=alpha)
+    seen = tools.prune(vlm, pictures, "hiprune", keep, behaviour=behaviour, object_layer=3, alpha=alpha)
     vision = family.look(family.images(pictures), blocks)
     for image in range(8):
         layout = vision.layout(image)
@@ -158,7 +158,7 @@ def test_attention_is_that_of_transformers(
 ) -> None:
     llava = make_vlm("llava")
     inputs = llava.prompt([[picture_of(seed)] for seed in range(6)])
-    seen = {keep: tools.prune(llava, inputs, "hiprune", keep, layer=2, alpha=0.6) for keep in (6, 9)}
+    seen = {keep: tools.prune(llava, inputs, "hiprune", keep, object_layer=2, alpha=0.6) for keep in (6, 9)}
     llava.model.set_attn_implementation({"vision_config": "eager"})
     attentions = llava.model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
     for keep, found in seen.items():
@@ -175,6 +175,13 @@ def test_the_layer_follows_the_depth_of_the_tower(depth: int, cls: bool, block: 
 
 
 def test_options(tools: Any) -> None:
-    for wrong in ({"edges": "torus"}, {"alpha": 2}, {"alpha": True}, {"layer": 0}, {"exclude": 1}, {"per_tile": 2}):
+    for wrong in (
+        {"edges": "torus"},
+        {"alpha": 2},
+        {"alpha": True},
+        {"object_layer": 0},
+        {"exclude": 1},
+        {"per_tile": 2},
+    ):
         with pytest.raises(BadInput, match=f"hiprune has no {next(iter(wrong))}="):
             method(tools.facts, **wrong)

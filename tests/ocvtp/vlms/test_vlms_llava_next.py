@@ -15,7 +15,7 @@ from ocvtp.pruning.splice import Spot
 from ocvtp.vlms import family_of
 from ocvtp.vlms.anyres import MERGES, shape_of
 from ocvtp.vlms.images import Images
-from ocvtp.vlms.llava_next import Merge, paper_mode, shape_of
+from ocvtp.vlms.llava_next import Merge, paper_mode
 
 Picture = Callable[..., Image.Image]
 MERGE: Merge = "spatial_unpad"
@@ -217,7 +217,9 @@ def test_maps_say_where_tokens_lie_over_the_image() -> None:
     pinpoints = ((12, 24), (24, 12), (24, 24))
     for size in ((24, 24), (10, 24), (30, 13)):
         shapes = {merge: shape_of(size, pinpoints, 12, 3, merge) for merge in MERGES}
-        patches = {merge: [shape.patches_N[map_.numbers_hw] for map_ in shape.maps()] for merge, shape in shapes.items()}
+        patches = {
+            merge: [shape.patches_N[map_.numbers_hw] for map_ in shape.maps()] for merge, shape in shapes.items()
+        }
         for maps in patches.values():
             assert maps[0].tolist() == torch.arange(9).view(3, 3).tolist()
         assert torch.equal(patches["flat"][1], patches["spatial"][1])
