@@ -8,8 +8,6 @@ Rivals take turns within one run, so that what else the machine does meets all o
 """
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,11 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import add_output, heading, machine, say
 from plain_pruner import PlainPruner, area_weighted
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -276,24 +274,11 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were taken on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def table(found: dict[str, Any]) -> str:
     train, kept = found["training"], found["memory_bytes"]
     rate, loss = train["samples_per_second"], train["validation_mse"]
     lines = [
-        f"{found['machine']['device']}, {found['machine']['threads']} threads, torch {found['machine']['torch']}, "
-        f"{found['machine']['date']}",
+        heading(found["machine"]),
         "",
         "| training a sample | samples/s | against the published loop | validation MSE | memory of a step |",
         "|:--|--:|--:|--:|--:|",
@@ -330,8 +315,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="of the published loop (default: 12, as published)")
     parser.add_argument("--ours-batch", type=int, default=None, help="of ours (default: 12 on a CPU, else 96)")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--out", type=Path, default=None, help="write the JSON here, too")
+    add_output(parser)
     parser.add_argument("--memory", choices=("plain", "ours"), default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -345,16 +329,13 @@ def main() -> None:
     ours = arguments.ours_batch or (arguments.batch if on_cpu else 96)
     sizes = [size] if arguments.quick else [Size(12, 96, 16), size]
     found = {
-        "machine": machine(device),
+        "machine": machine(arguments.device),
         "training": training(size, device, samples, arguments.batch, ours),
         "choosing": [choosing(one, device, 3 if on_cpu else 20) for one in sizes],
         "flops": flops(),
         "memory_bytes": memories(arguments, arguments.batch),
     }
-    text = json.dumps(found, indent=1)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
-    print(text if arguments.json else table(found))
+    say(found, table, arguments)
 
 
 if __name__ == "__main__":

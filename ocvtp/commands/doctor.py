@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ocvtp.commands import common
+from ocvtp.commands import common, executors
 from ocvtp.errors import OcvtpError
 
 State = Literal["ok", "missing", "warning"]
@@ -154,25 +154,8 @@ def _cached(part: str, item: Any) -> Finding:
 
 def _executors() -> Iterator[Finding]:
     yield Finding("Executors", "local", "ok", "processes on this machine")
-    if _installed("ray"):
-        address = os.environ.get("RAY_ADDRESS")
-        yield Finding(
-            "Executors", "ray", "ok", f"cluster at {address}" if address else "no RAY_ADDRESS: a local cluster"
-        )
-    else:
-        yield Finding("Executors", "ray", "missing", "not installed", "pip install 'ocvtp[pipeline]'")
-    if not _installed("submitit"):
-        yield Finding("Executors", "slurm", "missing", "submitit is not installed", "pip install 'ocvtp[pipeline]'")
-    elif not shutil.which("sbatch"):
-        yield Finding("Executors", "slurm", "missing", "no sbatch in PATH", "run on a login node of a SLURM cluster")
-    else:
-        yield Finding("Executors", "slurm", "ok", str(shutil.which("sbatch")))
-
-
-def _installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
+    for name, (state, detail, mend) in (("ray", executors.ray()), ("slurm", executors.slurm())):
+        yield Finding("Executors", name, state, detail, mend)
 
 
 def _disk() -> Iterator[Finding]:

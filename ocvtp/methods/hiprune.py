@@ -8,8 +8,8 @@ With g the attention that a token receives in a block (mean over heads and queri
 
 Anchors and buffers that do not fit, which alpha = 0.1 never has, stay out in the order of the register's g.
 
-As the authors have it, `object_layer` is 9 of the 24 blocks of LLaVA's tower and 16 of the 32 of Qwen2.5-VL's; towers of
-another depth are read at the same share of it. alpha is 0.1 at all budgets: a = 4, 3 and 1 at 192, 128 and 64 tokens.
+As the authors have it, `object_layer` is 9 of the 24 blocks of LLaVA's tower and 16 of the 32 of Qwen2.5-VL's; towers
+of another depth are read at the same share of it. alpha is 0.1 at all budgets: a = 4, 3 and 1 at 192, 128 and 64.
 
 Where the release differs (`behaviour="reference"`; each is one option):
 

@@ -1,6 +1,7 @@
 """A real SLURM of three nodes with fake GPUs on this machine, listening on loopback only.
 
 `running` starts its daemons in a folder of their own, with a munge key of their own, and stops them by pid.
+As a pytest plugin it has the fixture `slurm_server`, one cluster for all tests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from cluster_helpers import alive, descendants, kill, wait_for
 
 NODES = 3
@@ -120,6 +122,17 @@ def running(folder: Path) -> Iterator[ServerInfo]:
             wait_for(lambda: not server.jobs(), 10)
         _stop(server)
         shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def slurm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerInfo]:
+    reason = available()
+    if reason:
+        if os.environ.get("CI"):
+            pytest.fail(f"SLURM cannot be tested, and must be in CI: {reason}")
+        pytest.skip(f"NOT TESTED: {reason}")
+    with running(tmp_path_factory.mktemp("slurm")) as server:
+        yield server
 
 
 def _start(server: ServerInfo) -> None:

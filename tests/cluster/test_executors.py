@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +13,14 @@ import executor_suite as suite
 import pytest
 from cluster_helpers import alive, results, strays
 
-pytest_plugins = ["ray_cluster"]
+pytest_plugins = ["ray_cluster", "slurm_cluster"]
 KINDS = ("local", "ray", "slurm")
 
 
-def unavailable(kind: str) -> str | None:
-    """Why this machine cannot run the servers of an executor."""
-    if kind == "local":
-        return None
-    try:
-        reason: str | None = importlib.import_module(f"{kind}_cluster").available()
-    except ImportError as error:
-        return str(error)
-    return reason
-
-
 @pytest.fixture(scope="module", params=KINDS)
-def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
+def executor(request: pytest.FixtureRequest) -> tuple[str, Any]:
     kind: str = request.param
-    reason = unavailable(kind)
-    if reason:
-        if os.environ.get("CI"):
-            pytest.fail(f"{kind} cannot be tested, and must be in CI: {reason}")
-        pytest.skip(f"NOT TESTED: {kind}: {reason}")
-    if kind == "local":
-        yield kind, None
-    elif kind == "ray":
-        yield kind, request.getfixturevalue("ray_server")
-    else:
-        with importlib.import_module("slurm_cluster").running(tmp_path_factory.mktemp("slurm")) as server:
-            yield kind, server
+    return kind, None if kind == "local" else request.getfixturevalue(f"{kind}_server")
 
 
 def environment(kind: str, server: Any) -> dict[str, str]:

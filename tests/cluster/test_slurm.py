@@ -9,13 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cluster_jobs as jobs
 import pytest
-import slurm_cluster
 import slurm_jobs
 from cluster_helpers import alive, kill, results, strays, wait_for
 from slurm_cluster import ServerInfo
@@ -26,18 +25,13 @@ from cluster.slurm_orphans import PREFIX
 from cluster.slurm_profile import Profile
 from cluster.slurm_queue import State, expanded
 
+pytest_plugins = ["slurm_cluster"]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerInfo]:
-    reason = slurm_cluster.available()
-    if reason:
-        if os.environ.get("CI"):
-            pytest.fail(f"SLURM cannot be tested, and must be in CI: {reason}")
-        pytest.skip(f"NOT TESTED: {reason}")
-    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
+@pytest.fixture
+def server(slurm_server: ServerInfo) -> ServerInfo:
+    return slurm_server
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import ocvtp
 from cluster.lock import run_lock
 from cluster.publish import MANIFEST, About, File, Manifest
 from ocvtp import cli, vlms
-from ocvtp.commands import catalog, common
+from ocvtp.commands import catalog, common, executors
 from ocvtp.data.scenes import jpeg, make_scene
 from ocvtp.efficiency.flops import paper_llm_flops
 
@@ -116,6 +117,53 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it() -> None:
 
 
 # --- verify, clean ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bin_of(tmp_path: Path) -> Callable[..., str]:
+    """A PATH with commands that say something; those of None fail."""
+
+    def make(**commands: str | None) -> str:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name, says in commands.items():
+            (folder / name).write_text("#!/bin/sh\n" + ("exit 1" if says is None else f"printf '{says}'") + "\n")
+            (folder / name).chmod(0o755)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "sacct", "state", "detail"),
+    [
+        ("gpu 3 idle\\nold 2 down*\\n", "", "ok", "nodes are up in gpu; states from squeue and sacct"),
+        ("gpu 3 mix-\\n", None, "ok", "no accounting: states from squeue alone"),
+        ("gpu 3 down*\\n", None, "warning", "no node is up: gpu 3 down*"),
+        (None, None, "warning", "the controller does not answer"),
+    ],
+)
+def test_doctor_asks_slurm(
+    bin_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch, sinfo: str, sacct: str, state: str, detail: str
+) -> None:
+    monkeypatch.setenv("PATH", bin_of(sbatch="", squeue="", scancel="", sinfo=sinfo, sacct=sacct), prepend=":")
+    found = executors.slurm()
+    assert found[0] == state
+    assert detail in found[1]
+
+
+def test_doctor_asks_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert executors.ray()[0] == "ok"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert executors.ray()[:1] == ("ok",)
+    state, detail, mend = executors.ray()
+    assert (state, bool(mend)) == ("warning", True)
+    assert f"no cluster answers at {address}" in detail
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert "where a driver cannot connect" in executors.ray()[1]
 
 
 def _publish(store: Path, kind: str, key: str, content: bytes) -> Path:
