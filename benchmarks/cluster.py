@@ -139,7 +139,7 @@ def slurm_cluster() -> Iterator[str | None]:
     reason = virtual.available()
     if reason:
         raise SystemExit(f"no SLURM to measure: {reason}")
-    with tempfile.TemporaryDirectory() as folder, virtual.running(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, virtual.running(Path(folder), max_array=1001) as server:
         os.environ.update(server.environment)
         yield str(server.profile)
 

@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 import ocvtp
 from ocvtp.efficiency.latency import measure
-from ocvtp.errors import BadInput
+from ocvtp.errors import OcvtpError
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import resolve
 
@@ -28,7 +28,7 @@ BUDGETS = ("11.1%", "33.3%")
 
 
 def mid_size() -> Any:
-    """A random LLaVA of 58 M parameters with the token count of LLaVA-1.5: 576 an image."""
+    """A random LLaVA of 65 M parameters with the token count of LLaVA-1.5: 576 an image."""
     vision = CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=4,
                               image_size=336, patch_size=14)  # fmt: skip
     text = LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
@@ -61,7 +61,7 @@ def cases(model: Any) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
         for budget in BUDGETS:
             try:
                 ocvtp.prune(model, name, budget).remove()
-            except BadInput as error:
+            except OcvtpError as error:
                 left_out[name] = str(error)
                 continue
             made[name], budgets[name] = (lambda n=name, b=budget: ocvtp.prune(model, n, b)), budget

@@ -30,6 +30,8 @@ class ClusterConfig:
     """Cores to hand out on this machine; all it has if null."""
     memory_gb: float | None = None
     """Memory to hand out on this machine; all it has if null."""
+    remote: str | None = None
+    """Where published results are kept besides, such as s3://bucket/ocvtp: fetched instead of made."""
     on_locked: OnLocked = "wait"
     """What a second run with the same label does."""
     tries: int = 3
@@ -47,6 +49,8 @@ class ClusterConfig:
         object.__setattr__(self, "store", Path(self.store))
         if self.profile is not None and (not isinstance(self.profile, str) or not self.profile):
             raise BadConfig(f"cluster.profile is {self.profile!r}: the name of a profile, or the path of a YAML file")
+        if self.remote is not None and (not isinstance(self.remote, str) or "://" not in self.remote):
+            raise BadConfig(f"cluster.remote is {self.remote!r}: the address of a folder, such as s3://bucket/ocvtp")
         if self.on_locked not in get_args(OnLocked):
             raise BadConfig(f"cluster.on_locked is {self.on_locked!r}: {' or '.join(get_args(OnLocked))}")
         for name, value in (

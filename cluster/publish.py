@@ -105,7 +105,7 @@ def verify(folder: Path) -> Manifest:
     folder = Path(folder)
     manifest = Manifest.read(folder)
     for file in manifest.files:
-        path = folder / _safe(file.path, folder)
+        path = folder / safe(file.path, folder)
         try:
             size, is_regular = path.lstat().st_size, stat.S_ISREG(path.lstat().st_mode)
         except FileNotFoundError as error:
@@ -122,7 +122,8 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def _safe(path: str, folder: Path) -> Path:
+def safe(path: str, folder: Path) -> Path:
+    """The path of a file within a result; `Corrupt` if it leads out of it."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
         raise Corrupt(f"the manifest of {folder} lists {path!r}, which is outside of the folder")

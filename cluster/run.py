@@ -19,6 +19,7 @@ from cluster.lock import run_lock
 from cluster.plan import Planned, check_tasks
 from cluster.protocol import Cause, Context, Event, Executor, Job, check_executor, make_executor
 from cluster.publish import is_published
+from cluster.remote import Remote
 from cluster.report import Outcome, Report, display
 from cluster.retry import Policy, pause
 from cluster.store import Store
@@ -68,19 +69,26 @@ def run(
     with (
         signals_caught() as signals,
         run_lock(store.locks, label, run_id, config.on_locked, signals.check),
+        closing(Remote(config.remote)) if config.remote else nullcontext() as remote,
     ):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
+        if remote is not None:
+            remote.fetch(one.out for one in planned if not one.published)
+            planned = check_tasks(tasks)
+            remote.upload(one.out for one in planned if one.published)
         missing = [one for one in planned if not one.published]
         _sweep(planned, watch := Watch())
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
         if not missing:
             log.info("%s: all %d tasks were published before", label or "run", len(planned))
-            return report
-        made = make_executor(executor, context) if isinstance(executor, str) else executor
-        with closing(made) if isinstance(executor, str) else nullcontext():
-            made.check([one.task for one in missing])
-            _Run(missing, report, made, context, label, fail_fast, signals, watch).go()
-        _sweep(planned, watch)
+        else:
+            made = make_executor(executor, context) if isinstance(executor, str) else executor
+            with closing(made) if isinstance(executor, str) else nullcontext():
+                made.check([one.task for one in missing])
+                _Run(missing, report, made, context, label, fail_fast, signals, watch, remote).go()
+            _sweep(planned, watch)
+        if remote is not None:
+            remote.finish(signals.check)
         return report
 
 
@@ -128,10 +136,11 @@ class _Run:
         fail_fast: bool,
         signals: Signals,
         watch: Watch,
+        remote: Remote | None,
     ) -> None:
         config = context.config
         self._report, self._executor, self._context = report, executor, context
-        self._fail_fast, self._signals, self._watch = fail_fast, signals, watch
+        self._fail_fast, self._signals, self._watch, self._remote = fail_fast, signals, watch, remote
         self._policy = Policy(config.tries, config.preemptions)
         self._waiting = [_Entry(one, one.task.resources) for one in missing]
         self._flying: dict[str, tuple[_Entry, Job]] = {}
@@ -230,6 +239,8 @@ class _Run:
         if cause is Cause.DONE:
             self._board.done += 1
             self._report.done.append(entry.outcome(cause))
+            if self._remote is not None:
+                self._remote.upload([job.out])
         elif cause is Cause.CANCELLED:
             self._give_up(entry)
         else:

@@ -174,18 +174,21 @@ def home_of(root: Path) -> Path:
     return root
 
 
-def open_stage(name: str, file: Path | None = None, root: Path | None = None) -> Stage:
+def open_stage(name: str, file: Path | None = None, root: Path | None = None, *, fail_fast: bool = False) -> Stage:
     """Read the params and find what a stage needs; `BadInput` lists what is wrong with them.
 
     Args:
         name: of the stage.
         file: other params than those of the repository.
         root: where outputs of stages are; the repository, or OCVTP_ROOT where no DVC runs the stage.
+        fail_fast: as `cluster.fail_fast`, whatever the params say.
     """
     if root is None:
         elsewhere = None if "DVC_STAGE" in os.environ else os.environ.get("OCVTP_ROOT")
         root = Path(elsewhere) if elsewhere else ROOT
     params = load(file or ROOT / "params.yaml")
+    if fail_fast:
+        params = replace(params, cluster=replace(params.cluster, fail_fast=True))
     config = ClusterConfig.from_params(params.cluster.config)
     config = replace(config, store=home_of(root.resolve()) / config.store)
     return Stage(name, params.seen_by(name), root, config)
@@ -205,13 +208,14 @@ def main(name: str, doc: str, work: Callable[[Stage], None], arguments: Sequence
     """The command line of a stage; returns the exit code."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--params", type=Path, metavar="FILE", help="params to use instead of params.yaml")
+    parser.add_argument("--fail-fast", action="store_true", help="stop at the first task that fails for good")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, format="%(message)s")
     for chatty in ("httpx", "urllib3", "alembic", "matplotlib", "PIL", "filelock", "git"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        work(open_stage(name, options.params))
+        work(open_stage(name, options.params, fail_fast=options.fail_fast))
     except (OcvtpError, ClusterError, KeyboardInterrupt, OSError) as error:
         if options.debug:
             log.debug("%s", name, exc_info=True)

@@ -19,7 +19,8 @@ def main(root: str, calls: str, seconds: str, count: str, label: str, on_locked:
     if label == "hang":
         spec = {"calls": calls, "pids": f"{calls}.pids"}
         tasks = [store.task("hangs", "hangs", jobs.hangs, spec), *tasks]
-    config = ClusterConfig.from_params({"store": root, "workers": 2, "on_locked": on_locked})
+    tries = 10 if label == "chaos" else 3
+    config = ClusterConfig.from_params({"store": root, "workers": 2, "on_locked": on_locked, "tries": tries})
     try:
         report = run(tasks, config=config, label=label)
     except Interrupted as interrupted:

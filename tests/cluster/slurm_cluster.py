@@ -105,14 +105,14 @@ def _path() -> str:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[ServerInfo]:
-    """A cluster, as long as the context lasts."""
+def running(folder: Path, *, max_array: int = 20) -> Iterator[ServerInfo]:
+    """A cluster, as long as the context lasts, whose arrays have fewer than `max_array` jobs."""
     short = Path(tempfile.mkdtemp(prefix="s"))  # names of sockets are limited
     environment = {"SLURM_CONF": str(short / "etc" / "slurm.conf"), "PATH": _path()}
     profile = folder / "profile.yaml"
     profile.write_text("poll_seconds: 0.5\nspare_memory_gb: 0.3\nlost_seconds: 8\nsignal_seconds: 15\n")
     server = ServerInfo(short, environment, profile)
-    _configure(short)
+    _configure(short, max_array)
     try:
         _start(server)
         yield server
@@ -180,7 +180,7 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _configure(folder: Path) -> None:
+def _configure(folder: Path, max_array: int) -> None:
     names = [f"n{number}" for number in range(1, NODES + 1)]
     for name in ("etc", "state", "log", "run", "munge", "dev", *(f"spool/{node}" for node in names)):
         (folder / name).mkdir(parents=True)
@@ -238,7 +238,7 @@ SlurmdTimeout=10
 SlurmctldTimeout=10
 InactiveLimit=0
 MinJobAge=300
-MaxArraySize=20
+MaxArraySize={max_array}
 GresTypes=gpu
 {nodes}
 PartitionName=ci Nodes={everything} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1

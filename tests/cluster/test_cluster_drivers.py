@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import random
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import alive, descendants, is_worker, kill, results, strays, wait_for
 
-from cluster import ClusterConfig, Interrupted, Locked, Store, Task, run, verify
+from cluster import ClusterConfig, Interrupted, Locked, Store, run, verify
 from cluster.lock import run_lock
 from cluster.process import Process
 
@@ -235,36 +236,39 @@ def test_on_a_terminal_ctrl_c_stops_the_run_and_leaves_nothing(store: Store, tmp
     assert "/61" in text, "the live view counts"
 
 
-def test_chaos_loses_nothing(store: Store, tmp_path: Path) -> None:
-    """200 tasks, a random worker SIGKILLed every 0.3 s: all results equal those of a calm run, no stray file."""
-    import random
+def test_chaos_loses_nothing(start: Start, store: Store, tmp_path: Path) -> None:
+    """200 tasks, a random worker SIGKILLed every 0.3 s, and once the driver itself.
 
-    def tasks(root: Path) -> list[Task]:
-        return [Store(root).task("square", f"{x}", jobs.square, {"x": x, "seconds": 0.02}) for x in range(200)]
-
-    calm = tmp_path / "calm"
-    assert run(tasks(calm), config=ClusterConfig(store=calm)).ok
-    ended, killed = threading.Event(), []
+    All results equal those of a calm run, none is published twice, no stray file and no process is left.
+    """
+    calm = Store(tmp_path / "calm")
+    calls = {"calls": str(tmp_path / "calls"), "seconds": 0.05}
+    tasks = [calm.task("square", f"square {x}", jobs.count_calls, {"x": x, **calls}) for x in range(200)]
+    assert run(tasks, config=ClusterConfig(store=calm.root)).ok
     choose = random.Random(0)
-
-    def killer() -> None:
-        while not ended.wait(0.3):
-            workers = [pid for pid in descendants(os.getpid()) if is_worker(pid)]
-            if workers:
-                killed.append(choose.choice(workers))
-                kill(killed[-1])
-
-    thread = threading.Thread(target=killer)
-    thread.start()
-    try:
-        report = run(tasks(store.root), config=ClusterConfig(store=store.root, tries=10))
-    finally:
-        ended.set()
-        thread.join()
-    report.raise_if_failed()
-    assert len(report.done) == 200
-    assert len(killed) > 5
-    assert results(store.root) == results(calm)
+    killed, drivers = 0, [start(0.05, 200, "chaos")]
+    driver_dies = time.monotonic() + choose.uniform(2, 4)
+    published: dict[str, set[int]] = {}
+    while drivers[-1].poll() is None:
+        time.sleep(0.3)
+        for folder in (store.root / "square").glob("[!.]*"):
+            published.setdefault(folder.name, set()).add(folder.stat().st_ino)
+        workers = [pid for pid in descendants(drivers[-1].pid) if is_worker(pid)]
+        if len(drivers) == 1 and time.monotonic() > driver_dies:
+            kill(drivers[0].pid)
+            drivers[0].wait()
+            drivers.append(start(0.05, 200, "chaos"))
+        elif workers:
+            kill(choose.choice(workers))
+            killed += 1
+    out, err = drivers[-1].communicate()
+    assert drivers[-1].returncode == 0, err
+    done, skipped = map(int, out.split())
+    print(f"{killed} workers and {len(drivers) - 1} driver killed; {200 - done - skipped} of 200 results lost")
+    assert (len(drivers), done + skipped) == (2, 200)
+    assert done, "the driver was killed before the end"
+    assert killed > 10
+    assert all(len(numbers) == 1 for numbers in published.values()), "published twice"
+    assert results(store.root) == results(calm.root)
     assert strays(store.root) == []
-    time.sleep(0.1)
     assert descendants(os.getpid()) == []

@@ -33,7 +33,7 @@ def test_a_finished_run_is_clean_and_its_table_is_whole(finished: Workspace) -> 
     assert "Retain 16 Tokens (11.1%)" in report
 
 
-@pytest.mark.parametrize("moment", [0.25, 0.7])
+@pytest.mark.parametrize("moment", [pytest.param(0.25, marks=pytest.mark.nightly), 0.7])
 def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
     moment: float, finished: Workspace, new_workspace: Callable[..., Workspace]
 ) -> None:
@@ -55,7 +55,7 @@ def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
     [
         ("keep=[48,32,16]", {"sample", "extract", "train"}, "tokens", {144, 48, 32, 16}),
         ("loss=mse", {"sample", "extract"}, "loss", {None, "mse"}),
-        ("layer=-2", {"sample"}, "layer", {None, -2}),
+        pytest.param("layer=-2", {"sample"}, "layer", {None, -2}, marks=pytest.mark.nightly),
     ],
 )
 def test_another_value_runs_only_what_depends_on_it_and_going_back_runs_nothing(

@@ -56,6 +56,11 @@ def test_an_input_that_is_missing_is_named_with_the_command_that_makes_it(
     assert list(tmp_path.rglob("*.json")) == []
 
 
+def test_fail_fast_can_be_asked_for() -> None:
+    assert open_stage("sample", fail_fast=True).params.cluster.fail_fast
+    assert not open_stage("sample").params.cluster.fail_fast
+
+
 def test_where_things_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / ".dvc/tmp/exps/standalone/tmpabc"
     assert home_of(copy) == tmp_path

@@ -1,12 +1,15 @@
-"""The benchmark of the pruner: its rival computes what ours does, and it runs."""
+"""The benchmarks run and print what they say; the rival of the pruner computes what ours does."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from ocvtp.methods import REGISTRY
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -17,7 +20,17 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
     import pruner
 
     yield pruner
-    sys.modules.pop("pruner"), sys.modules.pop("plain_pruner")
+    for name in ("pruner", "plain_pruner", "machine"):
+        sys.modules.pop(name)
+
+
+def run(script: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(FOLDER / script), "--quick", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["machine"]["date"]
+    return found
 
 
 def test_the_published_loop_is_the_same_model(benchmark) -> None:
@@ -40,11 +53,25 @@ def test_the_published_loop_is_the_same_model(benchmark) -> None:
     assert attention.argmax(1).unique().numel() > 1
 
 
-def test_it_prints_its_tables() -> None:
-    command = [sys.executable, str(FOLDER / "pruner.py"), "--quick", "--json", "--samples", "12"]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def test_the_pruner() -> None:
+    found = run("pruner.py", "--samples", "12")
     assert found["training"]["samples"] == {"plain": 12, "ours": 12}
     assert all(0.99 < row["ratio"] < 1.01 for row in found["flops"])
     assert [round(row["counted"] / 1e9, 2) for row in found["flops"]] == [5.96, 23.78]
-    assert found["machine"]["date"]
     assert all(taken > 0 for taken in found["memory_bytes"].values())
+
+
+def test_methods() -> None:
+    (one,) = run("methods.py", "--batches", "2")["models"]
+    assert {row["method"] for row in one["rows"]} - {"random 33.3%"} == set(REGISTRY) - {"oc-vtp", "trim"}
+    assert list(one["left_out"]) == ["trim"]
+    against = {row["method"]: row["against"] for row in one["rows"]}
+    assert (against["tome"], against["fastv"], against["random"]) == ("random", "vanilla", "random")
+    assert all(row["batch_2"]["ms"] > 0 for row in one["rows"])
+
+
+def test_the_fan_out() -> None:
+    found = run("cluster.py", "--only", "local")
+    assert [(row["executor"], row["tasks"]) for row in found["overhead"]] == [("local", 20)]
+    assert found["planning"]["tasks"] == 200
+    assert found["scaling"]["speedup"] > 0
