@@ -29,10 +29,9 @@ def run(args: argparse.Namespace) -> int:
     image = model.read_image(args.image)
 
     from ocvtp import figures, vlms
-    from ocvtp.vlms.base import family_of
 
     vlm = vlms.load(args.vlm, device=model.device(args.device))
-    family = family_of(vlm.model)
+    family = vlms.family_of(vlm.model)
     image = family.prepare(vlm.processor, image)
     inputs = model.inputs(vlm, image, args.prompt)
     images = family.images(inputs)

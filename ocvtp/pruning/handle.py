@@ -26,7 +26,7 @@ from ocvtp.pruning.forward import Forward, Looked
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.seeds import name_of, seeds_of
 from ocvtp.pruning.splice import Positions, Spot
-from ocvtp.vlms.base import family_of
+from ocvtp.vlms.families import family_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Images
 
@@ -44,7 +44,7 @@ def prune(
     """Prune the vision tokens of a model from now on, in place.
 
     Args:
-        model: a supported model of transformers (`ocvtp.vlms.base.FAMILIES`), on any device.
+        model: a supported model of transformers (`ocvtp.vlms.families.FAMILIES`), on any device.
         method: a name that `ocvtp methods` lists.
         keep: tokens an image (int), a share of them in (0, 1], or a percentage such as "11.1%". Only `vanilla` needs
             none.

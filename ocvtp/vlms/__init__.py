@@ -1,6 +1,8 @@
 """Vision language models: families, loading, the catalogue."""
 
-from ocvtp.vlms.base import VLM, Entry, catalog, family_of, load, resolve
+from ocvtp.vlms.base import VLM, load
+from ocvtp.vlms.catalogue import Entry, catalog, resolve
+from ocvtp.vlms.families import family_of
 from ocvtp.vlms.images import Images
 
 __all__ = ["VLM", "Entry", "Images", "catalog", "family_of", "load", "resolve"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ocvtp
 from ocvtp.methods import Look, Method
-from ocvtp.vlms.base import family_of
+from ocvtp.vlms import family_of
 from ocvtp.vlms.family import Vision
 from ocvtp.vlms.images import Facts, Layout, Part
 

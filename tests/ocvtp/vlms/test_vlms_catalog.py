@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ocvtp.cli import main
 from ocvtp.errors import BadInput, Corrupt, NotAvailable
-from ocvtp.vlms import base, catalog, load, resolve
+from ocvtp.vlms import catalog, catalogue, load, resolve
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_what_is_missing_is_named_with_its_mend(tmp_path: Path, folder: Path, mo
     (folder / "model.safetensors").unlink()
     with pytest.raises(NotAvailable, match=r"holds no \*.safetensors"):
         resolve(folder)
-    monkeypatch.setattr(base, "catalog", lambda: {"tiny-llava": {"folder": "not_made"}})
+    monkeypatch.setattr(catalogue, "catalog", lambda: {"tiny-llava": {"folder": "not_made"}})
     with pytest.raises(NotAvailable, match=r"`python -m ocvtp.vlms.tiny train` makes it"):
         resolve("tiny-llava")
 
@@ -140,7 +140,7 @@ def test_settings_of_an_entry_go_into_config_and_processor(
     tiny.processor.save_pretrained(tmp_path)
     settings = {"image_grid_pinpoints": [[112, 112]], "mm_patch_merge_type": "flat"}
     assert resolve(tmp_path).tokens is None
-    monkeypatch.setattr(base, "catalog", lambda: {"next": {"folder": str(tmp_path), "settings": settings}})
+    monkeypatch.setattr(catalogue, "catalog", lambda: {"next": {"folder": str(tmp_path), "settings": settings}})
     vlm = load("next")
     assert (vlm.entry.tokens, vlm.entry.grid, vlm.grid) == (80, None, (20, 4))
     for size in ((56, 56), (30, 150)):
