@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     table = common.table("", "name", "weights", "layers", "budgets")
     for name, entry in entries.items():
-        weights = f"{entry['hub']} at {entry['revision']}" if "hub" in entry else "shipped with ocvtp"
+        weights = f"{entry['hub']} at {entry['revision'][:8]}" if "hub" in entry else "shipped with ocvtp"
         table.add_row(name, weights, _listed(entry["layers"]), _listed(entry["budgets"]))
     common.console().print(table)
     for name, entry in entries.items():
