@@ -1,9 +1,10 @@
 """The SLURM executor: each attempt is one job, in arrays of jobs that ask for the same. The only module that imports
 submitit.
 
-submitit writes the job scripts and starts the attempts. How they go is read from files that they write themselves
-(`cluster.slurm_worker`), and from squeue, once for all jobs at a time. SLURM requeues nothing, `run` retries: a job
-that is started again by SLURM would be the same attempt twice.
+submitit writes and submits the scripts of the arrays. What each job is to do lies in one JSON file an array, and how it
+goes is read from files that the jobs write themselves (`cluster.slurm_worker`) and from squeue, once for all jobs at a
+time. So no pickle travels, and no job spends its time on submitit's. SLURM requeues nothing, `run` retries: a job that
+is started again by SLURM would be the same attempt twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -20,13 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import slurm_queue, wire
+from cluster import slurm_worker as worker
 from cluster.errors import NotAvailable
 from cluster.local_worker import Shape, worker_environment, worker_path
 from cluster.protocol import Cause, Context, Event, Job
 from cluster.slurm_orphans import FOLDER, Ledger, job_name, reap
 from cluster.slurm_profile import Profile
 from cluster.slurm_queue import CAUSES, Away, State
-from cluster.slurm_worker import events_file, run
+from cluster.slurm_worker import events_file, write_array
 from cluster.task import Resources, Task
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ class _Flight:
 
     job: Job
     id: str
-    log: Path  # of srun and submitit
+    log: Path  # of srun, and of the process before its attempt
     submitted: float
     lines: wire.Lines = field(default_factory=wire.Lines)
     read: int = 0  # bytes of its events
@@ -165,12 +168,11 @@ class SlurmExecutor:
         executor.update_parameters(
             **self._profile.parameters(resources), job_name=self._name, setup=self._setup(resources)
         )
-        data = [job.to_json() for job in jobs]
-        count = len(jobs)
+        executor.folder.mkdir(parents=True, exist_ok=True)
+        executor.parameters["map_count"] = len(jobs)  # as submitit's own map_array has it
+        array = write_array(self._folder, jobs, self._profile.signal_seconds)
         try:
-            submitted = executor.map_array(
-                run, data, [str(self._folder)] * count, [self._profile.signal_seconds] * count
-            )
+            first = executor._submit_command(shlex.join([sys.executable, "-u", "-m", worker.__name__, str(array)]))
         except Exception as error:  # submitit has several for what sbatch says
             message = " ".join(str(error).split())[-500:]
             if self._flights and _FULL.search(message):
@@ -179,7 +181,8 @@ class SlurmExecutor:
                 return False
             raise NotAvailable(f"SLURM does not take the jobs: {message}") from error
         now = time.monotonic()
-        for job, one in zip(jobs, submitted, strict=True):
+        for index, job in enumerate(jobs):
+            one = self._submitit.SlurmJob(executor.folder, f"{first.job_id}_{index}", [0])
             self._flights[one.job_id] = _Flight(job, one.job_id, Path(one.paths.stderr), now)
             self._ledger.note(one.job_id, job.id, job.out)
         self._looked = now

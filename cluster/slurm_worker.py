@@ -7,16 +7,16 @@ SLURM not; SIGKILL is left to SLURM.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from cluster import wire
 from cluster.attempt import perform, stop
@@ -27,6 +27,7 @@ from cluster.worker import output_to
 
 TICK = 0.5  # seconds between two looks at memory and time
 PERIOD = 2.0  # seconds between two lines of progress: many jobs write to one file system
+VISIBLE_TRIES = 60  # seconds a shared file system may take to show the file of an array
 
 
 def events_file(folder: Path, attempt: str) -> Path:
@@ -53,20 +54,37 @@ class _Teller:
                 os.fsync(self._handle)
 
 
-def run(data: Mapping[str, Any], folder: str, grace: float) -> None:
-    """What submitit calls.
+def write_array(folder: Path, jobs: Sequence[Job], grace: float) -> Path:
+    """What an array of jobs is to do, in a file of its own.
 
     Args:
-        data: the job, as JSON has it.
-        folder: of event files.
+        folder: for it and for event files.
+        jobs: by index in the array.
         grace: seconds that a task has to stop after it was told to because its time is over.
     """
-    job = Job.from_json(data)
+    path = folder / f"{jobs[0].id}.array"
+    path.write_text(json.dumps({"jobs": [job.to_json() for job in jobs], "grace": grace}))
+    return path
+
+
+def main(array: str) -> None:
+    """Do what the array's file says of this job of it."""
+    path = Path(array)
+    for _ in range(VISIBLE_TRIES):
+        if path.exists():
+            break
+        time.sleep(1)
+    found = json.loads(path.read_text())
+    run(Job.from_json(found["jobs"][int(os.environ["SLURM_ARRAY_TASK_ID"])]), path.parent, found["grace"])
+
+
+def run(job: Job, folder: Path, grace: float) -> None:
+    """Run one attempt, and say how it goes in `folder`."""
     if os.getpgrp() != os.getpid():
         os.setpgrp()
     _give_way()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    tell = _Teller(events_file(Path(folder), job.id))
+    tell = _Teller(events_file(folder, job.id))
     tell(Event(job.id, "started"))
     threading.Thread(target=_watch, args=(job, tell, grace), name="limits", daemon=True).start()
     guardian = Guardian()  # should this process be killed: not every SLURM finds the children of a dead one
@@ -81,7 +99,7 @@ def run(data: Mapping[str, Any], folder: str, grace: float) -> None:
 
 
 def _give_way() -> None:
-    """Have signals stop the task, in place of what submitit does: write a pickle and queue the job again."""
+    """Have signals stop the task."""
     causes = {
         signal.SIGUSR2: (Cause.TIMEOUT, "SLURM says that its time is nearly over"),
         signal.SIGTERM: (Cause.PREEMPTED, "SLURM takes its node away"),
@@ -115,3 +133,7 @@ def _watch(job: Job, tell: _Teller, grace: float) -> None:
 def _die(job: Job, tell: _Teller, cause: Cause, detail: str) -> None:
     tell(Event(job.id, "ended", cause, detail))
     os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
