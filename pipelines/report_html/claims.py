@@ -29,16 +29,23 @@ def findings(results: Results, vlm: str) -> list[Finding]:
     """All claims that these results say something about."""
     rows = chosen_rows(results, vlm)
     ours = {row["share"]: row for row in rows if row["method"] == PRUNED}
-    found = [*_rivals(ours), *_training(rows, ours), *_ablations(results, vlm), *_rebuilding(results, vlm)]
+    found = [
+        *_rivals(ours, results.paper),
+        *_training(rows, ours),
+        *_ablations(results, vlm),
+        *_rebuilding(results, vlm),
+    ]
     return [finding for finding in found if finding is not None]
 
 
-def _rivals(ours: Mapping[float, Row]) -> Iterator[Finding]:
-    """Table 1: better than every other method at equal budget."""
+def _rivals(ours: Mapping[float, Row], paper: Row | None) -> Iterator[Finding]:
+    """Tables 1 to 3: better than every other method at equal budget."""
     rivals = dict.fromkeys(name for row in ours.values() for name in row["against"] if name != UNTRAINED)
+    compared = (paper or {}).get("methods", {})
     for rival in rivals:
         points = {_budget(row): row["against"].get(rival) for _, row in _falling(ours)}
-        yield _finding(f"OC-VTP keeps more accuracy than {names.method(rival)} (paper, Tables 1 to 3)", points)
+        where = "paper, Tables 1 to 3" if rival in compared else "not compared in the paper"
+        yield _finding(f"OC-VTP keeps more accuracy than {names.method(rival)} ({where})", points)
 
 
 def _training(rows: Sequence[Row], ours: Mapping[float, Row]) -> Iterator[Finding]:
