@@ -43,7 +43,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.executor not in executor_names():
-            raise BadConfig(f"cluster.executor is {self.executor!r}: this version has {', '.join(executor_names())}")
+            raise BadConfig(f"cluster.executor is {_unknown(self.executor)}")
         if not isinstance(self.store, str | Path) or not str(self.store):
             raise BadConfig(f"cluster.store is {self.store!r}: the path of a folder")
         object.__setattr__(self, "store", Path(self.store))
@@ -85,4 +85,11 @@ class ClusterConfig:
         for key, variable in (("executor", "OCVTP_EXECUTOR"), ("store", "OCVTP_STORE")):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
+                if key == "executor" and values[key] not in executor_names():
+                    raise BadConfig(f"{variable} is {_unknown(values[key])}")
         return cls(**values)
+
+
+def _unknown(executor: object) -> str:
+    near = difflib.get_close_matches(str(executor), executor_names(), n=1, cutoff=0.5)
+    return f"{executor!r}{f': did you mean {near[0]!r}?' if near else ';'} legal: {', '.join(executor_names())}"

@@ -107,7 +107,7 @@ def test_an_unknown_executor_is_refused_with_those_there_are(store: Store, confi
     [
         ({"excutor": "local"}, r"unknown key cluster.excutor: did you mean cluster.executor\?"),
         ({"zzz": 1}, "unknown key cluster.zzz: legal keys: executor, store, profile, workers"),
-        ({"executor": "loocal"}, "cluster.executor is 'loocal': this version has .*local"),
+        ({"executor": "loocal"}, r"cluster.executor is 'loocal': did you mean 'local'\? legal: .*slurm"),
         ({"workers": 0}, "cluster.workers is 0: a whole number, at least 1"),
         ({"workers": "2"}, "cluster.workers is '2'"),
         ({"tries": True}, "cluster.tries is True"),
