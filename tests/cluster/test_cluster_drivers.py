@@ -258,7 +258,7 @@ def test_chaos_loses_nothing(start: Start, store: Store, tmp_path: Path) -> None
             kill(drivers[0].pid)
             drivers[0].wait()
             drivers.append(start(0.05, 200, "chaos"))
-        elif workers:
+        elif workers and killed < 60:  # not to the end: the last task alone would meet every one of them
             kill(choose.choice(workers))
             killed += 1
     out, err = drivers[-1].communicate()

@@ -197,7 +197,7 @@ print(len(report.done), sum(one.attempts - 1 for one in report.done))
 
 
 def test_chaos_loses_nothing(ray_server: ServerInfo, tmp_path: Path) -> None:
-    """60 tasks, a random worker SIGKILLed every 0.3 s, Ray's or ours: all results equal those of a calm run."""
+    """60 tasks, 30 workers SIGKILLed, one every 0.3 s, Ray's or ours: all results equal those of a calm run."""
     import cluster_jobs as jobs
 
     calm = Store(tmp_path / "calm")
@@ -207,7 +207,8 @@ def test_chaos_loses_nothing(ray_server: ServerInfo, tmp_path: Path) -> None:
     choose = random.Random(0)
 
     def killer() -> None:
-        while not ended.wait(0.3):
+        # Not to the end: the last task alone would meet every one of them, and each makes it wait for longer.
+        while len(killed) < 30 and not ended.wait(0.3):
             workers = local_workers(ray_server)
             if workers:
                 # Ray's come up in seconds, ours in tenths: mostly ours, or nothing would ever run.
