@@ -74,7 +74,7 @@ def test_sweep_says_what_it_did(full: Store, tmp_path: Path, capsys: pytest.Capt
 def test_wrong_use_ends_with_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCVTP_EXECUTOR", "nowhere")
     assert main(["verify"]) == 2
-    assert "cluster.executor is 'nowhere'" in capsys.readouterr().err
+    assert "OCVTP_EXECUTOR is 'nowhere'" in capsys.readouterr().err
 
 
 def test_a_run_leaves_a_line_for_each_attempt(full: Store) -> None:
