@@ -65,6 +65,8 @@ def perform(job: Job, report: Report) -> Event:
     except Busy as busy:
         others = {other.attempt: (other.beat, other.patience) for other in busy.others}
         return Event(job.id, "ended", Cause.BUSY, str(busy), others=others)
+    except Fenced as error:
+        return _ended(job, Cause.LOST, str(error))
     except Exception as error:
         return _failed(job, error)
     try:

@@ -62,22 +62,40 @@ class Workspace:
 
         Raises:
             Busy: others are at work, or may be; nothing was changed.
+            Fenced: another attempt took over before this one had begun.
         """
-        stale = _stale(out, supersedes)
-        out.parent.mkdir(parents=True, exist_ok=True)
         self = cls(out, attempt, Owner(Process.me(), lease))
-        self.root.mkdir()
+        stale = _stale(out, supersedes)
+        while not self._begin():
+            stale = _stale(out, supersedes)
         try:
-            self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-            create_owner(self.root, self._owner)
             self.folder.mkdir()
             _take_over(stale, self)
             self._owner = replace(self._owner, resume_at_start=signature(self.folder / RESUME))
             replace_owner(self.root, self._owner)
+        except BaseException as error:
+            try:
+                if isinstance(error, FileNotFoundError):
+                    self.check()
+            finally:
+                self.discard()
+            raise
+        return self
+
+    def _begin(self) -> bool:
+        """Make the folder and say whose it is; False if it was swept in between, since nobody's was empty."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir()
+            self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+            create_owner(self.root, self._owner)
+        except FileNotFoundError:
+            self._unpin()
+            return False
         except BaseException:
             self.discard()
             raise
-        return self
+        return True
 
     def beat(self) -> bool:
         """Renew the lease; False, for ever, once it is lost."""
@@ -125,6 +143,9 @@ class Workspace:
     def discard(self) -> None:
         """Remove this attempt, all but a `resume/` that holds something."""
         discard(self.root)
+        self._unpin()
+
+    def _unpin(self) -> None:
         if self._pin is not None:
             os.close(self._pin)
             self._pin = None

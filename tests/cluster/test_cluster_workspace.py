@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,36 @@ def test_one_at_work_keeps_others_out_until_it_ends(out: Path) -> None:
     first.discard()
     Workspace.claim(out, new_attempt()).discard()
     assert list(out.parent.iterdir()) == []
+
+
+def test_one_that_is_swept_before_it_said_whose_it_is_begins_anew(out: Path) -> None:
+    ended = threading.Event()
+
+    def sweeps() -> None:
+        while not ended.is_set():
+            sweep(out.parent, Watch())
+
+    out.parent.mkdir()
+    thread = threading.Thread(target=sweeps)
+    thread.start()
+    try:
+        for _ in range(300):
+            workspace = Workspace.claim(out, new_attempt())
+            workspace.check()
+            workspace.discard()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_one_that_is_fenced_before_it_has_begun_says_so(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = new_attempt()
+    monkeypatch.setattr("cluster.workspace._take_over", lambda *_: fence(out, attempt))
+    with pytest.raises(Fenced):
+        Workspace.claim(out, attempt)
+    monkeypatch.undo()
+    assert list(out.parent.iterdir()) == []
+    Workspace.claim(out, new_attempt()).discard()
 
 
 def test_resume_is_handed_over_and_nothing_else(out: Path) -> None:
