@@ -17,7 +17,7 @@ SMALL = {
     "seed": [0],
     "sample": {"images": 96, "questions": 24},
     "extract": {"shard_images": 48},
-    "train": {"steps": 30, "batch_size": 16, "eval_every": 15},
+    "train": {"steps": 60, "batch_size": 16, "eval_every": 30, "checkpoint_every": 10},
     "evaluate": {"bootstrap": 200},
 }
 """What is changed in params.yaml for a run of a minute or two."""

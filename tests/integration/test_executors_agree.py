@@ -1,8 +1,11 @@
-"""On Ray and on SLURM the pipeline ends in the bytes of a run on this machine alone."""
+"""On Ray and on SLURM the pipeline ends in the bytes of a run on this machine alone, interrupted or not."""
 
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))  # where the servers are
 pytest_plugins = ["ray_cluster", "slurm_cluster"]
-pytestmark = [pytest.mark.pipeline, pytest.mark.nightly]
+pytestmark = pytest.mark.pipeline
 RESOURCES = {
     stage: {"cpus": 1, "gpus": 0, "memory_gb": 2.5, "minutes": 20}
     for stage in ("sample", "extract", "train", "evaluate")
@@ -29,6 +32,62 @@ def of(server: "Ray | Slurm", name: str, monkeypatch: pytest.MonkeyPatch) -> dic
     return {"cluster": {"profile": str(server.profile), "resources": RESOURCES}}
 
 
+def hurt(workspace: Workspace, finished: Workspace, how: Callable[[int], object]) -> list[str]:
+    """Train anew, and call `how` with the pid of the training once there is a checkpoint: how attempts ended."""
+    for made in ("data", ".ocvtp/store/tokens"):
+        shutil.copytree(finished.folder / made, workspace.folder / made)
+    store = workspace.folder / ".ocvtp/store"
+    process = workspace.start("python", "pipelines/train.py")
+    while not (begun := list(store.glob("pruners/.*/result/resume/step-*.json"))) and process.poll() is None:
+        time.sleep(0.05)
+    assert begun, process.communicate()[0]
+    how(json.loads((begun[0].parents[2] / "owner.json").read_text())["process"]["pid"])
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    (path,) = store.glob("logs/*/attempts.jsonl")
+    return [json.loads(line)["cause"] for line in path.read_text().splitlines()]
+
+
+def pruners(workspace: Workspace) -> dict[str, str]:
+    """Digests of all that stage `train` puts out."""
+    return {name: digest for name, digest in workspace.results().items() if name.startswith("models")}
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_training_whose_time_is_over_ends_in_the_same_bytes_on_slurm(
+    finished: Workspace, new_workspace: Callable[..., Workspace], slurm_server: "Slurm", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over(_: int) -> None:
+        (job,) = slurm_server.jobs()
+        slurm_server.command("scancel", "--signal=USR2", job)  # as SLURM does before the limit
+
+    workspace = new_workspace(**of(slurm_server, "slurm", monkeypatch))
+    assert hurt(workspace, finished, over) == ["timeout", "done"]
+    assert pruners(workspace) == pruners(finished)
+
+
+@pytest.mark.nightly
+def test_a_training_that_is_killed_ends_in_the_same_bytes_on_ray(
+    finished: Workspace, new_workspace: Callable[..., Workspace], ray_server: "Ray", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = new_workspace(**of(ray_server, "ray", monkeypatch))
+    assert hurt(workspace, finished, kill) == ["crashed", "done"]
+    assert pruners(workspace) == pruners(finished)
+
+
+@pytest.mark.nightly
+def test_a_training_that_is_killed_ends_in_the_same_bytes_here(
+    finished: Workspace, new_workspace: Callable[..., Workspace]
+) -> None:
+    workspace = new_workspace()
+    assert hurt(workspace, finished, kill) == ["crashed", "done"]
+    assert pruners(workspace) == pruners(finished)
+
+
+@pytest.mark.nightly
 def test_slurm(
     finished: Workspace, new_workspace: Callable[..., Workspace], slurm_server: "Slurm", monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,6 +97,7 @@ def test_slurm(
     assert slurm_server.jobs() == []
 
 
+@pytest.mark.nightly
 def test_ray_and_a_job_that_is_submitted(
     finished: Workspace, new_workspace: Callable[..., Workspace], ray_server: "Ray", monkeypatch: pytest.MonkeyPatch
 ) -> None:
