@@ -22,7 +22,7 @@ from cluster.protocol import Cause
 from cluster.publish import Manifest, adopt, is_published, quarantine, verify
 from cluster.report import Outcome, Report
 from cluster.run import run
-from cluster.store import Store
+from cluster.store import Store, default_root
 from cluster.task import Resources, Task
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Task",
     "TasksFailed",
     "adopt",
+    "default_root",
     "is_published",
     "progress",
     "quarantine",

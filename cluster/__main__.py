@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from cluster.board import STATES, read_status
-from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, Corrupt
 from cluster.layout import temporaries
 from cluster.lease import UNOWNED_PATIENCE, Watch
@@ -21,7 +20,7 @@ from cluster.leftovers import sweep
 from cluster.lock import sweep_locks
 from cluster.publish import is_published, quarantine, verify
 from cluster.report import display
-from cluster.store import Store
+from cluster.store import Store, default_root
 from cluster.view import clock
 
 
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 all well, 1 something was found, 2 wrong use."""
     options = _parser().parse_args(arguments)
     try:
-        store = Store(options.store or ClusterConfig.from_params().store)
+        store = Store(options.store or default_root())
         found: int = options.command(store, options, Console(markup=False, highlight=False, soft_wrap=True))
     except ClusterError as error:
         Console(stderr=True, markup=False).print(f"error: {error}")
@@ -44,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        sub.add_argument("--store", type=Path, help="folder of the results (default: OCVTP_STORE, or .ocvtp/store)")
+        where = "folder of the results (default: OCVTP_STORE, or `cluster.store` of params.yaml)"
+        sub.add_argument("--store", type=Path, help=where)
         sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
@@ -65,7 +65,7 @@ def _status(store: Store, options: argparse.Namespace, console: Console) -> int:
     folders = sorted(store.logs.iterdir(), reverse=True) if store.logs.is_dir() else []
     runs = [status for folder in folders if (status := read_status(folder)) is not None]
     if not options.all:
-        runs = [run for number, run in enumerate(runs) if run["state"] == "running" or number == 0]
+        runs = [run for number, run in enumerate(runs) if run["state"] in ("running", "silent") or number == 0]
     if options.json:
         sys.stdout.write(json.dumps(runs, indent=1) + "\n")
         return 0
@@ -73,6 +73,7 @@ def _status(store: Store, options: argparse.Namespace, console: Console) -> int:
         counts = ", ".join(f"{run[name]} {name}" for name in STATES if run[name])
         owner = f"{run['process']['host']}:{run['process']['pid']}"
         left = f", {clock(run['seconds_left'])} left" if run["state"] == "running" else ""
+        left += f", no sign of life for {clock(run['silent'])}" if run["state"] == "silent" else ""
         console.print(
             f"{run['run']} {run['label']} {run['state']} on {owner}: {counts} ({clock(run['seconds'])}{left})"
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import FrameType
 
 from cluster import code as code_module
 from cluster.errors import BadTask, Fenced, Stopped
@@ -32,6 +35,21 @@ class _Current:
 def stop(cause: Cause, detail: str) -> None:
     """Have the task of this process stop when it next says how far it is; may be called by a signal handler."""
     _Current.stop = _Current.stop or (cause, detail)
+
+
+def stopped_by(causes: Mapping[signal.Signals, tuple[Cause, str]], *, idle: Callable[[], bool] | None = None) -> None:
+    """Have these signals stop the task of this process, and end its children and, if it is at none, itself as ever."""
+    owner = os.getpid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner or (idle is not None and idle()):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        else:
+            stop(*causes[signal.Signals(number)])
+
+    for number in causes:
+        signal.signal(number, note)
 
 
 def progress(done: float, total: float, note: str = "") -> None:
@@ -75,7 +93,7 @@ def perform(job: Job, report: Report) -> Event:
     except Exception as error:
         return _failed(job, error)
     finally:
-        _Current.report = None
+        _Current.report = _Current.stop = None
         workspace.discard()
 
 

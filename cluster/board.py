@@ -16,6 +16,7 @@ from cluster.process import Process
 log = logging.getLogger(__name__)
 
 STATES = ("waiting", "running", "done", "skipped", "retried", "failed", "cancelled")
+SILENCE = 60.0  # seconds; a driver writes its status every second
 STATUS, ATTEMPTS = "status.json", "attempts.jsonl"
 
 
@@ -137,11 +138,20 @@ class Journal:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The last status of a run; its state is "killed" if its driver is gone without having ended it."""
+    """The last status of a run.
+
+    Its state is "killed" if its driver is gone without having ended it, and "silent" if that cannot be seen from this
+    machine and it has written nothing for a minute; `silent` are the seconds since it last did.
+    """
     try:
         data: dict[str, Any] = json.loads((folder / STATUS).read_bytes())
-        if data["state"] == "running" and Process.from_json(data["process"]).alive() is False:
-            data["state"] = "killed"
+        data["silent"] = round(max(time.time() - (folder / STATUS).stat().st_mtime, 0.0), 1)
+        if data["state"] == "running":
+            alive = Process.from_json(data["process"]).alive()
+            if alive is False:
+                data["state"] = "killed"
+            elif alive is None and data["silent"] > SILENCE:
+                data["state"] = "silent"
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return data

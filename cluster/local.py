@@ -79,8 +79,7 @@ class LocalExecutor:
         if not LINUX:
             log.warning("memory limits of tasks are watched on Linux only")
 
-    @property
-    def memory_limit_gb(self) -> float:
+    def memory_limit_gb(self, asked: Resources) -> float:
         """All the memory there is to hand out."""
         return self.machine.memory_gb
 

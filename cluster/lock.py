@@ -1,7 +1,8 @@
 """One run at a time for each store and label: a lock file that names its owner.
 
 The kernel holds the lock (flock), so it ends with its owner however that ends. Where the file system has no
-locks the name in the file decides. Should both fail, nothing is lost: publication is safe without any lock.
+locks the name in the file decides; that of a dead owner on another host is then to be removed by hand. Should both
+fail, nothing is lost: publication is safe without any lock.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def run_lock(
         if on_locked == "refuse":
             raise Locked(f"{label!r} is held by {holder or 'another run'} ({path}): wait for it, or stop it")
         if not told:
-            log.warning("waiting: %r is held by %s", label, holder or "another run")
+            log.warning("waiting: %r is held by %s (%s)", label, holder or "another run", path)
             told = True
         check()
         time.sleep(PERIOD)

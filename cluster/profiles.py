@@ -36,7 +36,7 @@ def load_profile(kind: Kind, name: str | None) -> dict[str, Any]:
     given = _read(path)
     for key, value in given.items():
         if key not in defaults:
-            raise BadConfig(f"{path}: unknown key {key!r}: {_nearest(str(key), defaults)}")
+            raise BadConfig(f"{path}: unknown key {key!r}: {nearest(str(key), defaults)}")
         if not _alike(value, defaults[key]):
             wanted = _kind_of(defaults[key])
             raise BadConfig(f"{path}: {key} is {value!r}: {wanted} is needed, such as {defaults[key]!r}")
@@ -57,7 +57,7 @@ def _path(kind: Kind, name: str) -> Path:
     path = _FOLDER / kind / f"{name}.yaml"
     if name not in profile_names(kind):
         raise BadConfig(
-            f"cluster.profile: there is no {kind} profile {name!r} ({_nearest(name, profile_names(kind))}); a path of "
+            f"cluster.profile: there is no {kind} profile {name!r} ({nearest(name, profile_names(kind))}); a path of "
             "your own ends with .yaml"
         )
     return path
@@ -77,7 +77,8 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _nearest(name: str, legal: Iterable[str]) -> str:
+def nearest(name: str, legal: Iterable[str]) -> str:
+    """A hint for who wrote a wrong name."""
     near = difflib.get_close_matches(name, list(legal), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
 

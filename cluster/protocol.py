@@ -59,6 +59,7 @@ class Job:
     log: Path
     lease: float
     supersedes: tuple[str, ...] = ()  # attempts to fence even if they seem alive
+    avoid: tuple[str, ...] = ()  # nodes on which earlier attempts died, as `Event.node` has them: elsewhere if possible
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads."""
@@ -74,6 +75,7 @@ class Job:
                 "log": Path(data["log"]),
                 "resources": Resources(**data["resources"]),
                 "supersedes": tuple(data["supersedes"]),
+                "avoid": tuple(data["avoid"]),
             }
         )
 
@@ -91,14 +93,14 @@ class Event:
     note: str = ""
     # Of "ended" as busy: attempt -> (beat, patience) of those at work.
     others: Mapping[str, tuple[int, float]] | None = None
+    node: str = ""  # of "started" and "ended": where it runs, as far as the executor knows and has several
 
 
 class Executor(Protocol):
     """Runs attempts somewhere."""
 
-    @property
-    def memory_limit_gb(self) -> float | None:
-        """The most memory one attempt can be given; None if unknown."""
+    def memory_limit_gb(self, asked: Resources) -> float | None:
+        """The most memory that an attempt with these cores and GPUs can be given; None if unknown."""
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse, before anything starts, tasks that could never run here.

@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ WINDOW = 64  # tasks of one shape handed to Ray beyond two for each core: it nee
 LOOK_PERIOD = 5.0  # seconds between two looks at the nodes while tasks wait
 SLACK = 60.0  # seconds beyond its time limit after which a task is ended from here; its node does so before
 CLOSE_LIMIT = 10.0
+NODE_ID = "ray.io/node-id"  # label of every node
 PREEMPTED = 3  # `NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED` of Ray
 PASSED_ON = ("OCVTP_", "HF_", "TRANSFORMERS_", "TORCH_", "CUBLAS_", "PYTHONHASHSEED")  # variables tasks see
 
@@ -72,10 +73,9 @@ class RayExecutor:
             self.close()
             raise
 
-    @property
-    def memory_limit_gb(self) -> float | None:
-        """Memory of the largest node."""
-        nodes = [*self._nodes, *self._profile.growth]
+    def memory_limit_gb(self, asked: Resources) -> float | None:
+        """Memory of the largest node that has the cores and GPUs."""
+        nodes = [node for node in [*self._nodes, *self._profile.growth] if node.fits(asked, self._profile)]
         return max((node.memory_gb for node in nodes), default=None)
 
     def check(self, tasks: Sequence[Task]) -> None:
@@ -152,13 +152,21 @@ class RayExecutor:
             "memory": int(asked.memory_gb * GIB),
             "resources": profile.resources or None,
             "accelerator_type": profile.accelerator_type if asked.gpus else None,
-            "scheduling_strategy": profile.scheduling,
+            "scheduling_strategy": self._strategy(job),
             "max_retries": 0,
             "num_returns": "streaming",
             "name": display(job.name),
         }
         stream = self._remote.options(**options).remote(job.to_json(), *self._setup)
         self._flights[stream] = _Flight(job, stream, time.monotonic())
+
+    def _strategy(self, job: Job) -> Any:
+        """Where Ray puts a job: as the profile says, but away from nodes on which it died if there are others."""
+        if not job.avoid:
+            return self._profile.scheduling
+        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+        return NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
 
     def _make_setup(self, root: str | None) -> tuple[dict[str, Any], list[str], str | None]:
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
@@ -197,11 +205,12 @@ class RayExecutor:
                 flight.node, flight.started = message["node"], time.monotonic()
             elif event.kind == "ended":
                 del self._flights[flight.stream]
+                event = replace(event, node=message["node"])
             self._events.append(event)
 
     def _ended(self, flight: _Flight, cause: Cause, detail: str) -> None:
         del self._flights[flight.stream]
-        self._events.append(Event(flight.job.id, "ended", cause, detail))
+        self._events.append(Event(flight.job.id, "ended", cause, detail, node=flight.node or ""))
 
     def _diagnose(self, flight: _Flight, error: Exception) -> tuple[Cause, str]:
         """Why Ray ended a job, of which no word came."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from cluster.errors import BadConfig
 from cluster.machine import GIB
-from cluster.profiles import load_profile
+from cluster.profiles import load_profile, nearest
 from cluster.task import Resources
 
+SCHEDULING = ("DEFAULT", "SPREAD")
+SIZES = ("cpus", "gpus", "memory_gb")
 ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a node's GPUs
 
 
@@ -65,6 +69,7 @@ class Profile:
             BadConfig: an unknown key or an impossible value.
         """
         values: dict[str, Any] = load_profile("ray", name or "default")
+        _check(values, f"Ray profile {name or 'default'}")
         return cls(**{one.name: values[one.name] for one in fields(cls) if values.get(one.name) is not None})
 
     @property
@@ -77,6 +82,40 @@ class Profile:
         if self.accelerator_type:
             extra[ACCELERATOR + self.accelerator_type] = 1.0
         return [Node(size.get("cpus", 0.0), size.get("gpus", 0.0), size.get("memory_gb", 0.0), extra)]
+
+
+def _check(values: Mapping[str, Any], where: str) -> None:
+    """Raise BadConfig for what the kinds of the default values do not tell."""
+    for key in ("address", "working_dir", "accelerator_type"):
+        if not (values[key] is None or (isinstance(values[key], str) and values[key])):
+            raise BadConfig(f"{where}: {key} is {values[key]!r}: a text is needed")
+    if values["scheduling"] not in SCHEDULING:
+        raise BadConfig(f"{where}: scheduling is {values['scheduling']!r}: {' or '.join(SCHEDULING)}")
+    if not 0 <= values["patience_minutes"] < math.inf:
+        raise BadConfig(f"{where}: patience_minutes is {values['patience_minutes']!r}: a number, at least 0")
+    for name, value in values["environment"].items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise BadConfig(f"{where}: environment.{name} is {value!r}: a text is needed (quote numbers)")
+    for name, value in values["resources"].items():
+        if not _is_amount(value) or value == 0:
+            raise BadConfig(f"{where}: resources.{name} is {value!r}: a number greater than zero")
+    size = values["largest_node"]
+    if size is None:
+        return
+    if not isinstance(size, dict) or not size:
+        raise BadConfig(f"{where}: largest_node is {size!r}: a mapping such as {{cpus: 32, gpus: 4, memory_gb: 200}}")
+    for name, value in size.items():
+        if name not in SIZES:
+            raise BadConfig(f"{where}: unknown key largest_node.{name}: {nearest(str(name), SIZES)}")
+        if not _is_amount(value):
+            raise BadConfig(f"{where}: largest_node.{name} is {value!r}: a number, at least 0")
+    for name in ("cpus", "memory_gb"):
+        if not size.get(name):
+            raise BadConfig(f"{where}: largest_node does not say how much {name} it has: no task would fit it")
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def misfit(asked: Resources, nodes: Sequence[Node], profile: Profile) -> str | None:

@@ -58,8 +58,8 @@ class Remote:
         leaves = (str(name).rstrip("/").rpartition("/")[2] for name in names)
         return {leaf.removesuffix(".json") for leaf in leaves if leaf.endswith(".json")}
 
-    def fetch(self, outs: Iterable[Path]) -> int:
-        """Publish here those of these results that it has, many at a time; how many.
+    def fetch(self, outs: Iterable[Path], *, check: Callable[[], None]) -> int:
+        """Publish here those of these results that it has, many at a time, looking for signals by `check`; how many.
 
         Raises:
             NotAvailable: it cannot be read.
@@ -67,7 +67,11 @@ class Remote:
         wanted = [out for out in outs if self._has(out)]
         if wanted:
             log.info("fetching %d results from %s", len(wanted), self.url)
-        return sum(self._pool.map(self._fetch, wanted))
+        fetches = [self._pool.submit(self._fetch, out) for out in wanted]
+        for fetch in fetches:
+            while not wait([fetch], 0.25).done:
+                check()
+        return sum(fetch.result() for fetch in fetches)
 
     def _fetch(self, out: Path) -> bool:
         """One result; False if it has to be made after all."""
@@ -135,5 +139,5 @@ class Remote:
         self._uploads.clear()
 
     def close(self) -> None:
-        """Drop uploads that have not begun, and wait for those that have."""
+        """Drop transfers that have not begun, and wait for those that have."""
         self._pool.shutdown(cancel_futures=True)

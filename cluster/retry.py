@@ -1,6 +1,6 @@
 """The one retry policy: by cause, bounded, the same for every executor.
 
-crashed, lost, node    again, `tries` attempts in all
+crashed, lost, node    again, `tries` attempts in all, on another node if there is one
 preempted              again, `preemptions` attempts
 timeout                again only if the attempt left something new to resume from, `preemptions` attempts
 oom                    once more, with twice the memory (or what there is)
@@ -16,6 +16,7 @@ from cluster.protocol import Cause
 from cluster.task import Resources
 
 MORE_MEMORY = 2.0
+ELSEWHERE = (Cause.CRASHED, Cause.LOST, Cause.NODE)  # the node may be to blame
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds
 
 
@@ -28,7 +29,7 @@ class Policy:
 
     def limit(self, cause: Cause, *, progressed: bool) -> int:
         """How many attempts may end by this cause before the task has failed."""
-        if cause in (Cause.CRASHED, Cause.LOST, Cause.NODE):
+        if cause in ELSEWHERE:
             return self.tries
         if cause is Cause.PREEMPTED or (cause is Cause.TIMEOUT and progressed):
             return self.preemptions

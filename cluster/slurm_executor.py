@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster import slurm_queue, wire
@@ -37,8 +37,12 @@ log = logging.getLogger(__name__)
 TICK = 0.25  # seconds between two looks at the files of attempts
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show what an attempt wrote last
 CLOSE_LIMIT = 20.0  # seconds that cancelled jobs have to leave the queue
-_FULL = re.compile(r"limit|MaxJobs|MaxSubmit|temporarily unable to accept job", re.IGNORECASE)
+_UNHEARD = re.compile(r"timed out|Zero Bytes", re.IGNORECASE)  # it may have queued them all the same
+_HELD = re.compile(r"held|BadConstraints|PartitionDown|PartitionInactive", re.IGNORECASE)
 _MEMORY = re.compile(rb"exceeded (job |step )?memory limit|oom[-_ ]kill", re.IGNORECASE)
+
+
+_Kind = tuple[Resources, tuple[str, ...]]  # what jobs of one array share: what they ask for, and nodes they avoid
 
 
 @dataclass(eq=False)
@@ -53,6 +57,7 @@ class _Flight:
     read: int = 0  # bytes of its events
     gone: float | None = None  # when it was first seen to have ended, or not seen any more
     state: State | None = None
+    node: str = ""
     verdict: Cause | None = None  # why we ended it
 
 
@@ -69,20 +74,23 @@ class SlurmExecutor:
         self._settings = slurm_queue.settings()
         self._folder = context.logs / FOLDER
         self._name = job_name(context.run_id)
-        self._queues: dict[Resources, deque[Job]] = {}
+        self._queues: dict[_Kind, deque[Job]] = {}
         self._flights: dict[str, _Flight] = {}  # by id of the SLURM job
+        self._known: set[str] = set()  # ids of all jobs that SLURM has taken
         self._events: list[Event] = []
-        self._looked, self._away_since, self._full_until = 0.0, None, 0.0
+        self._looked, self._away_since = 0.0, None
+        self._full_until, self._full_since, self._wave = 0.0, None, self._longest_array
         self._ledger = Ledger(self._folder)
         self._ledger.open()
-        reap(context.logs.parent)
+        reap(self._ledger)
+        self._told: set[str] = set()  # reasons to wait of which people know
 
     _away_since: float | None
+    _full_since: float | None
 
-    @property
-    def memory_limit_gb(self) -> float | None:
-        """Memory of the largest node, less what each job has beside its task."""
-        largest = slurm_queue.largest_memory_gb(self._profile.partition)
+    def memory_limit_gb(self, asked: Resources) -> float | None:
+        """Memory of the largest node with GPUs or without, less what each job has beside its task."""
+        largest = slurm_queue.largest_memory_gb(self._profile.partition, gpus=asked.gpus > 0)
         return None if largest is None else largest - self._profile.spare_memory_gb
 
     def check(self, tasks: Sequence[Task]) -> None:
@@ -100,7 +108,7 @@ class SlurmExecutor:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs."""
         for job in jobs:
-            self._queues.setdefault(job.resources, deque()).append(job)
+            self._queues.setdefault((job.resources, job.avoid), deque()).append(job)
         self._launch()
 
     def poll(self, timeout: float) -> list[Event]:
@@ -119,9 +127,9 @@ class SlurmExecutor:
     def cancel(self, ids: Collection[str]) -> None:
         """Drop these from the queue here, and cancel those that SLURM has."""
         wanted = set(ids)
-        for resources, queue in self._queues.items():
+        for kind, queue in self._queues.items():
             dropped = [job for job in queue if job.id in wanted]
-            self._queues[resources] = deque(job for job in queue if job.id not in wanted)
+            self._queues[kind] = deque(job for job in queue if job.id not in wanted)
             self._events += [Event(job.id, "ended", Cause.CANCELLED) for job in dropped]
         flights = [flight for flight in self._flights.values() if flight.job.id in wanted]
         for flight in flights:
@@ -134,58 +142,84 @@ class SlurmExecutor:
         self._queues.clear()
         self.cancel([flight.job.id for flight in self._flights.values()])
         deadline = time.monotonic() + CLOSE_LIMIT
-        while time.monotonic() < deadline and self._left():
+        while time.monotonic() < deadline and (left := self._left()):
+            slurm_queue.cancel(left - self._known)  # such as sbatch queued without saying so
             self.poll(TICK)
         self._flights.clear()
 
-    def _left(self) -> bool:
-        """Whether jobs of this run are in the queue, also such as have said their last word."""
+    def _left(self) -> set[str]:
+        """Jobs of this run in the queue, also such as have said their last word."""
         try:
-            return any(listed.state.alive for listed in slurm_queue.queue(name=self._name))
+            return {listed.id for listed in slurm_queue.queue(name=self._name) if listed.state.alive}
         except Away as error:
             log.warning("%s", error)
-            return False
+            return set()
 
     # Handing jobs to SLURM
 
     def _launch(self) -> None:
-        for resources, queue in self._queues.items():
+        for kind, queue in self._queues.items():
             while queue and time.monotonic() >= self._full_until:
                 room = self._profile.max_jobs - len(self._flights)
-                wave = [queue.popleft() for _ in range(min(len(queue), room, self._longest_array))]
+                wave = [queue.popleft() for _ in range(min(len(queue), room, self._wave))]
                 if not wave:
                     return
-                if not self._hand_over(resources, wave):
+                if not self._hand_over(kind, wave):
                     queue.extendleft(reversed(wave))
 
     @property
     def _longest_array(self) -> int:
         return max(1, int(self._settings.get("MaxArraySize", "1001")))
 
-    def _hand_over(self, resources: Resources, jobs: Sequence[Job]) -> bool:
-        """Submit an array; False if the queue takes no more just now."""
+    def _hand_over(self, kind: _Kind, jobs: Sequence[Job]) -> bool:
+        """Submit an array; False if the queue takes no more just now. What it never takes has ended."""
+        resources, profile = kind[0], self._elsewhere(*kind)
         executor = self._submitit.SlurmExecutor(folder=self._folder / "submitit")
-        executor.update_parameters(
-            **self._profile.parameters(resources), job_name=self._name, setup=self._setup(resources)
-        )
+        executor.update_parameters(**profile.parameters(resources), job_name=self._name, setup=self._setup(resources))
         executor.folder.mkdir(parents=True, exist_ok=True)
         executor.parameters["map_count"] = len(jobs)  # as submitit's own map_array has it
         array = write_array(self._folder, jobs, self._profile.signal_seconds)
         try:
-            first = executor._submit_command(shlex.join([sys.executable, "-u", "-m", worker.__name__, str(array)]))
+            with slurm_queue.undisturbed():
+                first = executor._submit_command(shlex.join([sys.executable, "-u", "-m", worker.__name__, str(array)]))
         except Exception as error:  # submitit has several for what sbatch says
-            message = " ".join(str(error).split())[-500:]
-            if self._flights and _FULL.search(message):
-                self._full_until = time.monotonic() + max(self._profile.poll_seconds, 1.0)
-                log.info("SLURM takes no more jobs just now: %s", message)
-                return False
-            raise NotAvailable(f"SLURM does not take the jobs: {message}") from error
+            return self._refused(jobs, " ".join(str(error).split())[-500:])
         now = time.monotonic()
+        self._full_since, self._wave = None, min(2 * self._wave, self._longest_array)
         for index, job in enumerate(jobs):
             one = self._submitit.SlurmJob(executor.folder, f"{first.job_id}_{index}", [0])
             self._flights[one.job_id] = _Flight(job, one.job_id, Path(one.paths.stderr), now)
+            self._known.add(one.job_id)
             self._ledger.note(one.job_id, job.id, job.out)
         self._looked = now
+        return True
+
+    def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> Profile:
+        """The profile, without nodes to avoid if another one that is up can run such jobs."""
+        if not avoid:
+            return self._profile
+        without = [*([self._profile.exclude] if self._profile.exclude else []), *avoid]
+        try:
+            away = slurm_queue.unusable_nodes(self._profile.partition)
+        except Away:
+            return self._profile
+        others = replace(self._profile, exclude=",".join([*without, *away]))
+        if slurm_queue.objection(others.test_arguments(asked)):
+            return self._profile
+        return replace(self._profile, exclude=",".join(without))
+
+    def _refused(self, jobs: Sequence[Job], message: str) -> bool:
+        """Later and fewer at once where a limit is reached, for as long as our own jobs hold it or patience lasts."""
+        now = time.monotonic()
+        self._full_since = None if self._flights else self._full_since or now
+        patient = self._full_since is None or now - self._full_since < self._profile.patience_minutes * 60
+        if patient and slurm_queue.takes_later(message):
+            self._wave = max(1, len(jobs) // 2)
+            self._full_until = now + max(self._profile.poll_seconds, 1.0)
+            log.info("SLURM takes no more jobs just now: %s", message)
+            return False
+        cause = Cause.LOST if _UNHEARD.search(message) else Cause.EXCEPTION
+        self._events += [Event(job.id, "ended", cause, f"SLURM does not take the job: {message}") for job in jobs]
         return True
 
     def _setup(self, resources: Resources) -> list[str]:
@@ -215,6 +249,7 @@ class SlurmExecutor:
                 if event.kind == "ended":
                     self._ended(flight, flight.verdict or event.cause or Cause.LOST, event.detail, event)
                     break
+                flight.node = event.node or flight.node
                 self._events.append(event)
 
     def _look(self) -> None:
@@ -249,8 +284,10 @@ class SlurmExecutor:
     def _judge(self, flight: _Flight, state: State | None, now: float) -> None:
         """An end that the attempt itself has not spoken of, once its words have had time to become visible."""
         flight.state = state or flight.state
+        flight.node = (state.node if state else "") or flight.node
         if state is not None and state.alive:
             flight.gone = None
+            self._tell(flight, state)
             return
         if flight.gone is None:
             flight.gone = now
@@ -266,6 +303,13 @@ class SlurmExecutor:
                 where = f" on {state.node}" if state.node else ""
                 self._ended(flight, cause, f"SLURM job {flight.id}{where} is {state.state}{_last_words(flight.log)}")
 
+    def _tell(self, flight: _Flight, state: State) -> None:
+        """Say once of each reason that jobs wait until a person does something."""
+        if state.state == "PENDING" and _HELD.search(state.reason) and state.reason not in self._told:
+            self._told.add(state.reason)
+            log.warning("SLURM job %s waits and will not start by itself: %s (see `scontrol show job %s`)",
+                        flight.id, state.reason, flight.id)  # fmt: skip
+
     def _cause(self, flight: _Flight, state: State) -> Cause:
         cause = CAUSES.get(state.state, Cause.LOST)
         if cause is Cause.CRASHED and _MEMORY.search(_tail(flight.log)):
@@ -275,7 +319,7 @@ class SlurmExecutor:
     def _ended(self, flight: _Flight, cause: Cause, detail: str, event: Event | None = None) -> None:
         del self._flights[flight.id]
         others = event.others if event else None
-        self._events.append(Event(flight.job.id, "ended", cause, detail, others=others))
+        self._events.append(Event(flight.job.id, "ended", cause, detail, others=others, node=flight.node))
 
 
 def _tail(path: Path) -> bytes:
@@ -287,4 +331,5 @@ def _tail(path: Path) -> bytes:
 
 def _last_words(path: Path) -> str:
     lines = [line for line in _tail(path).decode(errors="replace").splitlines() if line.strip()]
-    return f": {json.dumps(lines[-1][:200])}" if lines else ""
+    own = [line for line in lines if not line.startswith("srun:")]  # says more than that it exited with 1
+    return f": {json.dumps((own or lines)[-1][:200])}" if lines else ""

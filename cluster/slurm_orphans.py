@@ -1,6 +1,7 @@
 """Jobs that a driver left behind when it was killed: the next run on the same store cancels them, and fences them.
 
 Each run notes in its folder of logs who drives it, and which job runs which attempt. Jobs are named after their run.
+Whether a driver on another login node is dead, its status tells, which it writes every second.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import slurm_queue
+from cluster.board import STATUS
 from cluster.leftovers import fence
 from cluster.process import Process
 
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "ocvtp-"
 FOLDER, DRIVER, ATTEMPTS = "slurm", "driver.json", "attempts.jsonl"
+SILENCE = 300.0  # seconds without a sign of life of a driver on another host after which it counts as dead
 LIMIT = 30.0  # seconds that cancelled jobs have to leave the queue
 _NAME = re.compile(rf"{PREFIX}(?P<run>\d{{8}}-\d{{6}}-[0-9a-f]{{8}})")
 
@@ -54,6 +57,26 @@ class Ledger:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def abandoned(self, now: float) -> bool:
+        """Whether its driver is dead. Should it live all the same, its cancelled jobs come again, and nothing is lost.
+
+        Args:
+            now: a time by the clock of the file system.
+        """
+        driver = self.driver()
+        alive = driver.alive() if driver is not None else True
+        return alive is False or (alive is None and now - self._seen() > SILENCE)
+
+    def opened(self) -> float:
+        """When its driver began, by the clock of the file system."""
+        return (self.folder / DRIVER).stat().st_mtime
+
+    def _seen(self) -> float:
+        try:
+            return max(self.opened(), (self.folder.parent / STATUS).stat().st_mtime)
+        except OSError:
+            return self.opened()
+
     def attempts(self) -> Iterator[tuple[str, str, Path]]:
         """(job, attempt, out) of all that was noted."""
         try:
@@ -68,15 +91,16 @@ class Ledger:
                 continue
 
 
-def reap(logs: Path) -> list[str]:
+def reap(own: Ledger) -> list[str]:
     """Cancel jobs of runs on this store whose drivers are dead, and fence their attempts.
 
     Args:
-        logs: folder of the logs of all runs on the store.
+        own: of the run that begins now, opened.
 
     Returns:
         The ids of the jobs.
     """
+    logs, now = own.folder.parent.parent, own.opened()
     ledgers: dict[str, Ledger] = {}
     orphans: set[str] = set()
     for listed in slurm_queue.queue(user=getpass.getuser()):
@@ -84,8 +108,7 @@ def reap(logs: Path) -> list[str]:
         if match is None or not listed.state.alive:
             continue
         ledger = ledgers.setdefault(match["run"], Ledger(logs / match["run"] / FOLDER))
-        driver = ledger.driver()
-        if driver is not None and driver.alive() is False:
+        if ledger.abandoned(now):
             orphans.add(listed.id)
     if not orphans:
         return []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import signal
 import subprocess
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import NotAvailable
@@ -31,7 +33,9 @@ CAUSES = {
     "FAILED": Cause.CRASHED,
     "COMPLETED": Cause.LOST,
 }
-_ELEMENTS = re.compile(r"(?P<job>\d+)_\[(?P<ranges>[^\]%]*)")
+_USABLE = ("idle", "mix", "alloc", "comp")  # states of nodes, as sinfo abbreviates them
+_REASON = re.compile(r"\b(?:QOS|Assoc)\w+")
+_LATER = re.compile(r"Submit|MaxJobs|GrpJobs|MaxJobCount|temporarily unable|unable to contact", re.IGNORECASE)
 
 
 class Away(Exception):
@@ -61,9 +65,23 @@ class Listed:
     state: State
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within this, the Ctrl-C of a terminal spares commands, which it reaches too; the driver hears of it afterwards.
+
+    An sbatch that it kills may have queued its jobs already, without having said under which id.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+        with undisturbed():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     except FileNotFoundError as error:
         raise NotAvailable(f"there is no {command[0]} on this machine: is it one of a SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
@@ -73,32 +91,21 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def expanded(identity: str) -> list[str]:
-    """`7_[1-3,5%2]` as its elements; any other id as it is."""
-    match = _ELEMENTS.match(identity)
-    if match is None:
-        return [identity]
-    found = []
-    for part in match["ranges"].split(","):
-        first, _, last = part.partition("-")
-        found += [f"{match['job']}_{number}" for number in range(int(first), int(last or first) + 1)]
-    return found
-
-
 def queue(*, name: str | None = None, user: str | None = None) -> list[Listed]:
     """Jobs in the queue, those that ended not long ago included.
 
     Raises:
         Away: the controller does not answer.
     """
-    command = ["squeue", "--noheader", "--states=all", "--format=%i|%j|%T|%N|%r"]
+    # One line for each element of an array: ranges come with steps, and are cut short where they are long.
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%N|%r"]
     command += [f"--name={name}"] if name else []
     command += [f"--user={user}"] if user else []
     found = []
     for line in _run(command).splitlines():
         identity, _, rest = line.partition("|")
         job, state, node, reason = rest.rsplit("|", 3)
-        found += [Listed(one, job, State(state, node, reason)) for one in expanded(identity)]
+        found.append(Listed(identity, job, State(state, node, reason)))
     return found
 
 
@@ -147,23 +154,43 @@ def settings() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def largest_memory_gb(partition: str | None) -> float | None:
-    """Of a node; None if SLURM does not say."""
+def largest_memory_gb(partition: str | None, *, gpus: bool = False) -> float | None:
+    """Of a node, or of one with GPUs; None if SLURM does not say."""
+    where = [f"--partition={partition}"] if partition else []
     try:
-        lines = _run(["sinfo", "--noheader", "--format=%m", *([f"--partition={partition}"] if partition else [])])
+        lines = _run(["sinfo", "--noheader", "--format=%m|%G", *where]).splitlines()
     except (Away, NotAvailable):
         return None
-    numbers = [float(line.strip().rstrip("+")) for line in lines.split()]
+    found = [line.strip().split("|", 1) for line in lines if "|" in line]
+    numbers = [float(memory.rstrip("+")) for memory, gres in found if "gpu" in gres or not gpus]
     return max(numbers) / 1024 if numbers else None
+
+
+def unusable_nodes(partition: str | None) -> list[str]:
+    """Nodes that start no job now, however long it waits for those at work.
+
+    Raises:
+        Away: the controller does not answer.
+    """
+    where = [f"--partition={partition}"] if partition else []
+    lines = (line.split("|") for line in _run(["sinfo", "--Node", "--noheader", "--format=%N|%t", *where]).splitlines())
+    return sorted({name for name, state in lines if state.endswith("*") or not state.startswith(_USABLE)})
+
+
+def takes_later(refusal: str) -> bool:
+    """Whether what sbatch says is that it takes no more jobs now, not that it never takes such a one."""
+    reason = _REASON.search(refusal)  # clearer than the text beside it, which is the same for all limits
+    return bool(_LATER.search(reason[0] if reason else refusal))
 
 
 def objection(arguments: Sequence[str]) -> str | None:
     """Why such a job can never run; None if it can."""
     command = ["sbatch", "--test-only", *arguments, "--wrap=true"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+        with undisturbed():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotAvailable(f"sbatch does not answer: {error}") from error
-    if done.returncode == 0:
+    if done.returncode == 0 or takes_later(done.stderr):
         return None
     return " ".join(done.stderr.replace("sbatch: error:", " ").replace("allocation failure:", " ").split())

@@ -16,10 +16,9 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from cluster import wire
-from cluster.attempt import perform, stop
+from cluster.attempt import perform, stop, stopped_by
 from cluster.local import Guardian
 from cluster.machine import group_members, memory_of
 from cluster.protocol import Cause, Event, Job
@@ -82,10 +81,16 @@ def run(job: Job, folder: Path, grace: float) -> None:
     """Run one attempt, and say how it goes in `folder`."""
     if os.getpgrp() != os.getpid():
         os.setpgrp()
-    _give_way()
+    stopped_by(
+        {
+            signal.SIGUSR2: (Cause.TIMEOUT, "SLURM says that its time is nearly over"),
+            signal.SIGTERM: (Cause.PREEMPTED, "SLURM takes its node away"),
+        }
+    )
+    signal.signal(signal.SIGCONT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tell = _Teller(events_file(folder, job.id))
-    tell(Event(job.id, "started"))
+    tell(Event(job.id, "started", node=os.environ.get("SLURMD_NODENAME", "")))
     threading.Thread(target=_watch, args=(job, tell, grace), name="limits", daemon=True).start()
     guardian = Guardian()  # should this process be killed: not every SLURM finds the children of a dead one
     guardian.tell("+", os.getpgrp())
@@ -96,21 +101,6 @@ def run(job: Job, folder: Path, grace: float) -> None:
     finally:
         guardian.tell("-", os.getpgrp())
         guardian.close()
-
-
-def _give_way() -> None:
-    """Have signals stop the task."""
-    causes = {
-        signal.SIGUSR2: (Cause.TIMEOUT, "SLURM says that its time is nearly over"),
-        signal.SIGTERM: (Cause.PREEMPTED, "SLURM takes its node away"),
-    }
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop(*causes[signal.Signals(number)])
-
-    for number in causes:
-        signal.signal(number, note)
-    signal.signal(signal.SIGCONT, signal.SIG_IGN)
 
 
 def _watch(job: Job, tell: _Teller, grace: float) -> None:

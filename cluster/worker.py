@@ -1,7 +1,8 @@
 """A local worker: a process that serves one attempt after another, so that heavy imports happen once.
 
 It speaks with its driver through two pipes, and leads a process group of its own, so that Ctrl-C in a
-terminal reaches the driver alone. It dies with its driver, and takes its children along: the kernel kills it
+terminal reaches the driver alone. SIGTERM, which a machine about to be taken away sends to all, stops the task where it
+next says how far it is. It dies with its driver, and takes its children along: the kernel kills it
 (Linux), and a thread watches the pipe from the driver, which closes when the driver is gone.
 """
 
@@ -21,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import wire
-from cluster.attempt import perform
+from cluster.attempt import perform, stopped_by
 from cluster.process import LINUX
-from cluster.protocol import Event, Job
+from cluster.protocol import Cause, Event, Job
 
 PR_SET_PDEATHSIG = 1
 LINGER = 2.0  # seconds an idle worker may take for its exit handlers once the driver has closed the pipe
@@ -36,6 +37,7 @@ def main(commands: int, events: int, driver: int) -> None:
     os.set_inheritable(commands, False)
     os.set_inheritable(events, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stopped_by({signal.SIGTERM: (Cause.PREEMPTED, "told to give way, by SIGTERM")}, idle=lambda: not busy.is_set())
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     lock = threading.Lock()  # a task may report progress from several threads

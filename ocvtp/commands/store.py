@@ -29,7 +29,7 @@ def add(subparsers: Any) -> None:
                        "In use is what the outputs in data/, models/ and results/ hold or name.")  # fmt: skip
     for parser in (verify, clean):
         parser.add_argument("--store", type=Path, default=None,
-                            help="default: OCVTP_STORE, cluster.store of params.yaml, or .ocvtp/store")  # fmt: skip
+                            help="default: OCVTP_STORE, or cluster.store of params.yaml")  # fmt: skip
         common.add_json(parser)
     verify.add_argument("--quarantine", action="store_true",
                         help="move corrupt results aside, so that the next run makes them again")  # fmt: skip
@@ -109,23 +109,13 @@ def _cluster() -> Any:
 
 
 def _store(cluster: Any, given: Path | None) -> Any:
-    root = given or Path(os.environ.get("OCVTP_STORE") or _from_params() or ".ocvtp/store")
+    try:
+        root = given or cluster.default_root()
+    except cluster.ClusterError as error:
+        raise BadInput(str(error)) from error
     if not root.is_dir():
         raise BadInput(f"there is no store at {root}: run `dvc repro` first, or name it with --store")
     return cluster.Store(root)
-
-
-def _from_params() -> str | None:
-    path = Path("params.yaml")
-    if not path.is_file():
-        return None
-    import yaml
-
-    try:
-        section = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("cluster") or {}
-        return section.get("store")
-    except (yaml.YAMLError, AttributeError) as error:
-        raise BadInput(f"params.yaml cannot be read: {error}") from error
 
 
 def _unused(cluster: Any, store: Any, root: Path) -> list[Path]:

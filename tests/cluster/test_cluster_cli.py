@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -55,6 +56,37 @@ def test_status_tells_running_ended_and_killed_runs_apart(full: Store, capsys: p
     me = f"on {Process.me()}: 3 done (0:00"
     for words in (f"8 squares running {me}", f"9 squares killed {me}", "squares done on", "abc 1:01, 1 of 2 step 7"):
         assert words in text
+
+
+def test_status_says_how_long_a_driver_elsewhere_is_silent(full: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    path = next(full.logs.glob("*/status.json"))
+    elsewhere = Process.me().to_json() | {"domain": "another host", "host": "login7"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "running", "process": elsewhere}))
+    assert main(["status", "--store", str(full.root)]) == 0
+    assert "squares running on login7" in capsys.readouterr().out
+    os.utime(path, (time.time() - 600,) * 2)
+    assert main(["status", "--store", str(full.root)]) == 0
+    text = capsys.readouterr().out
+    assert "squares silent on login7" in text
+    assert "no sign of life for 10:0" in text
+
+
+def test_the_store_of_the_params_is_looked_at(
+    full: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("OCVTP_STORE", raising=False)
+    (work / "params.yaml").write_text(f"cluster: {{store: {os.path.relpath(full.root, full.root.parent)}}}\n")
+    assert main(["status"]) == 0
+    assert "no run has left a trace" in capsys.readouterr().out
+    monkeypatch.setenv("OCVTP_ROOT", str(full.root.parent))
+    assert main(["status"]) == 0
+    assert "squares done" in capsys.readouterr().out
+    (work / "params.yaml").write_text("cluster: [\n")
+    assert main(["status"]) == 2
+    assert "params.yaml cannot be read" in capsys.readouterr().err
 
 
 def test_sweep_says_what_it_did(full: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

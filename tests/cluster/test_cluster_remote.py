@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import time
 from pathlib import Path
 
 import cluster_jobs as jobs
@@ -12,7 +15,7 @@ import pytest
 from cluster_helpers import results, strays
 
 from cluster import ClusterConfig, Report, Store, Task, run, verify
-from cluster.errors import BadConfig, NotAvailable
+from cluster.errors import BadConfig, Interrupted, NotAvailable
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -97,6 +100,28 @@ def test_uploads_that_fail_fail_no_run(
         verify(folder)
     go(store, tmp_path, url)
     assert len(go(Store(tmp_path / "other"), tmp_path, url).skipped) == 4
+
+
+def test_ctrl_c_ends_fetching(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"file://{tmp_path}/remote"
+    go(store, tmp_path, url, 40)
+    system = fsspec.get_filesystem_class("file")
+    fetched: list[str] = []
+    really = system.get_file
+
+    def slow(self: object, source: str, *rest: object, **named: object) -> None:
+        fetched.append(source)
+        time.sleep(0.2)
+        if len(fetched) >= 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        really(self, source, *rest, **named)
+
+    monkeypatch.setattr(system, "get_file", slow)
+    other = Store(tmp_path / "other")
+    with pytest.raises(Interrupted):
+        go(other, tmp_path, url, 40)
+    assert len({name for name in fetched if name.endswith(".json")}) < 40
+    assert strays(other.root) == []
 
 
 def test_a_place_that_cannot_be_reached_is_named_before_any_work(store: Store, tmp_path: Path) -> None:

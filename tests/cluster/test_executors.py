@@ -88,6 +88,7 @@ def test_results_are_byte_for_byte_those_of_the_local_executor(
     squares = {json.loads(data)["x"]: json.loads(data) for name, data in found.items() if name.endswith("result.json")}
     assert squares == {x: {"x": x, "square": x * x} for x in range(suite.FINE)}
     assert [data for name, data in found.items() if name.endswith("/gpus")] == [b"1"]
+    assert [data for name, data in found.items() if name.endswith("/began")] == [b"at the checkpoint"]
     assert found == results(run_suite("local", None, base) / "store")
 
 

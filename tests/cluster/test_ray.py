@@ -304,6 +304,35 @@ if __name__ == "__main__":
 """
 
 
+ELSEWHERE = """
+import json
+from pathlib import Path
+import cluster_jobs as jobs
+from cluster import ClusterConfig, Store, run
+root = Path(sys.argv[1])
+store = Store(root / "store")
+spec = {"calls": str(root / "calls"), "times": 2}
+report = run([store.task("killed", "killed", jobs.killed, spec)],
+             config=ClusterConfig(executor="ray", store=store.root, profile=sys.argv[2]))
+(path,) = store.logs.glob("*/attempts.jsonl")
+attempts = [json.loads(line) for line in path.read_text().splitlines()]
+print([one["cause"] for one in attempts])
+print(len({one["node"] for one in attempts}), all(one["node"] for one in attempts))
+"""
+
+
+def test_a_task_whose_worker_crashed_runs_elsewhere(ray_server: ServerInfo, tmp_path: Path) -> None:
+    said = script(ray_server, ELSEWHERE, tmp_path, ray_server.profile)
+    assert said.stdout.splitlines() == ["['crashed', 'crashed', 'done']", "3 True"], said.stdout + said.stderr
+
+
+def test_a_task_that_no_other_node_can_run_runs_again_where_its_worker_crashed(tmp_path: Path) -> None:
+    profile = tmp_path / "local.yaml"
+    profile.write_text("address: local\n")
+    said = script(None, ELSEWHERE, tmp_path, profile)
+    assert said.stdout.splitlines() == ["['crashed', 'crashed', 'done']", "1 True"], said.stdout + said.stderr
+
+
 NODE = """
 from pathlib import Path
 import cluster_jobs as jobs

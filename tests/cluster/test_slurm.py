@@ -19,11 +19,11 @@ import slurm_jobs
 from cluster_helpers import alive, kill, results, strays, wait_for
 from slurm_cluster import ServerInfo
 
-from cluster import ClusterConfig, Report, Resources, Store, run
+from cluster import ClusterConfig, Report, Resources, Store, run, slurm_queue
 from cluster.errors import BadConfig, NotAvailable
-from cluster.slurm_orphans import PREFIX
+from cluster.slurm_orphans import PREFIX, SILENCE, Ledger
 from cluster.slurm_profile import Profile
-from cluster.slurm_queue import State, expanded
+from cluster.slurm_queue import State, takes_later
 
 pytest_plugins = ["slurm_cluster"]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -196,6 +196,57 @@ def test_the_task_of_a_lost_node_is_made_again_elsewhere(
     server.start_node(lost[0])
 
 
+def nodes(store: Store) -> list[str]:
+    """Where the attempts of a run were."""
+    (path,) = store.logs.glob("*/attempts.jsonl")
+    return [json.loads(line)["node"] for line in path.read_text().splitlines()]
+
+
+def crashes(store: Store, tmp_path: Path) -> Any:
+    return store.task("killed", "killed", jobs.killed, {"calls": str(tmp_path / "calls"), "times": 1},
+                      resources=slurm_jobs.SMALL)  # fmt: skip
+
+
+def test_the_task_of_a_crashed_worker_is_made_again_on_another_node(
+    config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    assert history(run([crashes(store, tmp_path)], config=config)) == ["crashed", "done"]
+    first, second = nodes(store)
+    assert first
+    assert second not in ("", first)
+
+
+def test_the_node_of_a_crash_serves_again_if_no_other_can(
+    server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    names = sorted(set(server.command("sinfo", "-N", "-h", "-o", "%N").split()))
+    own = tmp_path / "profile.yaml"
+    own.write_text(f"{server.profile.read_text()}exclude: {names[0]}\n")
+    config = ClusterConfig(executor="slurm", store=store.root, profile=str(own))
+    server.command("scontrol", "update", f"nodename={names[1]}", "state=drain", "reason=test")
+    try:
+        assert history(run([crashes(store, tmp_path)], config=config)) == ["crashed", "done"]
+    finally:
+        server.command("scontrol", "update", f"nodename={names[1]}", "state=resume")
+    assert nodes(store) == [names[2]] * 2
+
+
+def test_people_hear_of_jobs_that_wait_for_them(
+    server: ServerInfo, store: Store, tmp_path: Path, config: ClusterConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "profile.yaml"
+    own.write_text(f"{server.profile.read_text()}sbatch: {{hold: true}}\n")
+    report = during(
+        lambda: "will not start by itself: JobHeldUser" in caplog.text,
+        lambda: server.command("scontrol", "release", *server.jobs()),
+        lambda: run(
+            slurm_jobs.squares(store, tmp_path / "calls", 0.0, 1),
+            config=ClusterConfig(executor="slurm", store=store.root, profile=str(own)),
+        ),
+    )
+    assert history(report) == ["done"]
+
+
 def test_while_the_controller_is_away_jobs_go_on(
     server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
 ) -> None:
@@ -256,6 +307,23 @@ def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
     # At most those that were under way ran twice: six fit on the nodes.
     assert len(ran(tmp_path)) <= 30 + 6
     assert strays(store.root) == []
+
+
+def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> None:
+    ledger = Ledger(store.logs / "run" / "slurm")
+    ledger.open()
+    now = ledger.opened()
+    assert not ledger.abandoned(now + 10 * SILENCE)  # it is us
+    driver = ledger.folder / "driver.json"
+    driver.write_text(json.dumps(json.loads(driver.read_text()) | {"started": "1"}))
+    assert ledger.abandoned(now)
+    driver.write_text(json.dumps(json.loads(driver.read_text()) | {"domain": "another host"}))
+    assert not ledger.abandoned(now + SILENCE / 2)
+    assert ledger.abandoned(now + 2 * SILENCE)
+    status = store.logs / "run" / "status.json"
+    status.write_text("{}")
+    os.utime(status, (now + 1.5 * SILENCE,) * 2)
+    assert not ledger.abandoned(now + 2 * SILENCE)
 
 
 def test_two_drivers_share_the_work_and_leave_each_others_jobs_alone(
@@ -337,9 +405,76 @@ def test_profiles_are_found_by_name() -> None:
     assert parameters["additional_parameters"] == {"nice": 100, "no-requeue": True}
 
 
-def test_ids_and_states_as_slurm_writes_them() -> None:
-    assert expanded("7_[1-3,5%2]") == ["7_1", "7_2", "7_3", "7_5"]
-    assert expanded("7_12") == ["7_12"]
+def test_a_wave_that_a_limit_refuses_comes_again_smaller(
+    config: ClusterConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates " \
+        "accounting/QOS policy (job submit limit, user's size and/or time limits)"  # fmt: skip
+    sizes = refusing(monkeypatch, lambda parameters: limit if parameters["map_count"] > 3 else None)
+    report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 10), config=config)
+    assert len(report.done) == len(ran(tmp_path)) == 10
+    assert sizes[0] == 10
+    assert max(sizes[2:]) <= 6  # tries twice as many after a success
+    assert strays(store.root) == []
+
+
+def test_a_job_that_is_refused_fails_alone(
+    config: ClusterConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = "sbatch: error: Memory specification can not be satisfied"
+    refusing(monkeypatch, lambda parameters: never if int(parameters["mem"][:-2]) > 1500 else None)
+    large = store.task("square", "large", jobs.square, {"x": 99}, resources=Resources(memory_gb=2, minutes=5))
+    report = run([large, *slurm_jobs.squares(store, tmp_path / "calls", 0.05, 3)], config=config)
+    assert len(report.done) == 3
+    (failed,) = report.failed
+    assert (failed.task.name, failed.cause, failed.attempts) == ("large", "exception", 1)
+    assert "SLURM does not take the job" in failed.detail
+    assert "Memory specification" in failed.detail
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, objection: Callable[[dict[str, Any]], str | None]) -> list[int]:
+    """Have sbatch refuse arrays with what `objection` says of their parameters: sizes of all that were asked for."""
+    import submitit
+
+    sizes: list[int] = []
+    really = submitit.SlurmExecutor._submit_command
+
+    def submit(self: Any, command: str) -> Any:
+        sizes.append(self.parameters["map_count"])
+        said = objection(self.parameters)
+        if said:
+            raise submitit.core.utils.FailedJobError(said)
+        return really(self, command)
+
+    monkeypatch.setattr(submitit.SlurmExecutor, "_submit_command", submit)
+    return sizes
+
+
+def test_what_sbatch_refuses_for_now_and_what_for_ever() -> None:
+    policy = (
+        "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time"
+    )
+    assert takes_later(f"sbatch: error: AssocMaxSubmitJobLimit sbatch: error: {policy} limits)")
+    assert takes_later(policy)
+    assert takes_later("Unable to contact slurm controller (connect failure)")
+    assert not takes_later(f"sbatch: error: QOSMaxWallDurationPerJobLimit sbatch: error: {policy} limits)")
+    assert not takes_later("sbatch: error: Memory specification can not be satisfied")
+    assert not takes_later("Requested time limit is invalid (missing or exceeds some limit)")
+
+
+def test_the_ctrl_c_of_a_terminal_spares_commands() -> None:
+    assert slurm_queue._run(["sh", "-c", "kill -INT $$; echo alive"]) == "alive\n"
+
+
+def test_what_the_accounting_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "7_1|COMPLETED|n1\n7_2|CANCELLED by 0|n2\n7_3|OUT_OF_MEMORY|n1\n7_[4-9]|PENDING|None assigned\n"
+    monkeypatch.setattr(slurm_queue, "_run", lambda command: said)
+    found = slurm_queue.accounted(["7_1", "7_2", "7_3"])
+    assert found == {"7_1": State("COMPLETED", "n1"), "7_2": State("CANCELLED", "n2"),
+                     "7_3": State("OUT_OF_MEMORY", "n1")}  # fmt: skip
+
+
+def test_states_as_slurm_writes_them() -> None:
     assert State("COMPLETING").alive
     assert not State("NODE_FAIL").alive
     assert PREFIX == "ocvtp-"

@@ -21,7 +21,7 @@ from cluster.protocol import Cause, Context, Event, Executor, Job, check_executo
 from cluster.publish import is_published
 from cluster.remote import Remote
 from cluster.report import Outcome, Report, display
-from cluster.retry import Policy, pause
+from cluster.retry import ELSEWHERE, Policy, pause
 from cluster.store import Store
 from cluster.task import Resources, Task
 from cluster.view import View
@@ -29,7 +29,8 @@ from cluster.view import View
 log = logging.getLogger(__name__)
 
 POLL = 0.25  # seconds; also how long Ctrl-C may go unnoticed
-BUSY_PAUSE = 0.5  # seconds until we look again whether another run has finished our task
+BUSY_PAUSE = 0.5  # seconds until we look again whether another run has finished our task; then twice as long, up to
+BUSY_LONGEST = 10.0
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show what another machine published
 CANCEL_LIMIT = 30.0  # seconds an executor may take to end what was cancelled
 
@@ -73,7 +74,7 @@ def run(
     ):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
         if remote is not None:
-            remote.fetch(one.out for one in planned if not one.published)
+            remote.fetch((one.out for one in planned if not one.published), check=signals.check)
             planned = check_tasks(tasks)
             remote.upload(one.out for one in planned if one.published)
         missing = [one for one in planned if not one.published]
@@ -112,6 +113,8 @@ class _Entry:
     ready_at: float = 0.0
     causes: list[Cause] = field(default_factory=list)
     supersedes: set[str] = field(default_factory=set)
+    avoid: set[str] = field(default_factory=set)  # nodes
+    busy: int = 0  # times that others were at work on it
     log: Path | None = None
     detail: str = ""
 
@@ -180,6 +183,9 @@ class _Run:
         if not ready:
             return
         self._waiting = [entry for entry in self._waiting if entry.ready_at > now]
+        for entry in [entry for entry in ready if entry.busy and is_published(entry.planned.out)]:
+            ready.remove(entry)
+            self._skip(entry)
         jobs = [self._job(entry) for entry in ready]
         self._flying.update({job.id: (entry, job) for entry, job in zip(ready, jobs, strict=True)})
         self._executor.submit(jobs)
@@ -200,6 +206,7 @@ class _Run:
             log=self._context.logs / f"{entry.planned.log_name}-{number}.log",
             lease=self._context.config.lease_seconds,
             supersedes=tuple(sorted(entry.supersedes)),
+            avoid=tuple(sorted(entry.avoid)),
         )
 
     def _handle(self, event: Event) -> None:
@@ -225,6 +232,8 @@ class _Run:
         progressed = has_progressed(job.out, job.id)
         fence(job.out, job.id)
         entry.causes.append(cause)
+        if cause in ELSEWHERE and event.node:
+            entry.avoid.add(event.node)
         entry.detail, entry.log = detail, job.log if job.log.exists() else None
         seconds = round(time.monotonic() - running.started, 3) if running else None
         self._journal.attempt(
@@ -234,6 +243,7 @@ class _Run:
             id=job.id,
             cause=cause,
             detail=detail,
+            node=event.node,
             seconds=seconds,
         )
         if cause is Cause.DONE:
@@ -263,14 +273,19 @@ class _Run:
     def _wait_for_others(self, entry: _Entry, event: Event) -> None:
         """Another run is at work on this task: look again later, fence attempts without a sign of life."""
         if is_published(entry.planned.out):
-            self._board.skipped += 1
-            self._report.skipped.append(entry.outcome(Cause.DONE))
+            self._skip(entry)
             return
         for attempt, (beat, patience) in (event.others or {}).items():
             if patience > 0 and self._watch.expired(attempt, beat, patience):
                 entry.supersedes.add(attempt)
-        entry.ready_at = time.monotonic() + BUSY_PAUSE
+        entry.ready_at = time.monotonic() + min(BUSY_PAUSE * 2**entry.busy, BUSY_LONGEST)
+        entry.busy += 1
         self._waiting.append(entry)
+
+    def _skip(self, entry: _Entry) -> None:
+        """Another run has published it."""
+        self._board.skipped += 1
+        self._report.skipped.append(entry.outcome(Cause.DONE))
 
     def _retry_or_fail(self, entry: _Entry, job: Job, progressed: bool) -> None:
         cause = entry.causes[-1]
@@ -278,7 +293,7 @@ class _Run:
             entry.causes,
             entry.resources,
             progressed=progressed,
-            memory_limit_gb=self._executor.memory_limit_gb,
+            memory_limit_gb=self._executor.memory_limit_gb(entry.resources),
         )
         name = display(job.name)
         if resources is not None and not (self._fail_fast and self._report.failed):
@@ -309,7 +324,9 @@ class _Run:
             for event in self._executor.poll(POLL):
                 if event.kind == "ended" and event.job in self._flying:
                     _, job = self._flying.pop(event.job)
+                    self._board.end(job.id)
                     self._board.done += is_published(job.out)
                     fence(job.out, job.id)
         for _, job in self._flying.values():
+            self._board.end(job.id)
             fence(job.out, job.id)
