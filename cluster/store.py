@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster import code as code_module
 from cluster.config import ClusterConfig
 from cluster.errors import BadConfig, BadTask
@@ -32,6 +30,8 @@ def default_root() -> Path:
     Raises:
         BadConfig: params.yaml cannot be read.
     """
+    import yaml  # not above: workers have no use for it
+
     path, given = Path("params.yaml"), None
     if path.is_file():
         try:
