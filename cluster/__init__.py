@@ -4,26 +4,30 @@ a task may run any number of times; its result is published at most once, whole,
 is a function of everything that determines it.
 """
 
-from cluster.attempt import progress
-from cluster.config import ClusterConfig
-from cluster.errors import (
-    BadConfig,
-    BadTask,
-    ClusterError,
-    Corrupt,
-    Fenced,
-    Interrupted,
-    Locked,
-    NotAvailable,
-    Stopped,
-    TasksFailed,
-)
-from cluster.protocol import Cause
-from cluster.publish import Manifest, adopt, is_published, quarantine, verify
-from cluster.report import Outcome, Report
-from cluster.run import run
-from cluster.store import Store, default_root
-from cluster.task import Resources, Task
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.attempt import progress
+    from cluster.config import ClusterConfig
+    from cluster.errors import (
+        BadConfig,
+        BadTask,
+        ClusterError,
+        Corrupt,
+        Fenced,
+        Interrupted,
+        Locked,
+        NotAvailable,
+        Stopped,
+        TasksFailed,
+    )
+    from cluster.protocol import Cause
+    from cluster.publish import Manifest, adopt, is_published, quarantine, verify
+    from cluster.report import Outcome, Report
+    from cluster.runner import run
+    from cluster.store import Store, default_root
+    from cluster.task import Resources, Task
 
 __all__ = [
     "BadConfig",
@@ -52,3 +56,22 @@ __all__ = [
     "run",
     "verify",
 ]
+_HOMES = {
+    "attempt": "progress",
+    "config": "ClusterConfig",
+    "errors": "BadConfig BadTask ClusterError Corrupt Fenced Interrupted Locked NotAvailable Stopped TasksFailed",
+    "protocol": "Cause",
+    "publish": "Manifest adopt is_published quarantine verify",
+    "report": "Outcome Report",
+    "runner": "run",
+    "store": "Store default_root",
+    "task": "Resources Task",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Parts are imported when they are first used: a worker needs few, and each job of SLURM is a worker."""
+    for module, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

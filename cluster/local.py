@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import selectors
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from cluster import wire
 from cluster.errors import NotAvailable
+from cluster.guard import Guardian
 from cluster.local_worker import Shape, WorkerProcess
 from cluster.machine import Machine, group_members, memory_of, oom_kills
 from cluster.process import LINUX
@@ -28,39 +26,6 @@ START_LIMIT = 180.0  # seconds a worker may take to come up
 START_FAILURES = 10  # workers in a row that die before they are ready: something is wrong with all of them
 MOST_INHERITED = 0.5  # of a task's memory may be taken by what its worker holds from earlier tasks
 GRACE = 2.0
-
-
-class Guardian:
-    """Driver's side of `cluster.guardian`."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("guardian.py")
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(script)], stdin=subprocess.PIPE, start_new_session=True
-        )
-
-    def tell(self, sign: str, group: int) -> None:
-        """`+`: kill this group if the driver dies; `-`: it is gone."""
-        if self._process.stdin is None:
-            return
-        try:
-            self._process.stdin.write(f"{sign}{group}\n".encode())
-            self._process.stdin.flush()
-        except OSError:
-            log.debug("the guardian is gone; workers still watch the driver themselves")
-
-    def close(self) -> None:
-        """Let it end."""
-        if self._process.stdin is not None:
-            try:
-                self._process.stdin.close()
-            except OSError:
-                log.debug("the guardian was gone already")
-        try:
-            self._process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 class LocalExecutor:

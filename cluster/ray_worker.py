@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import local, wire
+from cluster import guard, wire
 from cluster.config import ClusterConfig
 from cluster.local import LocalExecutor
 from cluster.machine import Machine, visible_gpus
@@ -34,11 +34,11 @@ VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show the folde
 _DETACH = "import os, sys; os.fork() and os._exit(0); os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-class _Guardian(local.Guardian):
+class _Guardian(guard.Guardian):
     """A guardian that outlives the process it is started by."""
 
     def __init__(self) -> None:
-        script = Path(local.__file__).with_name("guardian.py")
+        script = Path(guard.__file__).with_name("guardian.py")
         python = [sys.executable, "-I", "-S"]
         self._process = subprocess.Popen([*python, "-c", _DETACH, *python, str(script)], stdin=subprocess.PIPE)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cluster import wire
 from cluster.attempt import perform, stop, stopped_by
-from cluster.local import Guardian
+from cluster.guard import Guardian
 from cluster.machine import group_members, memory_of
 from cluster.protocol import Cause, Event, Job
 from cluster.worker import output_to
