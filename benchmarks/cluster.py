@@ -36,6 +36,7 @@ from cluster.plan import check_tasks
 from cluster.publish import About, publish
 from cluster.workspace import Workspace
 
+SLURM_SECONDS = (0.05, 1.0)  # of a task; a job is not worth its place in the queue for less
 HERE = Path(__file__).resolve().parent
 
 
@@ -115,16 +116,18 @@ def ray(count: int, seconds: float, rounds: int, workers: int) -> dict[str, Any]
     return row("ray", "ray.remote", count, seconds, kept)
 
 
-def slurm(count: int, seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
+def slurm(count: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Against an array of sbatch, and against map_array of submitit."""
     with slurm_cluster() as profile:
-        times = in_turns(rounds, {
-            "bare": lambda folder: sbatch_array(folder, count, seconds),
-            "submitit": lambda folder: map_array(folder, count, seconds),
-            "ours": lambda folder: ours(folder, "slurm", "wait", count, seconds, profile=profile),
-        })  # fmt: skip
-    yield row("slurm", "sbatch --array", count, seconds, times)
-    yield row("slurm", "submitit map_array", count, seconds, {"bare": times["submitit"], "ours": times["ours"]})
+        for seconds in SLURM_SECONDS:
+            times = in_turns(rounds, {
+                "bare": lambda folder, seconds=seconds: sbatch_array(folder, count, seconds),
+                "submitit": lambda folder, seconds=seconds: map_array(folder, count, seconds),
+                "ours": lambda folder, seconds=seconds: ours(folder, "slurm", "wait", count, seconds, profile=profile),
+            })  # fmt: skip
+            yield row("slurm", "sbatch --array", count, seconds, times)
+            submitit = {"bare": times["submitit"], "ours": times["ours"]}
+            yield row("slurm", "submitit map_array", count, seconds, submitit)
 
 
 @contextlib.contextmanager
@@ -251,7 +254,7 @@ def main() -> None:
     if "ray" in arguments.only:
         overhead.append(ray(arguments.tasks, 0.05, rounds, workers))
     if arguments.slurm:
-        overhead += slurm(arguments.slurm_tasks, 0.05, rounds)
+        overhead += slurm(arguments.slurm_tasks, rounds)
     found = {
         "machine": machine(),
         "overhead": overhead,

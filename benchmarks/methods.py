@@ -9,11 +9,24 @@ run, so that what else the machine does meets all of them. Needs ocvtp, torch an
 """
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from machine import add_output, heading, machine, say
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers import LlavaForConditionalGeneration as Llava
 
 import ocvtp
@@ -23,6 +36,7 @@ from ocvtp.methods import REGISTRY
 from ocvtp.vlms import resolve
 
 TEXT = 32
+RANDOM = "random-llava"
 BUDGETS = ("11.1%", "33.3%")
 """The second for methods that cannot reach the first in a shallow language model."""
 
@@ -35,6 +49,20 @@ def mid_size() -> Any:
                        num_attention_heads=8, max_position_embeddings=4096, pad_token_id=0)  # fmt: skip
     torch.manual_seed(0)
     return Llava(LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, image_seq_length=576))
+
+
+def text_tower(model: Any) -> dict[str, Any]:
+    """What TRIM needs beside the model: a random CLIP, its text tower as large beside the vision tower as ViT-L's."""
+    vision, count = model.config.vision_config, model.config.get_text_config().vocab_size
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(count)}, unk_token="w3"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token=f"w{count - 1}")
+    width = vision.hidden_size * 3 // 4
+    text = CLIPTextConfig(vocab_size=count, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12,
+                          num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=count - 1)  # fmt: skip
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=width))
+    return {"clip": clip.eval().to(model.device), "clip_tokenizer": tokenizer, "tokenizer": tokenizer}
 
 
 def inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
@@ -51,20 +79,24 @@ def inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
     return {name: value.to(model.device) for name, value in made.items()}
 
 
-def cases(model: Any) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+def cases(
+    model: Any, options: dict[str, dict[str, Any]], only: Collection[str]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """What makes each case, the budget of each, and why methods were left out."""
     made: dict[str, Any] = {"vanilla": lambda: ocvtp.prune(model, "vanilla")}
     budgets, left_out = {"vanilla": "100%"}, {}
     for name in REGISTRY:
-        if name in ("vanilla", "oc-vtp"):  # oc-vtp computes what oc-vtp-untrained does, with other weights
+        # oc-vtp computes what oc-vtp-untrained does, with other weights.
+        if name in ("vanilla", "oc-vtp") or name not in {*only, "random"}:
             continue
+        more = options.get(name, {})
         for budget in BUDGETS:
             try:
-                ocvtp.prune(model, name, budget).remove()
+                ocvtp.prune(model, name, budget, **more).remove()
             except OcvtpError as error:
                 left_out[name] = str(error)
                 continue
-            made[name], budgets[name] = (lambda n=name, b=budget: ocvtp.prune(model, n, b)), budget
+            made[name], budgets[name] = (lambda n=name, b=budget, o=more: ocvtp.prune(model, n, b, **o)), budget
             left_out.pop(name, None)
             break
     # `random` at each budget that another has, to compare with.
@@ -76,8 +108,10 @@ def cases(model: Any) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     return made, budgets, left_out
 
 
-def rows(model: Any, batches: list[int], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    made, budgets, left_out = cases(model)
+def rows(
+    model: Any, batches: list[int], repeats: int, options: dict[str, dict[str, Any]], only: Collection[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    made, budgets, left_out = cases(model, options, only)
     found: dict[str, dict[str, Any]] = {name: {"method": name, "keep": budgets[name]} for name in made}
     for batch in batches:
         times = measure(model, inputs(model, batch), made, new_tokens=1, repeats=repeats, warmup=1)
@@ -113,19 +147,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    parser.add_argument("--methods", nargs="+", choices=list(REGISTRY), default=list(REGISTRY), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=["tiny-llava", RANDOM], default=["tiny-llava", RANDOM])
     parser.add_argument("--repeats", type=int, default=None, help="of each case (default: 20 of tiny-llava, else 5)")
     parser.add_argument("--quick", action="store_true", help="tiny-llava alone, few runs, to see that it runs")
     add_output(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tiny = AutoModelForImageTextToText.from_pretrained(resolve("tiny-llava").folder, dtype=torch.float32)
-    models = {"tiny-llava": (tiny, arguments.repeats or (2 if arguments.quick else 20))}
-    if not arguments.quick:
-        models["random LLaVA"] = (mid_size(), arguments.repeats or 5)
     found = []
-    for name, (model, repeats) in models.items():
+    for name in ["tiny-llava"] if arguments.quick else arguments.models:
+        tiny, options = name == "tiny-llava", {}
+        if tiny:
+            model = AutoModelForImageTextToText.from_pretrained(resolve(name).folder, dtype=torch.float32)
+        else:
+            model = mid_size()
+            options["trim"] = text_tower(model)
         model = model.eval().to(arguments.device)
-        made, left_out = rows(model, arguments.batches, repeats)
+        repeats = arguments.repeats or (5 if not tiny else 2 if arguments.quick else 20)
+        made, left_out = rows(model, arguments.batches, repeats, options, arguments.methods)
         vision = model.config.vision_config
         found.append({
             "model": name,

@@ -15,8 +15,8 @@ Where the release differs (`behaviour="reference"`; each is one option):
 
 - `edges="wrap"`: neighbours are the numbers -1, +1, - columns, + columns, held within the image, so that a token at an
   edge has one in the row above or below for a neighbour, or itself.
-- `per_tile=True`: each tile of LLaVA-NeXT has k // tiles tokens of its own, so that fewer than k may stay; by default
-  they compete.
+- `tiles="floor"`: each tile of LLaVA-NeXT has k // tiles tokens of its own, so that fewer than k may stay; by default
+  (`even`) the first tiles get what is left over. With `together` all tokens of the image compete.
 - `exclude="minus one"`: registers are kept off taken tokens by taking 1 from their g. In the release for Qwen2.5-VL g
   is a sum over queries, so that this may not suffice, and fewer than k stay.
 
@@ -31,11 +31,15 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.methods.base import Entry, Kept, Look, Method, ascending, behave, highest, no_pruner, one_of, whole
-from ocvtp.methods.layout import neighbours, tiles
+from ocvtp.methods.layout import TILES, budgets, neighbours
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Layout, Part
 
-_REFERENCE = {"edges": ("cut", "wrap"), "per_tile": (False, True), "exclude": ("always", "minus one")}
+_REFERENCE: Mapping[str, tuple[Any, Any]] = {
+    "edges": ("cut", "wrap"),
+    "tiles": ("even", "floor"),
+    "exclude": ("always", "minus one"),
+}
 
 
 class HiPrune(Method):
@@ -51,11 +55,10 @@ class HiPrune(Method):
 
     def choose(self, look: Look) -> Kept:  # noqa: D102
         shallow_GN, deep_GN = look.received(self._shallow), look.received(self._deep)
-        if not self._options["per_tile"]:
+        if self._options["tiles"] == "together":
             return Kept(self._pick(shallow_GN, deep_GN, look.layout, look.keep))
-        pieces, found = tiles(look.layout, shallow_GN.device), []
-        for members_n, grid in pieces:
-            keep = min(look.keep // len(pieces), len(members_n))
+        found = []
+        for members_n, grid, keep in budgets(look.layout, look.keep, self._options["tiles"], shallow_GN.device):
             picked_Gk = self._pick(shallow_GN[:, members_n], deep_GN[:, members_n], (Part(0, grid),), keep)
             found.append(torch.where(picked_Gk < 0, picked_Gk, members_n[picked_Gk]))
         return Kept(ascending(torch.cat(found, 1)))
@@ -90,7 +93,7 @@ class HiPrune(Method):
 def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     no_pruner("hiprune", pruner)
     options = behave("hiprune", options, _REFERENCE)
-    for option, legal in _REFERENCE.items():
+    for option, legal in {**_REFERENCE, "tiles": TILES}.items():
         one_of("hiprune", options, option, legal)
     whole("hiprune", options, "object_layer", 1)
     alpha = options["alpha"]
@@ -115,7 +118,7 @@ ENTRY = Entry(
         "object_layer": None,
         "alpha": 0.1,
         "edges": None,
-        "per_tile": None,
+        "tiles": None,
         "exclude": None,
     },
     build=_build,

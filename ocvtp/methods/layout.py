@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ocvtp.vlms.images import Grid, Layout, Part
 
+TILES = ("even", "floor", "together")
+"""How an image's tiles share its budget: equally, the first get what is left over; equally, what is left over is lost;
+or their tokens compete."""
 NOBODY = -1
 """In a table of neighbours: there is none."""
 
@@ -27,13 +30,13 @@ def share_out(keep: int, sizes: list[int]) -> list[int]:
 
 
 def share_evenly(keep: int, sizes: list[int]) -> list[int]:
-    """Split a budget into equal shares, the first get what is left over; what one cannot hold goes to the others."""
+    """Split a budget into equal shares; what one cannot hold goes to the others, and what is left over to the first."""
     shares = [0] * len(sizes)
     while (left := keep - sum(shares)) > 0:
         open_ = [i for i, size in enumerate(sizes) if shares[i] < size]
-        each, more = divmod(left, len(open_))
-        for place, i in enumerate(open_):
-            shares[i] = min(sizes[i], shares[i] + each + (place < more))
+        each = left // len(open_)
+        for i in open_ if each else open_[:left]:
+            shares[i] = min(sizes[i], shares[i] + max(each, 1))
     return shares
 
 
@@ -68,6 +71,14 @@ def tiles(layout: Layout, device: torch.device) -> tuple[tuple[Tensor, Grid], ..
             tile = numbers_hw[top:bottom, left:right]
             found.append((tile.flatten().to(device), (bottom - top, right - left)))
     return tuple(found)
+
+
+def budgets(layout: Layout, keep: int, how: str, device: torch.device) -> list[tuple[Tensor, Grid, int]]:
+    """Tokens, rows and columns of each tile, and what it may keep; `how` is `even` or `floor` of `TILES`."""
+    found = tiles(layout, device)
+    sizes = [len(members_n) for members_n, _ in found]
+    shares = share_evenly(keep, sizes) if how == "even" else [min(keep // len(sizes), size) for size in sizes]
+    return [(*tile, share) for tile, share in zip(found, shares, strict=True)]
 
 
 @lru_cache(maxsize=32)

@@ -3,6 +3,7 @@
 Letters: G images of a group, N tokens of an image, C tower width, k tokens kept.
 """
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner
-from ocvtp.pruner import OCPruner, PrunerConfig
+from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner, whole
+from ocvtp.pruner import OCPruner, PrunerConfig, checks
 from ocvtp.pruner.select import Selection
+from ocvtp.vlms.catalogue import weights_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts
 
+log = logging.getLogger(__name__)
+
+_COMMIT = 40  # letters of a commit on the hub
 _SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surplus": None, "precision": None}
 """Options of `OCPruner.select`; None leaves them to the pruner's config."""
 
@@ -63,7 +68,16 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
         raise BadInput(f"pruner is a {type(pruner).__name__}: an OCPruner, a folder, or an id on the hub is needed")
     layer = _layer(family, pruner, options["layer"])
     _check(family, pruner, layer, anyway=options["other_vlm"])
-    return OCVTP(pruner, layer, family.facts, {name: options[name] for name in _SELECTION})
+    return OCVTP(pruner, layer, family.facts, _selection("oc-vtp", options))
+
+
+def _selection(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `OCPruner.select`, before any work."""
+    for option in ("slots", "top_k"):
+        whole(name, options, option, 1)
+    checks.options(**{o: options[o] for o in ("fill", "assignment", "surplus") if options[o] is not None})
+    checks.precision(options["precision"])
+    return {option: options[option] for option in _SELECTION}
 
 
 def _layer(family: Family, pruner: OCPruner, asked: int | None) -> int:
@@ -90,11 +104,17 @@ def _check(family: Family, pruner: OCPruner, layer: int, *, anyway: bool) -> Non
             f"the pruner was trained for layer {trained.layer}, which was hidden_states[{trained.tower_layer}] of "
             f"{trained.vlm}, but is hidden_states[{layer}] of {_name(family)}"
         )
-    entry = getattr(family.model, "ocvtp_entry", None)
-    if not anyway and entry is not None and trained.weights not in (None, entry.weights):
+    if anyway or trained.weights is None:
+        return
+    # The weights in a folder are read only where that tells something: not for a pruner of a commit on the hub.
+    weights = weights_of(family.model, read=len(trained.weights) != _COMMIT)
+    if weights is None:
+        log.warning("cannot tell whether %s is %s with weights %s, for which the pruner was trained (other_vlm=True if "
+                    "its vision tower is the same)", _name(family), trained.vlm, trained.weights)  # fmt: skip
+    elif weights != trained.weights:
         raise Incompatible(
-            f"the pruner was trained for {trained.vlm} with weights {trained.weights}, but the model is {entry.name} "
-            f"with weights {entry.weights}. If both have the same vision tower, give other_vlm=True"
+            f"the pruner was trained for {trained.vlm} with weights {trained.weights}, but the model is "
+            f"{_name(family)} with weights {weights}. If both have the same vision tower, give other_vlm=True"
         )
 
 
@@ -106,11 +126,12 @@ def _name(family: Family) -> str:
 def _build_untrained(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     """The same architecture with the random weights it starts from: what does training buy?"""
     no_pruner("oc-vtp-untrained", pruner)
+    whole("oc-vtp-untrained", options, "weights_seed")
     grid = family.facts.grid or (24, 24)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["weights_seed"])
         drawn = OCPruner(PrunerConfig(family.facts.width, grid=grid, decoder=None)).eval()
-    selection = {name: options[name] for name in _SELECTION}
+    selection = _selection("oc-vtp-untrained", options)
     return OCVTP(drawn.to(family.model.device), family.index(options["layer"]), family.facts, selection)
 
 

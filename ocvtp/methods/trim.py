@@ -25,6 +25,7 @@ the values that the projector reads, Q distinct questions.
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,12 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     options = behave("trim", options, _REFERENCE)
     for option, legal in _REFERENCE.items():
         one_of("trim", options, option, legal)
+    try:
+        re.compile(options["question"])
+    except (re.error, TypeError) as error:
+        raise BadInput(
+            f"trim has no question={options['question']!r}: a regular expression is needed: {error}"
+        ) from error
     if not family.facts.cls:
         raise Incompatible("trim needs a CLIP tower, whose text tower reads the question: this VLM has another tower")
     clip, clip_tokenizer = options["clip"] or _text_tower(family), options["clip_tokenizer"]
@@ -155,13 +162,13 @@ def _own_folder(family: Family) -> Any:
 
 
 def _loaded(kind: Any, place: Any, what: str, **options: Any) -> Any:
-    """Something of transformers from a folder, or from what was fetched of the hub."""
+    """Something of transformers from a folder, or from what was fetched of the hub, as ID or ID@COMMIT."""
+    name, _, commit = (str(place), "", "") if Path(place).exists() else str(place).partition("@")
     try:
-        return kind.from_pretrained(place, local_files_only=True, **options)
+        return kind.from_pretrained(name, revision=commit or None, local_files_only=True, **options)
     except (OSError, ValueError) as error:
-        raise NotAvailable(
-            f"{what} is not in {place}, nor was it fetched from the hub (`hf download {place}`): {error}"
-        ) from error
+        fetch = f"hf download {name}{f' --revision {commit}' if commit else ''}"
+        raise NotAvailable(f"{what} is not in {place}, nor was it fetched from the hub (`{fetch}`): {error}") from error
 
 
 ENTRY = Entry(

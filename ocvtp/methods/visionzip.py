@@ -21,8 +21,9 @@ Where the release differs (`behaviour="reference"`; each is one option):
 - `order="appended"`: CLS, dominant tokens, contextual tokens; by default each stands where its number says. With
   LLaVA-NeXT: that for the whole image, then the tiles' dominant tokens in the order of the image, the CLS rows of
   the tiles, their contextual tokens.
-- `per_tile=True`: each tile of LLaVA-NeXT has k // tiles tokens of its own, so that fewer than k may stay; by default
-  they compete, and contextual tokens may come from several.
+- `tiles="floor"`: each tile of LLaVA-NeXT has k // tiles tokens of its own, so that fewer than k may stay; by default
+  (`even`) the first tiles get what is left over. With `together` all tokens of the image compete, and contextual ones
+  may be merged from several tiles. M, and `contextual`, are of a tile's budget but there.
 
 Letters: G images of a group, N tokens of an image, k kept, d dominant, M contextual, O others, E width of a key,
 V width of the values that the projector reads.
@@ -37,15 +38,15 @@ from torch import Tensor
 
 from ocvtp.errors import Incompatible
 from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of, whole
-from ocvtp.methods.layout import tiles
+from ocvtp.methods.layout import TILES, budgets
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Facts
 
-_REFERENCE = {
+_REFERENCE: Mapping[str, tuple[Any, Any]] = {
     "cls": (False, True),
     "merge": ("mean", "sum"),
     "order": ("raster", "appended"),
-    "per_tile": (False, True),
+    "tiles": ("even", "floor"),
 }
 
 
@@ -75,14 +76,13 @@ class VisionZip(Method):
         scores_GN = vision.from_cls(self._block, members) if self._cls else look.received(self._block)
         keys_GNE = torch.nn.functional.normalize(vision.keys(self._block, members).float(), dim=2)
         values_GNV = vision.values(members)
-        if not self._options["per_tile"]:
+        if self._options["tiles"] == "together":
             everything_N = torch.arange(look.count, device=scores_GN.device)
             zipped = [self._zip(everything_N, look.keep, scores_GN, keys_GNE, values_GNV)]
         else:
-            pieces = tiles(look.layout, scores_GN.device)
             zipped = [
-                self._zip(members_n, min(look.keep // len(pieces), len(members_n)), scores_GN, keys_GNE, values_GNV)
-                for members_n, _ in pieces
+                self._zip(members_n, keep, scores_GN, keys_GNE, values_GNV)
+                for members_n, _, keep in budgets(look.layout, look.keep, self._options["tiles"], scores_GN.device)
             ]
         return self._joined(zipped, values_GNV, vision, members)
 
@@ -158,7 +158,7 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     no_pruner("visionzip", pruner)
     asked_for_cls = options["cls"]
     options = behave("visionzip", options, _REFERENCE)
-    for option, legal in _REFERENCE.items():
+    for option, legal in {**_REFERENCE, "tiles": TILES}.items():
         one_of("visionzip", options, option, legal)
     whole("visionzip", options, "contextual")
     if asked_for_cls and not family.facts.cls:
@@ -179,7 +179,7 @@ ENTRY = Entry(
         "cls": None,
         "merge": None,
         "order": None,
-        "per_tile": None,
+        "tiles": None,
     },
     build=_build,
 )

@@ -18,6 +18,7 @@ _REFUSED = {
     "vision_feature_select_strategy": "the pruner was made for the strategy that the model's own configuration names",
     "inputs_embeds": "give input_ids, for image tokens cannot be found in embeddings",
 }
+NO_COPY = "a pruned model cannot be copied: call remove() on its handle first"
 _DYNAMIC = (None, "dynamic", "offloaded")
 
 
@@ -43,6 +44,16 @@ def by_name(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             found |= found.pop(name, {})
     return found
+
+
+def refuse_hidden(call: Mapping[str, Any], placeholder: int) -> None:
+    """`BadInput` for images that come in another way than as pixels: nobody would prune them."""
+    hidden = [name for name in ("mm_encoder_outputs", "pixel_values_videos") if call.get(name) is not None]
+    ids = call.get("input_ids")
+    if call.get("inputs_embeds") is not None and ids is not None and bool((ids == placeholder).any()):
+        hidden.append("inputs_embeds")
+    if hidden:
+        raise BadInput(f"a pruned model cannot take {hidden[0]}: {_REFUSED[hidden[0]]}")
 
 
 def refuse(call: Mapping[str, Any], config: Any = None) -> None:

@@ -130,6 +130,10 @@ class Handle:
         self.model.__dict__.update(self._before)
         self._prompts.remove()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """`BadInput`: a copy would prune the model that it was copied from."""
+        raise BadInput(calls.NO_COPY)
+
     def __enter__(self) -> "Handle":
         return self
 
@@ -166,6 +170,8 @@ class Handle:
         if Prefix.of(call.get("past_key_values")) is not None:
             raise BadInput("generate cannot go on from a cache of pruned prompts: give the whole conversation anew")
         images = self._family.images(call)
+        if self._method is not None:
+            calls.refuse_hidden(call, self._family.placeholder)
         if images is None or self._method is None:
             self._keep_all(images)
             return self._run_generate(None, call)
@@ -200,6 +206,8 @@ class Handle:
             if fresh and ids_Bq is not None and bool((ids_Bq == self._family.placeholder).any()):
                 return self._shortened(call, looked, len(ids_Bq))
         elif not inside:
+            if self._method is not None:
+                calls.refuse_hidden(call, self._family.placeholder)
             images = self._family.images(call)
             if images is not None and self._method is not None:
                 calls.refuse(call)

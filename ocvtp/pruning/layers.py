@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.methods.inside import Inside, Stage, Step, counts
+from ocvtp.pruning import calls
 from ocvtp.pruning.attention import Read, attended, readable
 from ocvtp.pruning.prefix import Held, Prefix
 from ocvtp.pruning.prompts import Prompts
@@ -235,6 +236,10 @@ class Layers:
             layer.register_forward_pre_hook(partial(self._before, index), prepend=True, with_kwargs=True)
             for index, layer in enumerate(self.decoder.layers)
         ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layers":
+        """`BadInput`: a copy would follow the model that it was copied from."""
+        raise BadInput(calls.NO_COPY)
 
     def check(self, cache: Any) -> None:
         """`BadInput` where prompts cannot grow shorter between layers."""

@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def text_tower(self) -> str | None:
-        """The whole CLIP, on the hub, whose vision tower this VLM has; None where the catalogue names none."""
+        """The whole CLIP whose vision tower this VLM has, as ID@COMMIT of the hub; None if the catalogue names none."""
         named: str | None = catalog().get(self.name, {}).get("text_tower")
         return named
 
@@ -200,6 +200,22 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str]:
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise NotAvailable(f"{name} ({entry['hub']}) is not complete in {folder}: `ocvtp prefetch {name}` mends it")
     return folder, folder.name
+
+
+def weights_of(model: Any, *, read: bool) -> str | None:
+    """What tells a loaded model's weights from others, as `Entry.weights`; None if nobody can say.
+
+    Args:
+        model: of `ocvtp.vlms.load`, or any of transformers: its config knows the commit, or the folder.
+        read: whether to read all the weights in that folder, once.
+    """
+    entry: Entry | None = getattr(model, "ocvtp_entry", None)
+    if entry is not None:
+        return entry.weights
+    commit, folder = getattr(model.config, "_commit_hash", None), Path(model.config.name_or_path or "/nowhere")
+    if commit is None and read and list(folder.glob("*.safetensors")):
+        return _weights_digest(folder)
+    return commit
 
 
 def _weights_digest(folder: Path) -> str:

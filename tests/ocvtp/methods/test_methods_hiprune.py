@@ -37,7 +37,23 @@ def around(layout: Layout, number: int) -> set[int]:
     raise AssertionError(number)
 
 
-def by_default(layout: Layout, keep: int, shallow_N: Tensor, deep_N: Tensor, alpha: float = 0.1) -> list[int]:
+def by_default(
+    layout: Layout, owners: list[list[int]], keep: int, shallow_N: Tensor, deep_N: Tensor, alpha: float = 0.1
+) -> list[int]:
+    """Tile by tile, the first with what is left over; a tile that is too small leaves its share to the others."""
+    shares = [0] * len(owners)
+    while sum(shares) < keep:
+        room = [tile for tile in range(len(owners)) if shares[tile] < len(owners[tile])]
+        least = min(shares[tile] for tile in room)
+        shares[next(tile for tile in room if shares[tile] == least)] += 1
+    found: list[int] = []
+    for tile, width, share in zip(owners, widths(layout, owners), shares, strict=True):
+        part = (Part(0, (len(tile) // width, width)),)
+        found += [tile[place] for place in together(part, share, shallow_N[tile], deep_N[tile], alpha)]
+    return sorted(found)
+
+
+def together(layout: Layout, keep: int, shallow_N: Tensor, deep_N: Tensor, alpha: float = 0.1) -> list[int]:
     shallow, deep = dict(enumerate(shallow_N.tolist())), dict(enumerate(deep_N.tolist()))
     anchors = best(shallow, round(keep * alpha / 5))
     buffers = {near for anchor in anchors for near in around(layout, anchor)} - set(anchors)
@@ -75,12 +91,13 @@ def widths(layout: Layout, owners: list[list[int]]) -> list[int]:
     return [(part.tile or part.grid)[1] for part in parts]
 
 
-@pytest.mark.parametrize("behaviour", ["default", "reference"])
+@pytest.mark.parametrize("behaviour", ["default", "together", "reference"])
 @pytest.mark.parametrize("name", ["square", "wide", "tiles", "cut"])
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 0.6])
 def test_ties_and_all(tools: Any, name: str, behaviour: str, alpha: float) -> None:
     layout = tools.layouts[name]
-    owners, made = tools.owners(layout), method(tools.facts, behaviour=behaviour, alpha=alpha, object_layer=3)
+    how = {"tiles": "together"} if behaviour == "together" else {"behaviour": behaviour}
+    owners, made = tools.owners(layout), method(tools.facts, **how, alpha=alpha, object_layer=3)
     assert set(made.layers()) == {2, 4}
     for seed in range(5):
         vision = tools.numbers(layout, seed=seed)
@@ -91,7 +108,10 @@ def test_ties_and_all(tools: Any, name: str, behaviour: str, alpha: float) -> No
             indices, _ = tools.choose(made, vision, keep)
             for image in range(3):
                 if behaviour == "default":
-                    expected = by_default(layout, keep, shallow[image], deep[image], alpha)
+                    expected = by_default(layout, owners, keep, shallow[image], deep[image], alpha)
+                    assert len(expected) == keep
+                elif behaviour == "together":
+                    expected = together(layout, keep, shallow[image], deep[image], alpha)
                     assert len(expected) == keep
                 else:
                     columns = widths(layout, owners)
@@ -140,7 +160,7 @@ def test_on_models(vlm: Any, pictures: Any, tools: Any, keep: int, alpha: float,
         layout = vision.layout(image)
         shallow, deep = (vision.received(block, [image])[0] for block in blocks)
         if behaviour == "default":
-            assert seen.kept[image] == by_default(layout, keep, shallow, deep, alpha)
+            assert seen.kept[image] == by_default(layout, tools.owners(layout), keep, shallow, deep, alpha)
         else:
             owners = tools.owners(layout)
             merge = getattr(vlm.model.config.vision_config, "spatial_merge_size", 1)
@@ -164,7 +184,7 @@ def test_attention_is_that_of_transformers(
     for keep, found in seen.items():
         for image in range(6):
             shallow, deep = (attentions[block][image].mean((0, 1))[1:] for block in (1, -2))
-            assert found.kept[image] == by_default((Part(0, (4, 4)),), keep, shallow, deep, 0.6)
+            assert found.kept[image] == together((Part(0, (4, 4)),), keep, shallow, deep, 0.6)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +201,7 @@ def test_options(tools: Any) -> None:
         {"alpha": True},
         {"object_layer": 0},
         {"exclude": 1},
-        {"per_tile": 2},
+        {"tiles": "apart"},
     ):
         with pytest.raises(BadInput, match=f"hiprune has no {next(iter(wrong))}="):
             method(tools.facts, **wrong)

@@ -1,5 +1,6 @@
 """OC-VTP on a model: the right layer is looked at, gaps are filled as said, and foreign pruners are refused."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,42 @@ def test_a_pruner_of_something_else_is_refused(llava: Any, monkeypatch: pytest.M
     with pytest.raises(Incompatible, match="trained for tiny with weights abc, but the model is big with weights xyz"):
         ocvtp.prune(llava.model, "oc-vtp", 6, pruner())
     ocvtp.prune(llava.model, "oc-vtp", 6, pruner(), other_vlm=True).remove()
+
+
+def test_a_pruner_of_another_stock_model_is_refused(
+    llava: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Models that the catalogue has not loaded: transformers knows their commit, or the folder they are from."""
+    monkeypatch.delattr(llava.model, "ocvtp_entry", raising=False)
+    ocvtp.prune(llava.model, "oc-vtp", 6, pruner()).remove()
+    assert "cannot tell whether" in caplog.text
+    assert "is tiny with weights abc, for which the pruner was trained" in caplog.text
+    monkeypatch.setattr(llava.model.config, "_commit_hash", "0" * 40, raising=False)
+    with pytest.raises(
+        Incompatible, match=r"trained for tiny with weights abc, but the model is .* with weights 0{40}"
+    ):
+        ocvtp.prune(llava.model, "oc-vtp", 6, pruner())
+    ocvtp.prune(llava.model, "oc-vtp", 6, pruner(), other_vlm=True).remove()
+    monkeypatch.setattr(llava.model.config, "_commit_hash", None)
+    llava.model.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(llava.model.config, "_name_or_path", str(tmp_path / "saved"))
+    with pytest.raises(Incompatible, match=f"the model is {tmp_path}/saved with weights [0-9a-f]{{64}}"):
+        ocvtp.prune(llava.model, "oc-vtp", 6, pruner())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("fill", "xx", "fill is 'xx'"), ("assignment", "mine", "assignment is"), ("surplus", 1, "surplus is 1"),
+        ("slots", 0, "slots=0"), ("slots", [3, 4], "slots="), ("top_k", "a", "top_k='a'"),
+        ("precision", "fp8", "precision is 'fp8'"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused_before_any_image(llava: Any, option: str, value: Any, said: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        ocvtp.prune(llava.model, "oc-vtp", 6, pruner(), **{option: value})
+    with pytest.raises(BadInput, match="weights_seed"):
+        ocvtp.prune(llava.model, "oc-vtp-untrained", 6, layer=2, weights_seed="a")
 
 
 @torch.no_grad()

@@ -56,12 +56,21 @@ def zipped(
 
 def slowly(
     layout: Layout, owners: list[list[int]], keep: int, scores_N: Tensor, keys_NE: Tensor, values_NV: Tensor,
-    cls_TV: Tensor | None, *, reference: bool,
+    cls_TV: Tensor | None, *, how: str,
 ) -> tuple[list[int], Tensor]:  # fmt: skip
-    if not reference:
-        everything = sorted(i for tile in owners for i in tile)
-        dominant, rows, _ = zipped(everything, keep, scores_N, keys_NE, values_NV, cls=False, merge="mean")
-        pairs = sorted([(i, values_NV[i]) for i in dominant] + rows, key=lambda pair: pair[0])
+    if how != "reference":
+        if how == "together":
+            owners = [sorted(i for tile in owners for i in tile)]
+        shares = [0] * len(owners)  # the first have what is left over, and what a small one cannot hold goes to others
+        while sum(shares) < keep:
+            room = [tile for tile in range(len(owners)) if shares[tile] < len(owners[tile])]
+            least = min(shares[tile] for tile in room)
+            shares[next(tile for tile in room if shares[tile] == least)] += 1
+        pairs: Rows = []
+        for tile, share in zip(owners, shares, strict=True):
+            dominant, rows, _ = zipped(tile, share, scores_N, keys_NE, values_NV, cls=False, merge="mean")
+            pairs += [*((i, values_NV[i]) for i in dominant), *rows]
+        pairs.sort(key=lambda pair: pair[0])
         return [i for i, _ in pairs], torch.stack([value for _, value in pairs])
     parts = [
         zipped(tile, keep // len(owners), scores_N, keys_NE, values_NV, cls=cls_TV is not None, merge="sum")
@@ -84,7 +93,7 @@ def slowly(
     return sorted(numbers), torch.stack(values)
 
 
-@pytest.mark.parametrize("behaviour", ["default", "reference"])
+@pytest.mark.parametrize("behaviour", ["default", "together", "reference"])
 @pytest.mark.parametrize("name", ["square", "wide", "tiles", "cut"])
 @pytest.mark.parametrize("has_cls", [True, False])
 def test_ties_and_all(tools: Any, name: str, behaviour: str, has_cls: bool) -> None:
@@ -96,13 +105,14 @@ def test_ties_and_all(tools: Any, name: str, behaviour: str, has_cls: bool) -> N
         for keep in {len(owners), 8, 12, vision.count * 3 // 4, vision.count}:
             if reference and keep // len(owners) > min(map(len, owners)):
                 continue
-            indices, values = tools.choose(method(facts, behaviour=behaviour), vision, keep)
+            how = {"tiles": "together"} if behaviour == "together" else {"behaviour": behaviour}
+            indices, values = tools.choose(method(facts, **how), vision, keep)
             scores = (vision.from_cls if has_cls else vision.received)(block, [0, 1, 2])
             keys, given, cls = vision.keys(block, [0, 1, 2]), vision.values([0, 1, 2]), vision.cls_values([0, 1, 2])
             for image in range(3):
                 expected, rows = slowly(
                     layout, owners, keep, scores[image], keys[image], given[image],
-                    cls[image] if has_cls else None, reference=reference,
+                    cls[image] if has_cls else None, how=behaviour,
                 )  # fmt: skip
                 assert indices[image].tolist() == expected
                 assert len(set(expected)) == len(expected) == (keep // len(owners) * len(owners) if reference else keep)
@@ -123,7 +133,7 @@ def test_on_models(vlm: Any, pictures: Any, tools: Any, keep: int, behaviour: st
         cls = vision.cls_values([image])[0] if family.facts.cls else None
         expected, rows = slowly(
             vision.layout(image), owners, keep, scores, vision.keys(block, [image])[0], vision.values([image])[0], cls,
-            reference=reference,
+            how=behaviour,
         )  # fmt: skip
         assert seen.kept[image] == expected
         torch.testing.assert_close(seen.values[image], rows, atol=1e-5, rtol=1e-5)
@@ -145,7 +155,7 @@ def test_attention_and_keys_are_those_of_transformers(
         scores = output.attentions[-2][image, :, 0, 1:].sum(0)
         keys = projected[0][image, 1:].view(16, 2, 16).mean(1)
         features = output.hidden_states[-2][image]
-        expected, rows = slowly((), [list(range(16))], 7, scores, keys, features[1:], features[:1], reference=True)
+        expected, rows = slowly((), [list(range(16))], 7, scores, keys, features[1:], features[:1], how="reference")
         assert seen.kept[image] == expected
         torch.testing.assert_close(seen.values[image], rows, atol=1e-5, rtol=1e-5)
 

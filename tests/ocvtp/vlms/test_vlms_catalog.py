@@ -1,6 +1,7 @@
 """Names, folders, fingerprints, and what is said when something is missing."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,6 +123,8 @@ def test_an_unsupported_class_is_refused_with_what_is_supported(tmp_path: Path) 
 def test_every_entry_says_where_it_is_and_what_the_paper_did_with_it() -> None:
     for name, entry in catalog().items():
         assert ("hub" in entry and "revision" in entry) != ("folder" in entry), name
+        commits = [entry[key].rpartition("@")[2] for key in ("revision", "text_tower") if key in entry]
+        assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits), name
         assert set(entry["layers"]) == {9, 10, -2} | ({16} if name.startswith("qwen") else set()), name
         assert len(entry["budgets"]) == 3, name
         shares = [isinstance(budget, float) for budget in entry["budgets"]]

@@ -1,0 +1,134 @@
+"""Every method that acts before the LLM on every family: all tokens, batches, and implementations of attention.
+
+What they choose is compared with their descriptions in the tests of each; those inside the LLM have their own file
+(test_pruning_inside.py).
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_methods_trim import clip_tokenizer, make_clip
+from transformers.utils import is_flash_attn_2_available
+
+import ocvtp
+from ocvtp.errors import BadInput
+from ocvtp.methods import REGISTRY
+from ocvtp.pruner import OCPruner, PrunerConfig
+from ocvtp.vlms import family_of
+
+Picture = Callable[..., Image.Image]
+NEW = {"max_new_tokens": 5, "do_sample": False}
+BEFORE = sorted(name for name, entry in REGISTRY.items() if entry.acts == "before the LLM")
+IN_BF16 = 2
+"""Tokens of an image in which implementations of attention may differ in bfloat16: rounding decides between scores that
+are nearly equal. In float32 they do not differ."""
+
+
+@pytest.fixture
+def images(picture_of: Picture) -> list[list[Image.Image]]:
+    """Eight ragged prompts: none, one, two and three images, of several sizes."""
+    sizes = [
+        [(112, 112)], [(140, 84), (112, 112)], [], [(84, 168)], [(120, 120)], [(112, 112), (90, 200), (168, 84)],
+        [(200, 100)], [],
+    ]  # fmt: skip
+    return [[picture_of(5 * row + i, *size) for i, size in enumerate(each)] for row, each in enumerate(sizes)]
+
+
+def prune(vlm: Any, method: str, keep: Any) -> Any:
+    """A handle; skips what is not defined for a family, which the method's own tests see refused."""
+    facts = family_of(vlm.model).facts
+    options: dict[str, Any] = {}
+    if method == "oc-vtp":
+        torch.manual_seed(0)
+        options = {"pruner": OCPruner(PrunerConfig(facts.width, grid=(4, 4))).eval(), "layer": 2}
+    elif method == "oc-vtp-untrained":
+        options = {"layer": 2}
+    elif method == "trim":
+        if not facts.cls:
+            pytest.skip("trim needs a CLIP tower")
+        options = {
+            "clip": make_clip(vlm), "clip_tokenizer": clip_tokenizer(), "tokenizer": vlm.processor.tokenizer
+        }  # fmt: skip
+    elif method == "tome" and facts.grid is None:
+        pytest.skip("tome is for images of one shape")
+    return ocvtp.prune(vlm.model, method, keep, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", BEFORE)
+def test_keeping_everything_changes_nothing(vlm: Any, images: Any, method: str) -> None:
+    model, inputs = vlm.model, vlm.prompt(images)
+    logits, answer = model(**inputs).logits, model.generate(**inputs, **NEW)
+    real = inputs["attention_mask"].bool()
+    with prune(vlm, method, "100%") as handle:
+        torch.testing.assert_close(model(**inputs).logits[real], logits[real], atol=1e-5, rtol=1e-5)
+        assert torch.equal(model.generate(**inputs, **NEW), answer)
+        assert [len(kept) for kept in handle.last_kept] == [max(kept) + 1 for kept in handle.last_kept]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", BEFORE)
+def test_a_batch_is_what_its_rows_are_alone(vlm: Any, images: Any, method: str) -> None:
+    model, inputs = vlm.model, vlm.prompt(images)
+    length = inputs["input_ids"].shape[1]
+    with prune(vlm, method, 0.5) as handle:
+        together = model.generate(**inputs, **NEW)[:, length:]
+        kept, alone = handle.last_kept, []
+        for row in range(8):
+            one = vlm.row(images, row)
+            answer = model.generate(**one, **NEW)[:, one["input_ids"].shape[1] :]
+            assert torch.equal(answer[0], together[row]), row
+            alone += handle.last_kept
+    assert len(kept) == 9
+    assert alone == kept
+
+
+@torch.no_grad()
+def test_images_that_are_no_pixels_are_refused_and_not_left_unpruned(vlm: Any, images: Any) -> None:
+    inputs, model = vlm.prompt(images), vlm.model
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    embeddings = model.get_input_embeddings()(ids["input_ids"])
+    with prune(vlm, "random", 0.5):
+        for call in (model.generate, model.forward):
+            for hidden in ({"mm_encoder_outputs": object()}, {"pixel_values_videos": embeddings}):
+                with pytest.raises(BadInput, match=f"cannot take {next(iter(hidden))}"):
+                    call(**ids, **hidden)
+            with pytest.raises(BadInput, match="cannot take inputs_embeds: give input_ids"):
+                call(**ids, inputs_embeds=embeddings)
+
+
+def test_a_pruned_model_is_not_copied(vlm: Any) -> None:
+    with prune(vlm, "fastv", 0.5), pytest.raises(BadInput, match=r"cannot be copied: call remove\(\)"):
+        copy.deepcopy(vlm.model)
+    copy.deepcopy(vlm.model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", sorted(set(REGISTRY) - {"vanilla"}))
+def test_implementations_of_attention_keep_the_same(vlm: Any, images: Any, method: str, dtype: torch.dtype) -> None:
+    kept = {}
+    names = ["sdpa", "eager"]
+    if is_flash_attn_2_available() and torch.cuda.is_available() and dtype != torch.float32:
+        names.append("flash_attention_2")
+    for name in names:
+        one = vlm._replace(model=copy.deepcopy(vlm.model).to(dtype))
+        if name == "flash_attention_2":
+            one.model.cuda()
+        one.model.set_attn_implementation(name)
+        inputs = one.prompt(images).to(one.model.device)
+        with prune(one, method, 0.5) as handle:
+            one.model(**inputs)
+            kept[name] = handle.last_kept
+    for name in names[1:]:
+        apart = [len({*a} - {*b}) for a, b in zip(kept["sdpa"], kept[name], strict=True)]
+        assert max(apart) <= (0 if dtype == torch.float32 else allowed(method)), name
+
+
+def allowed(method: str) -> int:
+    """In bfloat16. What a method inside the LLM drops late depends on all that it dropped before."""
+    return 8 if REGISTRY[method].acts != "before the LLM" else IN_BF16
