@@ -32,9 +32,9 @@ import cluster_work
 from machine import add_output, heading, machine, say
 
 from cluster import ClusterConfig, Store, Task, run
-from cluster.plan import check_tasks
-from cluster.publish import About, publish
-from cluster.workspace import Workspace
+from cluster.driver.plan import check_tasks
+from cluster.store.publish import About, publish
+from cluster.store.workspace import Workspace
 
 SLURM_SECONDS = (0.05, 1.0)  # of a task; a job is not worth its place in the queue for less
 HERE = Path(__file__).resolve().parent

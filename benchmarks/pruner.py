@@ -28,10 +28,10 @@ from ocvtp.efficiency.flops import pruner_flops
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruner.reference import reference_config
 from ocvtp.pruner.seeding import generator
-from ocvtp.pruner.train import TrainConfig, compile_parts
 from ocvtp.pruner.training.data import Batch
 from ocvtp.pruner.training.optimiser import make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
+from ocvtp.pruner.training.run import TrainConfig, compile_parts
 
 RATE, CLIP = 3e-4, 1.0
 
@@ -100,7 +100,7 @@ class Plain:
 
 
 class Ours:
-    """The step of `ocvtp.pruner.train`, from the same weights."""
+    """The step of `ocvtp.pruner.training.run`, from the same weights."""
 
     name = "ocvtp, bf16"
 

@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.attempt import progress
     from cluster.config import ClusterConfig
+    from cluster.driver.report import Outcome, Report
+    from cluster.driver.runner import run
     from cluster.errors import (
         BadConfig,
         BadTask,
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
         TasksFailed,
     )
     from cluster.protocol import Cause
-    from cluster.publish import Manifest, adopt, is_published, quarantine, verify
-    from cluster.report import Outcome, Report
-    from cluster.runner import run
-    from cluster.store import Store, default_root
+    from cluster.store.publish import Manifest, adopt, is_published, quarantine, verify
+    from cluster.store.store import Store, default_root
     from cluster.task import Resources, Task
+    from cluster.worker.attempt import progress
 
 __all__ = [
     "BadConfig",
@@ -57,14 +57,14 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "attempt": "progress",
+    "worker.attempt": "progress",
     "config": "ClusterConfig",
     "errors": "BadConfig BadTask ClusterError Corrupt Fenced Interrupted Locked NotAvailable Stopped TasksFailed",
     "protocol": "Cause",
-    "publish": "Manifest adopt is_published quarantine verify",
-    "report": "Outcome Report",
-    "runner": "run",
-    "store": "Store default_root",
+    "store.publish": "Manifest adopt is_published quarantine verify",
+    "driver.report": "Outcome Report",
+    "driver.runner": "run",
+    "store.store": "Store default_root",
     "task": "Resources Task",
 }
 

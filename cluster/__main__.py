@@ -12,16 +12,16 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.board import STATES, read_status
+from cluster.driver.journal import STATES, read_status
+from cluster.driver.lock import sweep_locks
+from cluster.driver.report import display
+from cluster.driver.view import clock
 from cluster.errors import ClusterError, Corrupt
-from cluster.layout import temporaries
-from cluster.lease import UNOWNED_PATIENCE, Watch
-from cluster.leftovers import sweep
-from cluster.lock import sweep_locks
-from cluster.publish import is_published, quarantine, verify
-from cluster.report import display
-from cluster.store import Store, default_root
-from cluster.view import clock
+from cluster.store.layout import temporaries
+from cluster.store.lease import UNOWNED_PATIENCE, Watch
+from cluster.store.leftovers import sweep
+from cluster.store.publish import is_published, quarantine, verify
+from cluster.store.store import Store, default_root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

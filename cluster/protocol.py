@@ -1,7 +1,7 @@
 """What an executor is: the one seam between `run`, which holds all policy, and the machines that do the work.
 
 An executor starts attempts and says how they end. It never retries, never publishes, never decides: attempts
-publish (`cluster.attempt`), `run` decides (`cluster.retry`). So executors are thin, and behave alike.
+publish (`cluster.worker.attempt`), `run` decides (`cluster.driver.retry`). So executors are thin, and behave alike.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # module:class of every executor; imported when asked for, so that its packages are not needed before.
 EXECUTORS: dict[str, str] = {
-    "local": "cluster.local:LocalExecutor",
-    "ray": "cluster.ray_executor:RayExecutor",
-    "slurm": "cluster.slurm_executor:SlurmExecutor",
+    "local": "cluster.local.executor:LocalExecutor",
+    "ray": "cluster.ray.executor:RayExecutor",
+    "slurm": "cluster.slurm.executor:SlurmExecutor",
 }
 
 

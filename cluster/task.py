@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import code as code_module
+from cluster import fingerprint as code_module
 from cluster.errors import BadTask
 
 Call = Callable[[dict[str, Any], Path], object]

@@ -17,10 +17,10 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import Entry, resolve
-from pipelines import outputs, stage
-from pipelines.fitting import by_layer
 from pipelines.grid import VANILLA
-from pipelines.stage import Stage
+from pipelines.params.fitting import by_layer
+from pipelines.stage import command, outputs
+from pipelines.stage.context import Stage
 
 WITH_PRUNER = ("oc-vtp", "oc-vtp-untrained")
 log = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ def _pruner(run: Stage, vlm: Entry, whole: int, kept: int, top_k: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return stage.main("efficiency", __doc__ or "", work, arguments)
+    return command.main("efficiency", __doc__ or "", work, arguments)
 
 
 if __name__ == "__main__":
-    stage.script("pipelines.efficiency")
+    command.script("pipelines.efficiency")

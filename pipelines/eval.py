@@ -22,14 +22,15 @@ from cluster import Task, is_published
 from cluster.task import canonical
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.evaluation.catalogue import benchmark as named
-from ocvtp.evaluation.masks import MASKS
+from ocvtp.evaluation.objects import MASKS
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
-from pipelines import outputs, stage, tracking
-from pipelines.fitting import unreachable
+from pipelines import tracking
 from pipelines.grid import PrunerCell, Setting, settings, vlm_folder
+from pipelines.params.fitting import unreachable
 from pipelines.spool import Record
-from pipelines.stage import Stage
+from pipelines.stage import command, outputs
+from pipelines.stage.context import Stage
 from pipelines.summary import Result, metrics, score_rows, summary_rows
 from pipelines.tasks.answers import answers
 
@@ -235,8 +236,8 @@ def _data_identity(run: Stage, sets: Mapping[str, Any]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return stage.main("evaluate", __doc__ or "", work, arguments)
+    return command.main("evaluate", __doc__ or "", work, arguments)
 
 
 if __name__ == "__main__":
-    stage.script("pipelines.eval")
+    command.script("pipelines.eval")

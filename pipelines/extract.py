@@ -19,10 +19,10 @@ from cluster import ClusterError, Task, adopt, is_published
 from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import Entry, resolve
-from pipelines import outputs, stage
 from pipelines.grid import layers as wanted_layers
 from pipelines.grid import vlm_folder
-from pipelines.stage import Stage
+from pipelines.stage import command, outputs
+from pipelines.stage.context import Stage
 from pipelines.tasks.tokens import tokens
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,8 @@ def _shard(folder: Path) -> Shard:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return stage.main("extract", __doc__ or "", work, arguments)
+    return command.main("extract", __doc__ or "", work, arguments)
 
 
 if __name__ == "__main__":
-    stage.script("pipelines.extract")
+    command.script("pipelines.extract")

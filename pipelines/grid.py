@@ -15,9 +15,9 @@ from typing import Any
 
 from ocvtp.methods import Entry as MethodEntry
 from ocvtp.methods.budget import Budget
-from pipelines import ablate
-from pipelines.ablate import Change, Changes
-from pipelines.params import Params
+from pipelines.params import ablate
+from pipelines.params.ablate import Change, Changes
+from pipelines.params.load import Params
 
 VANILLA = "vanilla"
 

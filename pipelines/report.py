@@ -13,9 +13,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ocvtp.errors import BadInput, OcvtpError
-from pipelines import outputs
 from pipelines.report_html.data import load
 from pipelines.report_html.page import render
+from pipelines.stage import outputs
 
 log = logging.getLogger(__name__)
 FOLDER = "reports"

@@ -18,10 +18,10 @@ from rich.progress import Progress
 from cluster import Manifest, Task
 from ocvtp.data.coco import Rejected, Selection, TooManyRejects, select_images
 from ocvtp.errors import BadInput
-from pipelines import outputs, stage
-from pipelines.crosscheck import SCENE_BENCHMARKS
-from pipelines.sections import Demand
-from pipelines.stage import Stage
+from pipelines.params.crosscheck import SCENE_BENCHMARKS
+from pipelines.params.model import Demand
+from pipelines.stage import command, outputs
+from pipelines.stage.context import Stage
 from pipelines.tasks.copies import copies
 from pipelines.tasks.questions import questions
 from pipelines.tasks.scenes import scenes
@@ -136,8 +136,8 @@ def _copied(run: Stage, task: Task, folder: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return stage.main("sample", __doc__ or "", work, arguments)
+    return command.main("sample", __doc__ or "", work, arguments)
 
 
 if __name__ == "__main__":
-    stage.script("pipelines.sample")
+    command.script("pipelines.sample")

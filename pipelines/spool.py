@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.task import canonical
-from pipelines.outputs import write_json, write_text
+from pipelines.stage.outputs import write_json, write_text
 
 FOLDER = ".ocvtp/mlflow-spool"
 SENT = "sent.json"

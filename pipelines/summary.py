@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ocvtp.evaluation.files import SCORE, read_samples
+from ocvtp.evaluation.listing import SCORE, read_samples
 from ocvtp.evaluation.scores import Average, interval, relative_average
 from pipelines.grid import Setting
 

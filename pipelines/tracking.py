@@ -18,7 +18,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipelines.spool import SQLITE, Line, Record, Spool
-from pipelines.stage import ROOT, Stage, home_of, script
+from pipelines.stage.command import script
+from pipelines.stage.context import ROOT, Stage, home_of
 
 log = logging.getLogger(__name__)
 

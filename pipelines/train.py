@@ -14,10 +14,11 @@ if __name__ == "__main__":
 
 from cluster import Task
 from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
-from pipelines import outputs, stage, tracking
+from pipelines import tracking
 from pipelines.grid import PrunerCell, layers, pruner_cells, vlm_folder
 from pipelines.spool import Record, curves
-from pipelines.stage import Stage
+from pipelines.stage import command, outputs
+from pipelines.stage.context import Stage
 from pipelines.tasks.pruners import pruner
 
 LEFT_IN_STORE = "last.safetensors"
@@ -98,8 +99,8 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return stage.main("train", __doc__ or "", work, arguments)
+    return command.main("train", __doc__ or "", work, arguments)
 
 
 if __name__ == "__main__":
-    stage.script("pipelines.train")
+    command.script("pipelines.train")

@@ -125,7 +125,7 @@ def _vlms() -> Iterator[Finding]:
     if (shipped / "model.safetensors").is_file():
         yield Finding("VLMs", "tiny-llava", "ok", str(shipped))
     else:
-        mend = "python -m ocvtp.vlms.tiny train"
+        mend = "python -m pipelines.tiny train"
         yield Finding("VLMs", "tiny-llava", "missing", f"no weights in {shipped}", mend)
     yield from _catalogue("VLMs", catalog.vlms)
 

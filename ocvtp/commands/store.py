@@ -156,7 +156,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 def _refuse_while_at_work(store: Any) -> None:
     """Refuse beside a living run, whose results nothing refers to yet; what a killed run left of a lock goes."""
-    lock = importlib.import_module("cluster.lock")
+    lock = importlib.import_module("cluster.driver.lock")
     lock.sweep_locks(store.locks)
     for path in sorted(store.locks.glob("*.json")):
         raise BadInput(f"{lock.read_holder(path) or 'a run'} is at work in this store ({path.name}): wait for its end")

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _train(pruner: Any, config: Any, dataset: Any, out: Path, device: Any, about: Any, *, shown: bool) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ocvtp.pruner.train import train
+    from ocvtp.pruner.training.run import train
 
     columns = (
         TextColumn("training"),

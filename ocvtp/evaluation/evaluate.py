@@ -13,11 +13,11 @@ from typing import Any
 
 from ocvtp.data.coverage import Covered
 from ocvtp.errors import Corrupt
-from ocvtp.evaluation import files, preflight, scores
+from ocvtp.evaluation import listing, preflight, scores
 from ocvtp.evaluation.catalogue import Benchmark
 from ocvtp.evaluation.catalogue import benchmark as named
 from ocvtp.evaluation.generate import Answerer
-from ocvtp.evaluation.masks import add_objects
+from ocvtp.evaluation.objects import add_objects
 from ocvtp.evaluation.setting import Setting, forget, pruner_fingerprint, ready
 
 __all__ = ["Setting", "evaluate", "forget"]
@@ -72,7 +72,7 @@ def evaluate(
         made = _made_by(setting, answerer, outcome.image_tokens, fingerprint)
         covered = add_objects(outcome.samples, path, answerer.vlm.entry.grid)
     score = _agreed(entry, outcome.primary, outcome.samples)
-    result = files.clean({
+    result = listing.clean({
         "benchmark": benchmark,
         "task": entry.task,
         "primary": entry.primary,
@@ -87,7 +87,7 @@ def evaluate(
         "object_coverage": None if covered is None else _coverage(covered),
         "versions": _versions(),
     })  # fmt: skip
-    files.write(out, result, outcome.samples)
+    listing.write(out, result, outcome.samples)
     return dict(result)
 
 

@@ -39,7 +39,7 @@ class Answerer:
     """A VLM ready to be asked.
 
     Args:
-        vlm: as `ocvtp.vlms.base.load` gives it.
+        vlm: as `ocvtp.vlms.loading.load` gives it.
         handle: of `ocvtp.prune` on the VLM's model; None if it is not pruned.
         max_new_tokens: of a question that does not say.
     """

@@ -62,7 +62,7 @@ def ready(setting: Setting, device: str = "cpu", *, shared: bool = True) -> Iter
             and benchmarks. The one used last is kept.
 
     Raises:
-        BadInput, Incompatible, NotAvailable: as `ocvtp.vlms.base.load` and `ocvtp.prune` do.
+        BadInput, Incompatible, NotAvailable: as `ocvtp.vlms.loading.load` and `ocvtp.prune` do.
     """
     from ocvtp.pruning import prune
 
@@ -86,7 +86,7 @@ def ready(setting: Setting, device: str = "cpu", *, shared: bool = True) -> Iter
 def _load(vlm: str, dtype: str, device: str) -> Any:
     import torch
 
-    from ocvtp.vlms.base import load
+    from ocvtp.vlms.loading import load
 
     return load(vlm, device=device, dtype=getattr(torch, dtype))
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner
-from ocvtp.methods.layout import cells
+from ocvtp.methods.tiles import cells
 from ocvtp.vlms.family import Family
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.methods.base import Entry, Kept, Look, Method, ascending, behave, highest, no_pruner, one_of, whole
-from ocvtp.methods.layout import TILES, budgets, neighbours
+from ocvtp.methods.tiles import TILES, budgets, neighbours
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Layout, Part
 

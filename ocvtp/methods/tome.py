@@ -35,7 +35,7 @@ from torch.nn.functional import normalize, one_hot, scaled_dot_product_attention
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of
-from ocvtp.methods.layout import share_evenly
+from ocvtp.methods.tiles import share_evenly
 from ocvtp.vlms import clip
 from ocvtp.vlms.family import Family, Vision, take
 from ocvtp.vlms.images import Images

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ocvtp.errors import Incompatible
 from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of, whole
-from ocvtp.methods.layout import TILES, budgets
+from ocvtp.methods.tiles import TILES, budgets
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Facts
 

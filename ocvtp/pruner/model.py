@@ -204,7 +204,7 @@ class OCPruner(nn.Module):
 
     def save_pretrained(self, folder: Path | str, *, include_decoder: bool = True) -> None:
         """Write config.json and model.safetensors; without the decoder nine tenths smaller, and it still prunes."""
-        from ocvtp.pruner.files import save
+        from ocvtp.pruner.pretrained import save
 
         save(self, Path(folder), include_decoder=include_decoder)
 
@@ -225,7 +225,7 @@ class OCPruner(nn.Module):
             Corrupt: a file is damaged or half-written.
             Incompatible: weights that do not fit the config; all names and shapes that differ are listed.
         """
-        from ocvtp.pruner.files import load
+        from ocvtp.pruner.pretrained import load
 
         return load(name, decoder=decoder, device=device, revision=revision)
 
@@ -239,7 +239,7 @@ class OCPruner(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the config and of the weights that prune: equal if and only if it prunes alike."""
-        from ocvtp.pruner.files import fingerprint
+        from ocvtp.pruner.pretrained import fingerprint
 
         return fingerprint(self)
 

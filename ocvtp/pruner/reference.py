@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.files import check_tensors
 from ocvtp.pruner.model import OCPruner
+from ocvtp.pruner.pretrained import check_tensors
 
 NAMES: Final = {
     # Ours: theirs, by their beginnings.

@@ -16,9 +16,9 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Method
 from ocvtp.methods.inside import Inside
-from ocvtp.pruning.inside import counts_of, kept_of, loss_of, shortening
-from ocvtp.pruning.layers import Decoding, Inputs, Layers, several_positions
+from ocvtp.pruning.decoder_layers import Decoding, Inputs, Layers, several_positions
 from ocvtp.pruning.prefix import Held, Prefix
+from ocvtp.pruning.shortening import counts_of, kept_of, loss_of, shortening
 from ocvtp.pruning.splice import Positions, Spliced, Spot, cut, splice
 from ocvtp.vlms.family import Family
 

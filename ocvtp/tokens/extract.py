@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ocvtp.data.images import BadImage, open_image, read_image_file
 from ocvtp.errors import BadInput
-from ocvtp.tokens.layers import resolve_layers
 from ocvtp.tokens.manifest import DTYPES, Shard, ShardMeta
 from ocvtp.tokens.prefetch import prefetch
 from ocvtp.tokens.rows import TokenRow
 from ocvtp.tokens.space import ensure_space
 from ocvtp.tokens.writer import ShardWriter
+from ocvtp.vlms.hidden_states import resolve_layers
 
 
 class Tower(Protocol):
@@ -88,7 +88,7 @@ def extract_tokens(
     Args:
         vlm: whose tower runs, once for all layers.
         records: the images.
-        layers: counted as in the paper (`ocvtp.tokens.layers`).
+        layers: counted as in the paper (`ocvtp.vlms.hidden_states`).
         folder: is made if need be.
         dtype: of the stored tokens: float16, bfloat16 or float32.
         batch_size: images a pass.

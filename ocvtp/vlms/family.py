@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.tokens.layers import resolve_layer
+from ocvtp.vlms.hidden_states import resolve_layer
 from ocvtp.vlms.images import Facts, Grid, Images, Layout, Map, Part, Placed
 
 

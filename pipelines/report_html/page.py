@@ -17,7 +17,7 @@ from pipelines.report_html.headline import Headline, headline
 from pipelines.report_html.scenes import Gallery, gallery
 from pipelines.report_html.tables import Table, ablations, coverage_table, main_table
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)

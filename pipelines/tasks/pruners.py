@@ -6,7 +6,7 @@ from typing import Any
 from cluster import progress
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.provenance import TrainedFor
-from ocvtp.pruner.train import TrainConfig, train
+from ocvtp.pruner.training.run import TrainConfig, train
 from ocvtp.tokens.loader import TokenDataset
 from ocvtp.tokens.manifest import ShardMeta
 from pipelines.tasks.places import device, in_store

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster import Task, verify
-from cluster.layout import new_attempt
 from cluster.protocol import Job
+from cluster.store.layout import new_attempt
 
 # Names that break whatever is built as a shell string or split at white space.
 WEIRD = ["plain", "a b", "quo'te\"", "new\nline;$(x)", "ünïcödé ✓"]
@@ -92,7 +92,7 @@ def descendants(pid: int) -> list[int]:
 def is_worker(pid: int) -> bool:
     """Whether it is a local worker, rather than the guardian or a child of a task."""
     try:
-        return b"cluster.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"cluster.local.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -12,11 +12,11 @@ import pytest
 
 from cluster import ClusterConfig, Store, run
 from cluster.__main__ import main
-from cluster.board import Board, Running
-from cluster.layout import new_attempt
-from cluster.process import Process
-from cluster.view import View, clock, summary
-from cluster.workspace import Workspace
+from cluster.driver.journal import Board, Running
+from cluster.driver.view import View, clock, summary
+from cluster.host.process import Process
+from cluster.store.layout import new_attempt
+from cluster.store.workspace import Workspace
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import pytest
 from cluster_helpers import alive, descendants, is_worker, kill, results, strays, wait_for
 
 from cluster import ClusterConfig, Interrupted, Locked, Store, run, verify
-from cluster.lock import run_lock
-from cluster.process import Process
+from cluster.driver.lock import run_lock
+from cluster.host.process import Process
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -14,7 +14,8 @@ import pytest
 from cluster_helpers import WEIRD, alive, descendants, is_worker, results, strays
 
 import cluster
-from cluster import Cause, ClusterConfig, Report, Resources, Store, Task, TasksFailed, local, run, verify
+from cluster import Cause, ClusterConfig, Report, Resources, Store, Task, TasksFailed, run, verify
+from cluster.local.executor import executor as local
 
 
 @pytest.fixture(autouse=True)
@@ -290,7 +291,7 @@ def test_any_name_and_any_folder(tmp_path: Path, name: str, monkeypatch: pytest.
 
 
 def test_an_executor_of_the_caller_keeps_its_workers(store: Store, config: ClusterConfig) -> None:
-    from cluster.local import LocalExecutor
+    from cluster.local.executor import LocalExecutor
     from cluster.protocol import Context
 
     executor = LocalExecutor(Context("mine", store.logs / "mine", config))

@@ -16,10 +16,10 @@ import pytest
 from cluster_helpers import WEIRD, forked, job_of, results, strays, tree
 
 from cluster import Cause, Corrupt, Store, Task, adopt, is_published, quarantine, verify
-from cluster.attempt import perform
-from cluster.lease import Watch
-from cluster.leftovers import sweep
 from cluster.protocol import Event
+from cluster.store.lease import Watch
+from cluster.store.leftovers import sweep
+from cluster.worker.attempt import perform
 
 # What the kernel is asked to do to files, as far as Python tells (fsync is added by hand).
 STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.link", "os.fsync"}

@@ -9,20 +9,10 @@ from typing import Any
 import cluster_jobs as jobs
 import pytest
 
-from cluster import (
-    BadConfig,
-    BadTask,
-    Cause,
-    ClusterConfig,
-    NotAvailable,
-    Resources,
-    Store,
-    Task,
-    code,
-    run,
-)
-from cluster.machine import Machine, parse_gpus
-from cluster.retry import Policy, pause
+from cluster import BadConfig, BadTask, Cause, ClusterConfig, NotAvailable, Resources, Store, Task, run
+from cluster import fingerprint as code
+from cluster.driver.retry import Policy, pause
+from cluster.host.machine import Machine, parse_gpus
 
 MORE = Resources(memory_gb=4.0)
 

@@ -15,15 +15,15 @@ import pytest
 from cluster_helpers import forked, job_of, results, strays
 
 from cluster import Cause, Fenced, Store, verify
-from cluster import lease as leases
-from cluster.attempt import perform
-from cluster.layout import new_attempt, temporaries, temporary
-from cluster.lease import Owner, Watch, read_owner, replace_owner
-from cluster.leftovers import fence, has_progressed, sweep
-from cluster.process import Process
+from cluster.host.process import Process
 from cluster.protocol import Event
-from cluster.publish import About, publish
-from cluster.workspace import Busy, Workspace
+from cluster.store import lease as leases
+from cluster.store.layout import new_attempt, temporaries, temporary
+from cluster.store.lease import Owner, Watch, read_owner, replace_owner
+from cluster.store.leftovers import fence, has_progressed, sweep
+from cluster.store.publish import About, publish
+from cluster.store.workspace import Busy, Workspace
+from cluster.worker.attempt import perform
 
 ABOUT = About("k", "kind", "m:f", {}, "c")
 
@@ -85,7 +85,7 @@ def test_one_that_is_swept_before_it_said_whose_it_is_begins_anew(out: Path) -> 
 
 def test_one_that_is_fenced_before_it_has_begun_says_so(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = new_attempt()
-    monkeypatch.setattr("cluster.workspace._take_over", lambda *_: fence(out, attempt))
+    monkeypatch.setattr("cluster.store.workspace._take_over", lambda *_: fence(out, attempt))
     with pytest.raises(Fenced):
         Workspace.claim(out, attempt)
     monkeypatch.undo()

@@ -9,8 +9,8 @@ import yaml
 
 from cluster import Resources
 from cluster.errors import BadConfig, NotAvailable
-from cluster.ray_nodes import Node, Profile, misfit
-from cluster.ray_upload import check_size, main, uploaded
+from cluster.ray.profile import Node, Profile, misfit
+from cluster.ray.upload import check_size, main, uploaded
 
 ROOT = Path(__file__).parents[2]
 

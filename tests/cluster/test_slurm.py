@@ -19,11 +19,12 @@ import slurm_jobs
 from cluster_helpers import alive, kill, results, strays, wait_for
 from slurm_cluster import ServerInfo
 
-from cluster import ClusterConfig, Report, Resources, Store, run, slurm_queue
+from cluster import ClusterConfig, Report, Resources, Store, run
 from cluster.errors import BadConfig, NotAvailable
-from cluster.slurm_orphans import PREFIX, SILENCE, Ledger
-from cluster.slurm_profile import Profile
-from cluster.slurm_queue import State, takes_later
+from cluster.slurm import queue as slurm_queue
+from cluster.slurm.orphans import PREFIX, SILENCE, Ledger
+from cluster.slurm.profile import Profile
+from cluster.slurm.queue import State, takes_later
 
 pytest_plugins = ["slurm_cluster"]
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 import ocvtp
-from cluster.lock import run_lock
-from cluster.publish import MANIFEST, About, File, Manifest
+from cluster.driver.lock import run_lock
+from cluster.store.publish import MANIFEST, About, File, Manifest
 from ocvtp import cli, vlms
 from ocvtp.commands import catalog, common, executors
 from ocvtp.data.scenes import jpeg, make_scene
@@ -309,7 +309,7 @@ def test_a_hub_out_of_reach_is_said_in_one_line(
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     """A tiny random LLaVA, and a `prune` that notes how it was called and keeps the first tokens."""
-    from ocvtp.vlms.tiny.model import make_model, make_processor
+    from pipelines.tiny.model import make_model, make_processor
 
     torch.manual_seed(0)
     vlm = SimpleNamespace(model=make_model().eval(), processor=make_processor())

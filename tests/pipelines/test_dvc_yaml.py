@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.code import modules, source_of
-from pipelines.params import READS, Params
-from pipelines.stage import ROOT
+from cluster.fingerprint import modules, source_of
+from pipelines.params.load import READS, Params
+from pipelines.stage.context import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: stage["cmd"].removeprefix("python ") for name, stage in STAGES.items()}

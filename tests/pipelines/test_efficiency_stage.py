@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipelines import efficiency
-from pipelines.stage import ROOT
+from pipelines.stage.context import ROOT
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import Entry, resolve
 from pipelines.eval import _reachable
-from pipelines.fitting import by_layer, lacking, unreachable
 from pipelines.grid import Setting
+from pipelines.params.fitting import by_layer, lacking, unreachable
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from pipelines.grid import Setting, layers, pruner_cells, settings, vlm_folder
-from pipelines.params import Params, load
-from pipelines.stage import ROOT
+from pipelines.params.load import Params, load
+from pipelines.stage.context import ROOT
 
 TOKENS: dict[str, int | None] = {"tiny-llava": 144, "variable": None}
 

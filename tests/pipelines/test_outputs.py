@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster import Corrupt, Store, run
-from pipelines import outputs
+from pipelines.stage import outputs
 from pipelines.tasks.scenes import scenes
 
 

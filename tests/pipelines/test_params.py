@@ -9,8 +9,8 @@ import yaml
 
 from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY
-from pipelines.params import READS, Params, load
-from pipelines.stage import ROOT
+from pipelines.params.load import READS, Params, load
+from pipelines.stage.context import ROOT
 
 
 @pytest.fixture

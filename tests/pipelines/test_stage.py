@@ -14,7 +14,8 @@ from ocvtp.errors import Corrupt as DataCorrupt
 from ocvtp.tokens.space import DiskFull
 from pipelines import efficiency, extract, sample, train
 from pipelines import eval as evaluate
-from pipelines.stage import ROOT, explain, home_of, open_stage
+from pipelines.stage.command import explain
+from pipelines.stage.context import ROOT, home_of, open_stage
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import yaml
 from cluster import Task, is_published
 from ocvtp.data.scenes import write_scenes
 from pipelines import eval as evaluate
-from pipelines import extract, outputs, sample, stage, train
+from pipelines import extract, sample, train
+from pipelines.stage import context as stage
+from pipelines.stage import outputs
 
 pytestmark = pytest.mark.pipeline
 SMALL: dict[str, Any] = {

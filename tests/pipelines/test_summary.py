@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ocvtp.evaluation import files
+from ocvtp.evaluation import listing as files
 from ocvtp.methods.budget import Budget
 from pipelines.grid import PrunerCell, Setting
 from pipelines.summary import Result, metrics, score_rows, summary_rows

@@ -17,9 +17,9 @@ import pytest
 
 from cluster import ClusterConfig
 from pipelines import tracking
-from pipelines.params import load
+from pipelines.params.load import load
 from pipelines.spool import Record, Spool, curves
-from pipelines.stage import ROOT, Stage
+from pipelines.stage.context import ROOT, Stage
 
 PRUNER = Record(
     fingerprint="0123456789abcdef01234567",

@@ -1,1 +1,1 @@
-"""The parts of training; `ocvtp.pruner.train` puts them together."""
+"""The parts of training; `ocvtp.pruner.training.run` puts them together."""

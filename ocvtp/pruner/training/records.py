@@ -7,7 +7,7 @@ from typing import Final
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ocvtp.pruner import files
+from ocvtp.pruner import pretrained
 from ocvtp.pruner.atomic import write
 from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.training.state import State
@@ -25,7 +25,7 @@ BAD: Final = "bad_batches.jsonl"
 def publish(folder: Path, pruner: OCPruner, last: dict[str, Tensor], state: State, metrics: dict[str, object]) -> None:
     """Write the best weights (`config.json`, `model.safetensors`), the last ones, `curves.csv` and `metrics.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.save(pruner, folder)
+    pretrained.save(pruner, folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in last.items()}
     write(folder / LAST, to_bytes(tensors, {"format": "pt"}))
     write(folder / CURVES, curves(state.rows).encode())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ocvtp.data.questions import write_benchmarks
-from ocvtp.vlms.tiny.model import make_model, make_processor
+from pipelines.tiny.model import make_model, make_processor
 
 
 @pytest.fixture(scope="session")

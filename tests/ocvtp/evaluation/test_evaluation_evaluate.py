@@ -13,7 +13,8 @@ import pytest
 
 from ocvtp.data.scenes import file_name, jpeg, make_scene, write_scenes
 from ocvtp.errors import BadInput, Corrupt, NotAvailable
-from ocvtp.evaluation import files, setting
+from ocvtp.evaluation import listing as files
+from ocvtp.evaluation import setting
 from ocvtp.evaluation.evaluate import Setting, evaluate, forget
 from ocvtp.evaluation.scores import score_of
 
@@ -106,11 +107,13 @@ def test_vanilla_and_shares_and_seeds(vlm_folder: Path, question_sets: Path, tmp
 def test_a_vlm_is_loaded_once_for_many_evaluations(
     vlm_folder: Path, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ocvtp.vlms.base
+    import ocvtp.vlms.loading
 
     loaded = []
-    load = ocvtp.vlms.base.load
-    monkeypatch.setattr(ocvtp.vlms.base, "load", lambda *args, **kwargs: loaded.append(args) or load(*args, **kwargs))
+    load = ocvtp.vlms.loading.load
+    monkeypatch.setattr(
+        ocvtp.vlms.loading, "load", lambda *args, **kwargs: loaded.append(args) or load(*args, **kwargs)
+    )
     forget()
     for number, more in enumerate(({}, RANDOM, {"method": "oc-vtp-untrained", "keep": 9}, {})):
         for name in ("gqa", "textvqa"):

@@ -11,7 +11,7 @@ from PIL import Image
 import ocvtp
 from ocvtp.errors import BadInput
 from ocvtp.evaluation.generate import Answer, Answerer, finish
-from ocvtp.vlms.base import VLM, load
+from ocvtp.vlms.loading import VLM, load
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.methods import entry_of
 from ocvtp.methods.downsample import Downsample
-from ocvtp.methods.layout import cells, share_out
+from ocvtp.methods.tiles import cells, share_out
 from ocvtp.vlms.images import Layout, Part
 
 

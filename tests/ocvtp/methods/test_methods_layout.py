@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from ocvtp.methods.layout import neighbours, share_evenly, share_out, tiles
+from ocvtp.methods.tiles import neighbours, share_evenly, share_out, tiles
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
-from ocvtp.pruner.train import TrainConfig
+from ocvtp.pruner.training.run import TrainConfig
 
 FOR = TrainedFor(vlm="tiny-llava", weights="abc", layer=9, tower_layer=9, loss="aw_mse", slots=(2, 4), seed=3)
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from ocvtp.errors import BadInput
-from ocvtp.pruner.train import TrainConfig
 from ocvtp.pruner.training.ranks import Ranks
+from ocvtp.pruner.training.run import TrainConfig
 from ocvtp.tokens.manifest import ShardMeta, layer_listing
 from ocvtp.tokens.rows import TokenRow
 from ocvtp.tokens.writer import write_shard

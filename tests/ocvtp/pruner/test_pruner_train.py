@@ -15,9 +15,9 @@ from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
 from ocvtp.pruner.layout import layout
 from ocvtp.pruner.report import rebuilding
-from ocvtp.pruner.train import NotFinite, TrainConfig, train
 from ocvtp.pruner.training.data import Order
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
+from ocvtp.pruner.training.run import NotFinite, TrainConfig, train
 
 PRUNER = PrunerConfig(token_dim=16, grid=(4, 4), slot_dim=16, decoder_layers=2)
 FAST = {"slots": [2, 4], "batch_size": 4, "steps": 6, "warmup_steps": 2, "eval_every": 2, "validation_share": 0.2}

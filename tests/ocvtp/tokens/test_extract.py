@@ -124,8 +124,8 @@ def test_layer_k_is_transformers_hidden_state_k(
 
 @pytest.mark.parametrize("preprocessing", ["pad", "squash"])
 def test_a_real_vlm_gives_the_papers_layers(records: list[ImageRecord], tmp_path: Path, preprocessing: str) -> None:
-    from ocvtp.vlms.base import load
-    from ocvtp.vlms.tiny.model import make_model, make_processor
+    from ocvtp.vlms.loading import load
+    from pipelines.tiny.model import make_model, make_processor
 
     torch.manual_seed(0)
     make_model().save_pretrained(tmp_path / "vlm")

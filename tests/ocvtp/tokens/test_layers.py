@@ -3,7 +3,7 @@
 import pytest
 
 from ocvtp.errors import BadInput
-from ocvtp.tokens.layers import block_index, resolve_layer, resolve_layers
+from ocvtp.vlms.hidden_states import block_index, resolve_layer, resolve_layers
 
 
 def test_layers_are_places_in_a_list_of_hidden_states() -> None:

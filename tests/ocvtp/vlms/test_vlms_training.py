@@ -13,7 +13,7 @@ from ocvtp.errors import Incompatible
 from ocvtp.evaluation.generate import Answerer
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruner.provenance import TrainedFor
-from ocvtp.pruner.train import TrainConfig, train
+from ocvtp.pruner.training.run import TrainConfig, train
 from ocvtp.tokens.extract import ImageRecord, extract_tokens
 from ocvtp.tokens.loader import TokenDataset
 from ocvtp.vlms import load

@@ -1,0 +1,1 @@
+"""Policy: what is run, where it is tried again, what people see of it."""

@@ -1,0 +1,157 @@
+"""The state of a run as people see it, and the files that let others see it too."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.host.process import Process
+
+log = logging.getLogger(__name__)
+
+STATES = ("waiting", "running", "done", "skipped", "retried", "failed", "cancelled")
+SILENCE = 60.0  # seconds; a driver writes its status every second
+STATUS, ATTEMPTS = "status.json", "attempts.jsonl"
+
+
+@dataclass
+class Running:
+    """One attempt at work."""
+
+    name: str
+    number: int
+    gpus: int
+    started: float
+    done: float = 0.0
+    total: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Board:
+    """Counts and running attempts of a run."""
+
+    label: str
+    run_id: str
+    total: int
+    skipped: int = 0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    retried: int = 0
+    running: dict[str, Running] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    gpu_seconds: float = 0.0  # of attempts that have ended
+
+    @property
+    def waiting(self) -> int:
+        """Tasks that have not begun, or wait for another attempt."""
+        return max(self.total - self.skipped - self.done - self.failed - self.cancelled - len(self.running), 0)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours used so far."""
+        now = time.monotonic()
+        return (self.gpu_seconds + sum(r.gpus * (now - r.started) for r in self.running.values())) / 3600
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the present rate; None before anything is done."""
+        fractions = sum(r.done / r.total for r in self.running.values() if r.total)
+        finished = self.done + self.failed + fractions
+        left = len(self.running) + self.waiting - fractions
+        return self.elapsed / finished * left if finished else None
+
+    def end(self, job: str) -> None:
+        """An attempt ended."""
+        running = self.running.pop(job, None)
+        if running is not None:
+            self.gpu_seconds += running.gpus * (time.monotonic() - running.started)
+
+    def counts(self) -> dict[str, int]:
+        """Tasks by state, in the order people read them."""
+        running = len(self.running)
+        numbers = (self.waiting, running, self.done, self.skipped, self.retried, self.failed, self.cancelled)
+        return dict(zip(STATES, numbers, strict=True))
+
+
+class Journal:
+    """Writes the board and every attempt to the logs of a run, for `python -m cluster status`."""
+
+    PERIOD = 1.0
+
+    def __init__(self, folder: Path, board: Board) -> None:
+        self._folder, self._board = folder, board
+        self._process = Process.me().to_json()
+        self._since = time.time()
+        self._last = 0.0
+        self._warned = False
+
+    def attempt(self, **facts: Any) -> None:
+        """Note how an attempt ended."""
+        with self._forgiving(), (self._folder / ATTEMPTS).open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
+
+    def write(self, state: str = "") -> None:
+        """Write the board, at most once a period unless a final `state` is given."""
+        now = time.monotonic()
+        if not state and now - self._last < self.PERIOD:
+            return
+        self._last = now
+        board = self._board
+        running = [
+            {"name": r.name, "attempt": r.number, "seconds": round(now - r.started, 1), "done": r.done,
+             "total": r.total, "note": r.note}
+            for r in board.running.values()
+        ]  # fmt: skip
+        data = {
+            "run": board.run_id, "label": board.label, "state": state or "running", "process": self._process,
+            "since": self._since, "seconds": round(board.elapsed, 1), "total": board.total, **board.counts(),
+            "gpu_hours": round(board.gpu_hours, 4), "seconds_left": board.seconds_left, "now": running,
+        }  # fmt: skip
+        with self._forgiving():
+            fresh = self._folder / f"{STATUS}.new"
+            fresh.write_text(json.dumps(data, indent=1))
+            fresh.replace(self._folder / STATUS)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """A full disk must not end a run because of its own notes."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            if not self._warned:
+                log.warning("cannot write to %s: %s", self._folder, error)
+            self._warned = True
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """The last status of a run.
+
+    Its state is "killed" if its driver is gone without having ended it, and "silent" if that cannot be seen from this
+    machine and it has written nothing for a minute; `silent` are the seconds since it last did.
+    """
+    try:
+        data: dict[str, Any] = json.loads((folder / STATUS).read_bytes())
+        data["silent"] = round(max(time.time() - (folder / STATUS).stat().st_mtime, 0.0), 1)
+        if data["state"] == "running":
+            alive = Process.from_json(data["process"]).alive()
+            if alive is False:
+                data["state"] = "killed"
+            elif alive is None and data["silent"] > SILENCE:
+                data["state"] = "silent"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return data

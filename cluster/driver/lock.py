@@ -1,0 +1,135 @@
+"""One run at a time for each store and label: a lock file that names its owner.
+
+The kernel holds the lock (flock), so it ends with its owner however that ends. Where the file system has no
+locks the name in the file decides; that of a dead owner on another host is then to be removed by hand. Should both
+fail, nothing is lost: publication is safe without any lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import OnLocked
+from cluster.errors import Locked
+from cluster.host.process import Process
+
+log = logging.getLogger(__name__)
+
+PERIOD = 0.3
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Content of a lock file."""
+
+    process: Process
+    run_id: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} on {self.process} since {self.since}"
+
+
+def lock_path(folder: Path, label: str) -> Path:
+    """The lock file of a label."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label).lstrip('.') or '_'}.json"
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who a lock file names; None if there is no lock file, or it names nobody."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_bytes())
+        return Holder(Process.from_json(data["process"]), str(data["run"]), str(data["since"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def run_lock(
+    folder: Path, label: str, run_id: str, on_locked: OnLocked, check: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Hold the lock of `label`; without a label there is none.
+
+    Args:
+        folder: of the lock files.
+        label: what the run is, such as the name of a stage.
+        run_id: of this run, for others to read.
+        on_locked: whether to wait for another run or to refuse.
+        check: called while waiting; may raise to end it.
+
+    Raises:
+        Locked: another run holds it, and we are to refuse.
+    """
+    if not label:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = lock_path(folder, label)
+    told = False
+    while (handle := _try(path)) is None:
+        holder = read_holder(path)
+        if on_locked == "refuse":
+            raise Locked(f"{label!r} is held by {holder or 'another run'} ({path}): wait for it, or stop it")
+        if not told:
+            log.warning("waiting: %r is held by %s (%s)", label, holder or "another run", path)
+            told = True
+        check()
+        time.sleep(PERIOD)
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        text = json.dumps({"process": Process.me().to_json(), "run": run_id, "since": since, "label": label})
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, text.encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def sweep_locks(folder: Path) -> list[Path]:
+    """Remove the lock files of dead owners."""
+    removed = []
+    for path in sorted(folder.glob("*.json")):
+        handle = _try(path)
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+            removed.append(path)
+    return removed
+
+
+def _try(path: Path) -> int | None:
+    """An open handle of the locked file; None if somebody else has it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if _flock(handle, path) and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+    except FileNotFoundError:
+        pass  # its owner removed it while we waited: the next try makes a new one
+    os.close(handle)
+    return None
+
+
+def _flock(handle: int, path: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        holder = read_holder(path)
+        return holder is None or holder.process.alive() is False
+    return True

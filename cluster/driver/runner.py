@@ -1,0 +1,332 @@
+"""`run`: plan, start, follow, retry and report. All policy is here and in `cluster.driver.retry`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.config import ClusterConfig
+from cluster.driver.interrupt import Signals, signals_caught
+from cluster.driver.journal import Board, Journal, Running
+from cluster.driver.lock import run_lock
+from cluster.driver.plan import Planned, check_tasks
+from cluster.driver.report import Outcome, Report, display
+from cluster.driver.retry import ELSEWHERE, Policy, pause
+from cluster.driver.view import View
+from cluster.protocol import Cause, Context, Event, Executor, Job, check_executor, make_executor
+from cluster.store.layout import new_attempt
+from cluster.store.lease import Watch
+from cluster.store.leftovers import fence, has_progressed, sweep
+from cluster.store.publish import is_published
+from cluster.store.remote import Remote
+from cluster.store.store import Store
+from cluster.task import Resources, Task
+
+log = logging.getLogger(__name__)
+
+POLL = 0.25  # seconds; also how long Ctrl-C may go unnoticed
+BUSY_PAUSE = 0.5  # seconds until we look again whether another run has finished our task; then twice as long, up to
+BUSY_LONGEST = 10.0
+VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show what another machine published
+CANCEL_LIMIT = 30.0  # seconds an executor may take to end what was cancelled
+
+
+def run(
+    tasks: Iterable[Task],
+    executor: str | Executor | None = None,
+    *,
+    config: ClusterConfig | None = None,
+    label: str = "",
+    fail_fast: bool = False,
+) -> Report:
+    """Make sure that every task is published: skip what is, run the rest, retry by cause, report at the end.
+
+    Args:
+        tasks: in the order to start them.
+        executor: name of an executor (default: that of the configuration), or one that the caller made and
+            closes.
+        config: where and how; by default that of the environment.
+        label: what this run is, for people; runs with one label on one store follow each other.
+        fail_fast: give up at the first task that fails for good instead of running the others.
+
+    Raises:
+        BadTask, NotAvailable: something cannot be run as asked; no work was started.
+        Locked: another run with this label is at work, and `config.on_locked` says to refuse.
+        Interrupted: (a KeyboardInterrupt) SIGINT or SIGTERM came; all that ran was stopped and cleaned up.
+    """
+    config = config or ClusterConfig.from_params()
+    executor = config.executor if executor is None else executor
+    if isinstance(executor, str):
+        check_executor(executor)
+    tasks = list(tasks)
+    check_tasks(tasks)
+    store = Store(config.store)
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{new_attempt()[:8]}"
+    context = Context(run_id, store.logs / run_id, config)
+    with (
+        signals_caught() as signals,
+        run_lock(store.locks, label, run_id, config.on_locked, signals.check),
+        closing(Remote(config.remote)) if config.remote else nullcontext() as remote,
+    ):
+        planned = check_tasks(tasks)  # again: the run we waited for may have done them
+        if remote is not None:
+            remote.fetch((one.out for one in planned if not one.published), check=signals.check)
+            planned = check_tasks(tasks)
+            remote.upload(one.out for one in planned if one.published)
+        missing = [one for one in planned if not one.published]
+        _sweep(planned, watch := Watch())
+        report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
+        if not missing:
+            log.info("%s: all %d tasks were published before", label or "run", len(planned))
+        else:
+            made = make_executor(executor, context) if isinstance(executor, str) else executor
+            with closing(made) if isinstance(executor, str) else nullcontext():
+                made.check([one.task for one in missing])
+                _Run(missing, report, made, context, label, fail_fast, signals, watch, remote).go()
+            _sweep(planned, watch)
+        if remote is not None:
+            remote.finish(signals.check)
+        return report
+
+
+def _sweep(planned: list[Planned], watch: Watch) -> None:
+    """Remove what dead attempts left where our tasks publish, but what a missing task can resume from."""
+    published: dict[Path, set[str]] = {}
+    for one in planned:
+        names = published.setdefault(one.out.parent, set())
+        if is_published(one.out):
+            names.add(one.out.name)
+    for parent, names in published.items():
+        sweep(parent, watch, published=names)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A task that is not done yet."""
+
+    planned: Planned
+    resources: Resources
+    ready_at: float = 0.0
+    causes: list[Cause] = field(default_factory=list)
+    supersedes: set[str] = field(default_factory=set)
+    avoid: set[str] = field(default_factory=set)  # nodes
+    busy: int = 0  # times that others were at work on it
+    log: Path | None = None
+    detail: str = ""
+
+    @property
+    def task(self) -> Task:
+        return self.planned.task
+
+    def outcome(self, cause: Cause) -> Outcome:
+        return Outcome(self.task, cause, len(self.causes), self.log, self.detail, tuple(self.causes))
+
+
+class _Run:
+    """The missing tasks of one run, from the first attempt to the last."""
+
+    def __init__(
+        self,
+        missing: list[Planned],
+        report: Report,
+        executor: Executor,
+        context: Context,
+        label: str,
+        fail_fast: bool,
+        signals: Signals,
+        watch: Watch,
+        remote: Remote | None,
+    ) -> None:
+        config = context.config
+        self._report, self._executor, self._context = report, executor, context
+        self._fail_fast, self._signals, self._watch, self._remote = fail_fast, signals, watch, remote
+        self._policy = Policy(config.tries, config.preemptions)
+        self._waiting = [_Entry(one, one.task.resources) for one in missing]
+        self._flying: dict[str, tuple[_Entry, Job]] = {}
+        total = len(missing) + len(report.skipped)
+        self._board = Board(label, context.run_id, total, skipped=len(report.skipped))
+        self._journal = Journal(context.logs, self._board)
+        self._view = View(self._board)
+
+    def go(self) -> None:
+        """Run all tasks to their end."""
+        state = "failed"
+        try:
+            with self._view:
+                while self._waiting or self._flying:
+                    self._signals.check()
+                    self._submit()
+                    for event in self._executor.poll(self._patience()):
+                        self._handle(event)
+                    self._view.refresh()
+                    self._journal.write()
+            state = "done" if self._report.ok else "failed"
+        except BaseException:
+            state = "interrupted" if self._signals.signum else "failed"
+            self._stop()
+            raise
+        finally:
+            self._journal.write(state)
+
+    def _patience(self) -> float:
+        """How long to wait for news: not beyond the next retry."""
+        soonest = min((entry.ready_at for entry in self._waiting), default=float("inf"))
+        return max(0.0, min(POLL, soonest - time.monotonic()))
+
+    def _submit(self) -> None:
+        now = time.monotonic()
+        ready = [entry for entry in self._waiting if entry.ready_at <= now]
+        if not ready:
+            return
+        self._waiting = [entry for entry in self._waiting if entry.ready_at > now]
+        for entry in [entry for entry in ready if entry.busy and is_published(entry.planned.out)]:
+            ready.remove(entry)
+            self._skip(entry)
+        jobs = [self._job(entry) for entry in ready]
+        self._flying.update({job.id: (entry, job) for entry, job in zip(ready, jobs, strict=True)})
+        self._executor.submit(jobs)
+
+    def _job(self, entry: _Entry) -> Job:
+        task, number = entry.task, len(entry.causes) + 1
+        return Job(
+            id=new_attempt(),
+            name=task.name,
+            number=number,
+            call=task.call_name,
+            spec=task.spec,
+            out=entry.planned.out,
+            key=task.key,
+            kind=task.kind,
+            code=task.code,
+            resources=entry.resources,
+            log=self._context.logs / f"{entry.planned.log_name}-{number}.log",
+            lease=self._context.config.lease_seconds,
+            supersedes=tuple(sorted(entry.supersedes)),
+            avoid=tuple(sorted(entry.avoid)),
+        )
+
+    def _handle(self, event: Event) -> None:
+        entry, job = self._flying[event.job]
+        now = time.monotonic()
+        if event.kind == "started":
+            self._board.running[job.id] = Running(job.name, job.number, job.resources.gpus, now)
+        elif event.kind == "progress":
+            running = self._board.running.get(job.id)
+            if running is not None:
+                running.done, running.total, running.note = event.done, event.total, event.note
+        else:
+            self._ended(entry, job, event)
+
+    def _ended(self, entry: _Entry, job: Job, event: Event) -> None:
+        del self._flying[job.id]
+        running = self._board.running.get(job.id)
+        self._board.end(job.id)
+        if event.cause is Cause.BUSY:
+            self._wait_for_others(entry, event)
+            return
+        cause, detail = self._settled(job, event)
+        progressed = has_progressed(job.out, job.id)
+        fence(job.out, job.id)
+        entry.causes.append(cause)
+        if cause in ELSEWHERE and event.node:
+            entry.avoid.add(event.node)
+        entry.detail, entry.log = detail, job.log if job.log.exists() else None
+        seconds = round(time.monotonic() - running.started, 3) if running else None
+        self._journal.attempt(
+            task=job.name,
+            key=job.key,
+            attempt=job.number,
+            id=job.id,
+            cause=cause,
+            detail=detail,
+            node=event.node,
+            seconds=seconds,
+        )
+        if cause is Cause.DONE:
+            self._board.done += 1
+            self._report.done.append(entry.outcome(cause))
+            if self._remote is not None:
+                self._remote.upload([job.out])
+        elif cause is Cause.CANCELLED:
+            self._give_up(entry)
+        else:
+            self._retry_or_fail(entry, job, progressed)
+
+    def _settled(self, job: Job, event: Event) -> tuple[Cause, str]:
+        """What the end of an attempt amounts to: the result is there, or it is not."""
+        cause = event.cause or Cause.LOST
+        if is_published(job.out):
+            return Cause.DONE, "" if cause is Cause.DONE else f"{cause} after it had published"
+        if cause is not Cause.DONE:
+            return cause, event.detail
+        deadline = time.monotonic() + VISIBLE_WITHIN
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            if is_published(job.out):
+                return Cause.DONE, ""
+        return Cause.LOST, f"it said that it published, but {job.out} cannot be seen from here"
+
+    def _wait_for_others(self, entry: _Entry, event: Event) -> None:
+        """Another run is at work on this task: look again later, fence attempts without a sign of life."""
+        if is_published(entry.planned.out):
+            self._skip(entry)
+            return
+        for attempt, (beat, patience) in (event.others or {}).items():
+            if patience > 0 and self._watch.expired(attempt, beat, patience):
+                entry.supersedes.add(attempt)
+        entry.ready_at = time.monotonic() + min(BUSY_PAUSE * 2**entry.busy, BUSY_LONGEST)
+        entry.busy += 1
+        self._waiting.append(entry)
+
+    def _skip(self, entry: _Entry) -> None:
+        """Another run has published it."""
+        self._board.skipped += 1
+        self._report.skipped.append(entry.outcome(Cause.DONE))
+
+    def _retry_or_fail(self, entry: _Entry, job: Job, progressed: bool) -> None:
+        cause = entry.causes[-1]
+        resources = self._policy.next(
+            entry.causes,
+            entry.resources,
+            progressed=progressed,
+            memory_limit_gb=self._executor.memory_limit_gb(entry.resources),
+        )
+        name = display(job.name)
+        if resources is not None and not (self._fail_fast and self._report.failed):
+            entry.resources = resources
+            entry.ready_at = time.monotonic() + pause(len(entry.causes), job.id)
+            self._waiting.append(entry)
+            self._board.retried += 1
+            self._view.note(f"{name}: {cause} in attempt {job.number}, again ({entry.detail})")
+            return
+        self._board.failed += 1
+        self._report.failed.append(entry.outcome(cause))
+        self._view.note(f"{name}: failed, {cause} ({entry.detail})")
+        if self._fail_fast:
+            self._executor.cancel(list(self._flying))
+            for waiting in self._waiting:
+                self._give_up(waiting)
+            self._waiting = []
+
+    def _give_up(self, entry: _Entry) -> None:
+        self._board.cancelled += 1
+        self._report.cancelled.append(entry.outcome(Cause.CANCELLED))
+
+    def _stop(self) -> None:
+        """Cancel all that is under way and leave nothing of it."""
+        self._executor.cancel(list(self._flying))
+        deadline = time.monotonic() + CANCEL_LIMIT
+        while self._flying and time.monotonic() < deadline:
+            for event in self._executor.poll(POLL):
+                if event.kind == "ended" and event.job in self._flying:
+                    _, job = self._flying.pop(event.job)
+                    self._board.end(job.id)
+                    self._board.done += is_published(job.out)
+                    fence(job.out, job.id)
+        for _, job in self._flying.values():
+            self._board.end(job.id)
+            fence(job.out, job.id)

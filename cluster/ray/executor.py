@@ -1,0 +1,290 @@
+"""The Ray executor: each attempt is one task of a Ray cluster.
+
+An attempt is a generator: what it yields (started, progress, ended) streams back to the driver, so there is no
+actor, queue or file between them that could be lost or left over. Ray retries nothing, `run` does. All that
+runs belongs to the driver's job: if the driver dies, Ray ends its workers, and they end theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster import wire
+from cluster.driver.report import display
+from cluster.errors import NotAvailable
+from cluster.host.machine import GIB
+from cluster.protocol import Cause, Context, Event, Job
+from cluster.ray.boot import boot, code_path
+from cluster.ray.connection import PACKAGE, connect
+from cluster.ray.profile import Node, Profile, misfit
+from cluster.task import Resources, Task
+
+log = logging.getLogger(__name__)
+
+WINDOW = 64  # tasks of one shape handed to Ray beyond two for each core: it need not know of all that wait
+LOOK_PERIOD = 5.0  # seconds between two looks at the nodes while tasks wait
+SLACK = 60.0  # seconds beyond its time limit after which a task is ended from here; its node does so before
+CLOSE_LIMIT = 10.0
+NODE_ID = "ray.io/node-id"  # label of every node
+PREEMPTED = 3  # `NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED` of Ray
+PASSED_ON = ("OCVTP_", "HF_", "TRANSFORMERS_", "TORCH_", "CUBLAS_", "PYTHONHASHSEED")  # variables tasks see
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A job handed to Ray."""
+
+    job: Job
+    stream: Any  # ray.ObjectRefGenerator
+    since: float
+    node: str | None = None  # where it started
+    started: float = 0.0
+    verdict: tuple[Cause, str] | None = None  # why we ended it
+
+
+class RayExecutor:
+    """Runs jobs as tasks of a Ray cluster."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._profile = Profile.load(context.config.profile)
+        self._queues: dict[Resources, deque[Job]] = {}
+        self._flights: dict[Any, _Flight] = {}  # by stream
+        self._events: list[Event] = []
+        self._looked, self._unplaced_since = 0.0, 0.0
+        # Both now: where nodes share a disk, Ray may remove its copy of them for a moment, to make it anew.
+        self._working_folder, self._code = str(Path.cwd()), code_path()
+        self._ray, self._owned, root = connect(context, self._profile)
+        try:
+            self._address = self._ray.get_runtime_context().gcs_address
+            self._nodes = self._look()
+            self._remote = self._ray.remote(boot())
+            self._setup = self._make_setup(root)
+            context.logs.mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def memory_limit_gb(self, asked: Resources) -> float | None:
+        """Memory of the largest node that has the cores and GPUs."""
+        nodes = [node for node in [*self._nodes, *self._profile.growth] if node.fits(asked, self._profile)]
+        return max((node.memory_gb for node in nodes), default=None)
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Refuse tasks that fit no node, and a store that workers could not share."""
+        store = PACKAGE.fullmatch(str(Path(self._working_folder, self._context.config.store)))
+        if store:
+            raise NotAvailable(
+                f"the store would lie in {store['root']}, Ray's copy of the working dir, which is not kept: set "
+                "OCVTP_ROOT (or OCVTP_STORE) to a folder of the file system that all nodes share"
+            )
+        self._nodes = self._look()
+        for task in tasks:
+            problem = misfit(task.resources, self._nodes, self._profile)
+            if problem:
+                raise NotAvailable(f"task {task.name!r} {problem} (Ray cluster at {self._address})")
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs."""
+        for job in jobs:
+            self._queues.setdefault(job.resources, deque()).append(job)
+        self._launch()
+
+    def poll(self, timeout: float) -> list[Event]:
+        """News; waits for some at most `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self._collect(0.0 if self._events else max(deadline - time.monotonic(), 0.0))
+            self._watch()
+            self._launch()
+            if self._events or time.monotonic() >= deadline:
+                events, self._events = self._events, []
+                return events
+
+    def cancel(self, ids: Collection[str]) -> None:
+        """Drop these from the queue and kill those that Ray has."""
+        wanted = set(ids)
+        for resources, queue in self._queues.items():
+            dropped = [job for job in queue if job.id in wanted]
+            self._queues[resources] = deque(job for job in queue if job.id not in wanted)
+            self._events += [Event(job.id, "ended", Cause.CANCELLED) for job in dropped]
+        for flight in self._flights.values():
+            if flight.job.id in wanted:
+                self._end(flight, Cause.CANCELLED)
+
+    def close(self) -> None:
+        """End what is left, and let go of the cluster; one that was started here ends."""
+        self._queues.clear()
+        for flight in self._flights.values():
+            self._end(flight, Cause.CANCELLED)
+        deadline = time.monotonic() + CLOSE_LIMIT
+        while self._flights and time.monotonic() < deadline:
+            self._collect(0.25)
+        self._flights.clear()
+        if self._owned and self._ray.is_initialized():
+            self._ray.shutdown()
+        _remove_empty(self._context.logs / "workers")
+
+    # Handing jobs to Ray
+
+    def _launch(self) -> None:
+        window = WINDOW + 2 * int(sum(node.cpus for node in self._nodes))
+        flying: dict[Resources, int] = {}
+        for flight in self._flights.values():
+            flying[flight.job.resources] = flying.get(flight.job.resources, 0) + 1
+        for resources, queue in self._queues.items():
+            for _ in range(min(len(queue), window - flying.get(resources, 0))):
+                self._hand_over(queue.popleft())
+
+    def _hand_over(self, job: Job) -> None:
+        asked, profile = job.resources, self._profile
+        options = {
+            "num_cpus": asked.cpus,
+            "num_gpus": asked.gpus,
+            "memory": int(asked.memory_gb * GIB),
+            "resources": profile.resources or None,
+            "accelerator_type": profile.accelerator_type if asked.gpus else None,
+            "scheduling_strategy": self._strategy(job),
+            "max_retries": 0,
+            "num_returns": "streaming",
+            "name": display(job.name),
+        }
+        stream = self._remote.options(**options).remote(job.to_json(), *self._setup)
+        self._flights[stream] = _Flight(job, stream, time.monotonic())
+
+    def _strategy(self, job: Job) -> Any:
+        """Where Ray puts a job: as the profile says, but away from nodes on which it died if there are others."""
+        if not job.avoid:
+            return self._profile.scheduling
+        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+        return NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
+
+    def _make_setup(self, root: str | None) -> tuple[dict[str, Any], list[str], str | None]:
+        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        setup = {
+            "run_id": self._context.run_id,
+            "logs": str(self._context.logs),
+            "folder": self._working_folder,
+            "environment": environment | self._profile.environment,
+        }
+        return setup, self._code, root
+
+    # Following what runs
+
+    def _collect(self, timeout: float) -> None:
+        """Take the next news of every job that has some."""
+        streams = list(self._flights)
+        if not streams:
+            time.sleep(min(timeout, 0.05))
+            return
+        ready, rest = self._ray.wait(streams, num_returns=1, timeout=timeout, fetch_local=False)
+        if ready and rest:
+            ready += self._ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
+        for stream in ready:
+            self._take(self._flights[stream])
+
+    def _take(self, flight: _Flight) -> None:
+        try:
+            message = self._ray.get(next(flight.stream))
+        except StopIteration:
+            self._ended(flight, *(flight.verdict or (Cause.LOST, "it ended without a word")))
+        except self._ray.exceptions.RayError as error:
+            self._ended(flight, *(flight.verdict or self._diagnose(flight, error)))
+        else:
+            event = wire.event_from_json(message["event"])
+            if event.kind == "started":
+                flight.node, flight.started = message["node"], time.monotonic()
+            elif event.kind == "ended":
+                del self._flights[flight.stream]
+                event = replace(event, node=message["node"])
+            self._events.append(event)
+
+    def _ended(self, flight: _Flight, cause: Cause, detail: str) -> None:
+        del self._flights[flight.stream]
+        self._events.append(Event(flight.job.id, "ended", cause, detail, node=flight.node or ""))
+
+    def _diagnose(self, flight: _Flight, error: Exception) -> tuple[Cause, str]:
+        """Why Ray ended a job, of which no word came."""
+        errors, text = self._ray.exceptions, " ".join(str(error).split())[:300]
+        if isinstance(error, errors.TaskCancelledError):
+            return Cause.CANCELLED, "cancelled by somebody else"
+        if isinstance(error, errors.OutOfMemoryError):
+            return Cause.OOM, f"Ray killed it because its node ran out of memory: {text}"
+        if isinstance(error, errors.NodeDiedError | errors.LocalRayletDiedError | errors.TaskUnschedulableError):
+            return self._of_node(flight) or (Cause.NODE, text)
+        if isinstance(error, errors.WorkerCrashedError):
+            return self._of_node(flight) or (Cause.CRASHED, f"its Ray worker was killed or died: {text}")
+        if isinstance(error, errors.RayTaskError | errors.RuntimeEnvSetupError):
+            with contextlib.suppress(OSError), flight.job.log.open("a") as file:
+                file.write(f"{error}\n")
+            return Cause.EXCEPTION, str(error).strip().splitlines()[-1][:500]
+        return Cause.LOST, f"{type(error).__name__}: {text}"
+
+    def _of_node(self, flight: _Flight) -> tuple[Cause, str] | None:
+        """What became of the node the job ran on; None if it is alive."""
+        for node in self._ray.nodes():
+            if node["NodeID"] == flight.node and not node["Alive"]:
+                why = node.get("DeathReasonMessage") or "no reason given"
+                preempted = node.get("DeathReason") == PREEMPTED
+                cause = Cause.PREEMPTED if preempted else Cause.NODE
+                return cause, f"its node {node['NodeManagerHostname']} is gone: {why}"
+        return None
+
+    def _watch(self) -> None:
+        """End what is far beyond its time, and what no node can run any more."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_PERIOD:
+            return
+        self._looked = now
+        for flight in self._flights.values():
+            limit = flight.job.resources.minutes
+            if flight.started and now - flight.started > limit * 60 + SLACK:
+                self._end(flight, Cause.TIMEOUT, f"took longer than {limit:g} minutes, and its node did not end it")
+        flights = self._flights.values()
+        waiting = [flight for flight in flights if not flight.started and now - flight.since > LOOK_PERIOD]
+        if not waiting:
+            self._unplaced_since = 0.0
+            return
+        self._nodes = self._look()
+        self._end_misfits(waiting, now)
+
+    def _end_misfits(self, waiting: Sequence[_Flight], now: float) -> None:
+        problems = [(flight, misfit(flight.job.resources, self._nodes, self._profile)) for flight in waiting]
+        stuck = [(flight, problem) for flight, problem in problems if problem]
+        if not stuck:
+            self._unplaced_since = 0.0
+            return
+        if not self._unplaced_since:
+            self._unplaced_since = now
+            log.warning("%d tasks wait for nodes that are gone: the first %s", len(stuck), stuck[0][1])
+        if now - self._unplaced_since > self._profile.patience_minutes * 60:
+            for flight, problem in stuck:
+                self._end(flight, Cause.NODE, f"no node came back for it: it {problem}")
+
+    def _end(self, flight: _Flight, cause: Cause, detail: str = "") -> None:
+        flight.verdict = flight.verdict or (cause, detail)
+        self._ray.cancel(flight.stream, force=True)
+
+    def _look(self) -> list[Node]:
+        return [Node.of_ray(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove logs of local workers that hold nothing: Ray gave their owners no time to do so."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            elif path.stat().st_size == 0:
+                path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

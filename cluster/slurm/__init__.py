@@ -1,0 +1,1 @@
+"""SLURM as an executor, and its profiles."""

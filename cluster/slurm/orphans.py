@@ -1,0 +1,132 @@
+"""Jobs that a driver left behind when it was killed: the next run on the same store cancels them, and fences them.
+
+Each run notes in its folder of logs who drives it, and which job runs which attempt. Jobs are named after their run.
+Whether a driver on another login node is dead, its status tells, which it writes every second.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.driver.journal import STATUS
+from cluster.host.process import Process
+from cluster.slurm import queue as slurm_queue
+from cluster.store.leftovers import fence
+
+log = logging.getLogger(__name__)
+
+PREFIX = "ocvtp-"
+FOLDER, DRIVER, ATTEMPTS = "slurm", "driver.json", "attempts.jsonl"
+SILENCE = 300.0  # seconds without a sign of life of a driver on another host after which it counts as dead
+LIMIT = 30.0  # seconds that cancelled jobs have to leave the queue
+_NAME = re.compile(rf"{PREFIX}(?P<run>\d{{8}}-\d{{6}}-[0-9a-f]{{8}})")
+
+
+def job_name(run_id: str) -> str:
+    """Of all jobs of a run."""
+    return f"{PREFIX}{run_id}"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The folder in which a run keeps its notes, beside the files of submitit."""
+
+    folder: Path
+
+    def open(self) -> None:
+        """Say who drives the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / DRIVER).write_text(json.dumps(Process.me().to_json()))
+
+    def note(self, job: str, attempt: str, out: Path) -> None:
+        """Say which job runs an attempt."""
+        with (self.folder / ATTEMPTS).open("a") as file:
+            file.write(json.dumps({"job": job, "attempt": attempt, "out": str(out)}) + "\n")
+
+    def driver(self) -> Process | None:
+        """Who drives the run; None if nobody can say."""
+        try:
+            return Process.from_json(json.loads((self.folder / DRIVER).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def abandoned(self, now: float) -> bool:
+        """Whether its driver is dead. Should it live all the same, its cancelled jobs come again, and nothing is lost.
+
+        Args:
+            now: a time by the clock of the file system.
+        """
+        driver = self.driver()
+        alive = driver.alive() if driver is not None else True
+        return alive is False or (alive is None and now - self._seen() > SILENCE)
+
+    def opened(self) -> float:
+        """When its driver began, by the clock of the file system."""
+        return (self.folder / DRIVER).stat().st_mtime
+
+    def _seen(self) -> float:
+        try:
+            return max(self.opened(), (self.folder.parent / STATUS).stat().st_mtime)
+        except OSError:
+            return self.opened()
+
+    def attempts(self) -> Iterator[tuple[str, str, Path]]:
+        """(job, attempt, out) of all that was noted."""
+        try:
+            lines = (self.folder / ATTEMPTS).read_text().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                found = json.loads(line)
+                yield str(found["job"]), str(found["attempt"]), Path(found["out"])
+            except (ValueError, KeyError, TypeError):  # its driver was killed while it wrote the line
+                continue
+
+
+def reap(own: Ledger) -> list[str]:
+    """Cancel jobs of runs on this store whose drivers are dead, and fence their attempts.
+
+    Args:
+        own: of the run that begins now, opened.
+
+    Returns:
+        The ids of the jobs.
+    """
+    logs, now = own.folder.parent.parent, own.opened()
+    ledgers: dict[str, Ledger] = {}
+    orphans: set[str] = set()
+    for listed in slurm_queue.queue(user=getpass.getuser()):
+        match = _NAME.fullmatch(listed.name)
+        if match is None or not listed.state.alive:
+            continue
+        ledger = ledgers.setdefault(match["run"], Ledger(logs / match["run"] / FOLDER))
+        if ledger.abandoned(now):
+            orphans.add(listed.id)
+    if not orphans:
+        return []
+    log.warning("cancelling %d SLURM jobs that a killed driver left behind", len(orphans))
+    slurm_queue.cancel(orphans)
+    _wait(orphans)
+    for ledger in ledgers.values():
+        for job, attempt, out in ledger.attempts():
+            if job in orphans:
+                fence(out, attempt)
+    return sorted(orphans)
+
+
+def _wait(jobs: set[str]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        alive = {listed.id for listed in slurm_queue.queue(user=getpass.getuser()) if listed.state.alive}
+        if not alive & jobs:
+            return
+        time.sleep(0.5)
+    log.warning("%d cancelled SLURM jobs have not left the queue; they can publish nothing", len(jobs))

@@ -1,0 +1,1 @@
+"""Published results: leases, workspaces, publication and what is left of attempts."""

@@ -1,0 +1,113 @@
+"""Leases: who is at work in a temporary folder, and whether they still are.
+
+An owner file names the process at work and holds a counter that its heartbeat raises. In its own domain a
+process is looked up exactly. From elsewhere it counts as dead when its counter has not moved for a lease by
+the *observer's* monotonic clock: no decision rests on file times or on two clocks that agree.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.host.process import Process
+
+OWNER_FILE = "owner.json"
+# A folder without a readable owner file is one whose maker was stopped between two system calls, or is just
+# there.
+UNOWNED_PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Content of an owner file."""
+
+    process: Process
+    lease: float
+    beat: int = 0
+    released: bool = False  # its process ended the attempt, though it may go on serving other tasks
+    resume_at_start: str = ""  # signature of `resume/` when the attempt began
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Owner:
+        """Read what `to_json` wrote; KeyError, TypeError or ValueError if it is something else."""
+        return cls(
+            Process.from_json(data["process"]),
+            float(data["lease"]),
+            int(data["beat"]),
+            bool(data["released"]),
+            str(data["resume_at_start"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of the owner file."""
+        return {
+            "process": self.process.to_json(),
+            "lease": self.lease,
+            "beat": self.beat,
+            "released": self.released,
+            "resume_at_start": self.resume_at_start,
+        }
+
+    def alive(self) -> bool | None:
+        """Whether its attempt still runs; None if only its beat can tell."""
+        return False if self.released else self.process.alive()
+
+
+def read_owner(root: Path) -> Owner | None:
+    """The owner of a temporary folder; None if there is no readable owner file."""
+    try:
+        return Owner.from_json(json.loads((root / OWNER_FILE).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def create_owner(root: Path, owner: Owner) -> None:
+    """Write the first owner file of a folder nobody else uses yet."""
+    (root / OWNER_FILE).write_text(json.dumps(owner.to_json()))
+
+
+def replace_owner(root: Path, owner: Owner) -> None:
+    """Replace the owner file in one step.
+
+    Raises:
+        FileNotFoundError: the folder was taken away: the lease is lost.
+    """
+    fresh = root / f"{OWNER_FILE}.new"
+    fresh.write_text(json.dumps(owner.to_json()))
+    fresh.replace(root / OWNER_FILE)
+
+
+def release(root: Path) -> None:
+    """Say that nobody works in this folder any more."""
+    owner = read_owner(root)
+    if owner is not None and not owner.released:
+        replace_owner(root, replace(owner, released=True))
+
+
+@dataclass
+class Watch:
+    """Remembers when each beat was first seen, to tell leases that have run out."""
+
+    _seen: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def expired(self, name: str, beat: int, patience: float) -> bool:
+        """Whether the beat of `name` has not moved for `patience` seconds of watching."""
+        known = self._seen.get(name)
+        now = time.monotonic()
+        if known is None or known[0] != beat:
+            self._seen[name] = (beat, now)
+            return False
+        return now - known[1] >= patience
+
+    def abandoned(self, root: Path) -> bool:
+        """Whether nobody is at work in the temporary folder `root`, by what was seen until now."""
+        owner = read_owner(root)
+        if owner is None:
+            return self.expired(root.name, -1, UNOWNED_PATIENCE)
+        alive = owner.alive()
+        return self.expired(root.name, owner.beat, owner.lease) if alive is None else not alive

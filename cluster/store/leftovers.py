@@ -1,0 +1,128 @@
+"""Cleaning up after attempts that are over, without losing what the next one can resume from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from cluster.store.layout import RESULT, RESUME, new_attempt, temporaries, temporary
+from cluster.store.lease import OWNER_FILE, Watch, read_owner, release
+
+log = logging.getLogger(__name__)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every regular file below `folder`, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def resume_of(root: Path) -> Path | None:
+    """The `resume/` of an attempt, if it holds a file."""
+    for candidate in (root / RESULT / RESUME, root / RESUME):
+        if candidate.is_dir() and files_in(candidate):
+            return candidate
+    return None
+
+
+def signature(folder: Path) -> str:
+    """Changes whenever a file below `folder` is added, grown or replaced; "" if there is none."""
+    digest = hashlib.sha256()
+    files = files_in(folder) if folder.is_dir() else []
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            name = os.fsencode(path.relative_to(folder))
+            digest.update(b"%s\0%d %d %d\0" % (name, stat.st_size, stat.st_ino, stat.st_mtime_ns))
+    return digest.hexdigest() if files else ""
+
+
+def has_progressed(out: Path, attempt: str) -> bool:
+    """Whether a dead attempt left something new in its `resume/`."""
+    root = temporary(out, attempt)
+    owner, resume = read_owner(root), resume_of(root)
+    return owner is not None and resume is not None and signature(resume) != owner.resume_at_start
+
+
+def discard(root: Path) -> None:
+    """Clean up after an attempt that is over: all of it, or all but a `resume/` that holds something."""
+    try:
+        resume = resume_of(root)
+        if resume is None:
+            remove(root)
+            return
+        release(root)
+        if resume.parent != root:
+            resume.rename(root / RESUME)
+        _remove_tree(root / RESULT)
+    except FileNotFoundError:
+        return  # somebody else fenced or swept it
+
+
+def fence(out: Path, attempt: str) -> None:
+    """Clean up after an attempt elsewhere, which from here on can never publish, even if it still runs."""
+    target = temporary(out, new_attempt())
+    try:
+        temporary(out, attempt).rename(target)
+    except FileNotFoundError:
+        return
+    discard(target)
+
+
+def _remove_tree(path: Path) -> None:
+    for _ in range(5):  # children of a killed worker may still be writing for an instant
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
+    log.warning("could not remove %s", path)
+
+
+def remove_empty(root: Path) -> bool:
+    """Remove `root` if nothing at all is in it; True if it is gone."""
+    try:
+        root.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def remove(root: Path) -> None:
+    """Remove a temporary folder, its owner file last, so that a half removed one still names its owner."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in list(root.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                _remove_tree(path)
+            elif path.name != OWNER_FILE:
+                path.unlink(missing_ok=True)
+        (root / OWNER_FILE).unlink(missing_ok=True)
+        if not remove_empty(root):
+            _remove_tree(root)
+
+
+def sweep(parent: Path, watch: Watch, *, published: Collection[str] = (), resume_too: bool = False) -> list[Path]:
+    """Remove the temporaries in `parent` that nobody works in.
+
+    Args:
+        parent: a folder that results are published in.
+        watch: remembers beats between calls: owners on other hosts are judged by the second call or later.
+        published: names of targets that are done: their `resume/` is of no use.
+        resume_too: also drop what a next attempt could resume from.
+    """
+    removed = []
+    for root, name, _ in temporaries(parent):
+        if not remove_empty(root):
+            if not watch.abandoned(root):
+                continue
+            if resume_of(root) is not None and name not in published and not resume_too:
+                continue
+            remove(root)
+        removed.append(root)
+    return removed

@@ -1,0 +1,306 @@
+"""Publication: a result appears under its name whole, verified and at most once, or not at all.
+
+A published folder is its files and a `manifest.json` that lists them with size and SHA-256. The manifest is a
+function of the task and the files: no times, hosts or random names, so that equal results are equal byte for
+byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cluster.errors import BadTask, Corrupt, Fenced
+from cluster.store.layout import RESUME, check_out, new_attempt
+from cluster.store.lease import Watch
+from cluster.store.workspace import Busy, Workspace
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+FSYNC_THREADS = 16
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a result: its path within the folder (with `/`), SHA-256 (hex) and size."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class About:
+    """What a result is: the task that made it. `part` names the subfolder an adopted result came from."""
+
+    key: str
+    kind: str
+    call: str
+    spec: dict[str, Any]
+    code: str
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of a `manifest.json`."""
+
+    about: About
+    files: tuple[File, ...]
+
+    def to_text(self) -> str:
+        """The one text of this manifest."""
+        data = {"format": FORMAT, **asdict(self.about), "files": [asdict(file) for file in self.files]}
+        return json.dumps(data, sort_keys=True, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Manifest of a published folder.
+
+        Raises:
+            Corrupt: there is none, or it cannot be read.
+        """
+        path = folder / MANIFEST
+        try:
+            data = json.loads(path.read_bytes())
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
+            about = About(**{name: data[name] for name in ("key", "kind", "call", "spec", "code", "part")})
+            files = tuple(File(str(f["path"]), str(f["sha256"]), int(f["bytes"])) for f in data["files"])
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Corrupt(f"{folder} holds no {MANIFEST}: it was never published as a whole") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise Corrupt(f"{path} is not a manifest: {error!r}") from error
+        return cls(about, files)
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a result is there: one look-up. `verify` reads every byte."""
+    return (folder / MANIFEST).is_file()
+
+
+def verify(folder: Path) -> Manifest:
+    """Compare every file of a published folder with its manifest.
+
+    Files that the manifest does not list are no part of the result: they are ignored, with a warning.
+
+    Raises:
+        Corrupt: naming the first file that is missing, of another size or of other content.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    for file in manifest.files:
+        path = folder / safe(file.path, folder)
+        try:
+            size, is_regular = path.lstat().st_size, stat.S_ISREG(path.lstat().st_mode)
+        except FileNotFoundError as error:
+            raise Corrupt(f"{path} is missing, its manifest lists it") from error
+        if not is_regular:
+            raise Corrupt(f"{path} is not a regular file")
+        if size != file.bytes:
+            raise Corrupt(f"{path} has {size} bytes, its manifest says {file.bytes}")
+        if _sha256(path) != file.sha256:
+            raise Corrupt(f"{path} has other content than its manifest says (SHA-256 differs)")
+    strays = {path for path, _ in _walk(folder)} - {file.path for file in manifest.files} - {MANIFEST}
+    if strays:
+        log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
+    return manifest
+
+
+def safe(path: str, folder: Path) -> Path:
+    """The path of a file within a result; `Corrupt` if it leads out of it."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise Corrupt(f"the manifest of {folder} lists {path!r}, which is outside of the folder")
+    return Path(pure)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fail(error: OSError) -> None:
+    raise error  # without it, os.walk leaves out in silence what it cannot read
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(relative path with `/`, path) of every file, without following links."""
+    for root, _, names in os.walk(folder, onerror=_fail):
+        for name in names:
+            path = Path(root) / name
+            yield path.relative_to(folder).as_posix(), path
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _seal(folder: Path, about: About) -> Manifest:
+    """Write the manifest of `folder`, and force all that is in it to disk."""
+    files = []
+    for name, path in sorted(_walk(folder)):
+        if name == MANIFEST:
+            raise BadTask(f"the call wrote a file named {MANIFEST}: that name is the store's, use another")
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise BadTask(f"the call left {name}, which is not a regular file: a result holds files only")
+        files.append(File(name, _sha256(path), path.stat().st_size))
+    if not files:
+        raise BadTask("the call returned but wrote no file into its folder")
+    manifest = Manifest(about, tuple(files))
+    (folder / MANIFEST).write_text(manifest.to_text())
+    everything = [path for _, path in _walk(folder)]
+    everything += [Path(root) for root, _, _ in os.walk(folder, onerror=_fail)]
+    # Beside each other: the file system commits what waits in one go, instead of once a file.
+    with ThreadPoolExecutor(min(len(everything), FSYNC_THREADS)) as pool:
+        list(pool.map(_fsync, everything))
+    return manifest
+
+
+def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] | None = None) -> bool:
+    """Publish what lies in the workspace; False if an equal task was published first (ours is then dropped).
+
+    Args:
+        workspace: of the attempt; it is gone afterwards.
+        about: the head of the manifest.
+        expected: SHA-256 of each file, where it is known beforehand.
+
+    Raises:
+        BadTask: the call wrote nothing, or something that is not a file.
+        Corrupt: the files are not the expected ones; nothing was published.
+        Fenced: the attempt lost its lease; nothing was published.
+        OSError: the disk is full or broken; nothing was published.
+    """
+    workspace.check()
+    folder, out = workspace.folder, workspace.out
+    with contextlib.suppress(FileNotFoundError):
+        (folder / RESUME).rename(workspace.root / RESUME)
+    try:
+        manifest = _seal(folder, about)
+    except FileNotFoundError:
+        workspace.check()  # the folder was taken away while we read it
+        raise
+    for file in manifest.files if expected is not None else ():
+        if expected and expected.get(file.path) != file.sha256:
+            raise Corrupt(f"{file.path} for {out} has other content than its manifest says (SHA-256 differs)")
+    workspace.check()
+    won = _move_into_place(workspace, about)
+    _fsync(out.parent)
+    # What was handed over is of no use now; without it the rest goes too.
+    shutil.rmtree(workspace.root / RESUME, ignore_errors=True)
+    if not won:
+        shutil.rmtree(folder, ignore_errors=True)
+    workspace.discard()
+    return won
+
+
+def _move_into_place(workspace: Workspace, about: About) -> bool:
+    folder, out = workspace.folder, workspace.out
+    while True:
+        try:
+            folder.rename(out)  # fails if the target holds anything, and if we were fenced
+        except FileNotFoundError as error:
+            workspace.lost = True
+            raise Fenced(f"another attempt took over {out}: this result is dropped") from error
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            try:
+                theirs = verify(out)
+            except Corrupt as corrupt:
+                with contextlib.suppress(FileNotFoundError):  # another attempt was faster
+                    log.warning("%s: moved to %s", corrupt, quarantine(out))
+                continue
+            if theirs.about.key != about.key:
+                raise BadTask(f"{out} holds the result of another task: {theirs.about.key}") from error
+            return False
+        return True
+
+
+def quarantine(folder: Path) -> Path:
+    """Move a corrupt published folder aside, so that its task is planned again; returns where it lies now."""
+    target = folder.parent / f".{folder.name}.corrupt-{uuid.uuid4().hex[:8]}"
+    folder.rename(target)
+    return target
+
+
+def adopt(src_subfolder: Path, out: Path) -> Manifest:
+    """Publish a subfolder of a published folder as a result of its own, by hard links, in one step.
+
+    So one task can make several results (all layers of one pass) that live on their own afterwards. The files
+    are linked, or copied where the file system cannot link; a result that is already there is left as it is.
+
+    Args:
+        src_subfolder: a folder strictly inside a published folder.
+        out: where to publish; its name becomes the key, its parent's name the kind.
+
+    Raises:
+        BadTask: `src_subfolder` is not inside a published folder, or holds no file of it.
+        Corrupt: the published folder disagrees with its manifest.
+    """
+    src, out = Path(src_subfolder).resolve(), Path(out)
+    check_out(out)
+    if is_published(out):
+        return Manifest.read(out)
+    owner = next((folder for folder in src.parents if is_published(folder)), None)
+    if owner is None:
+        raise BadTask(f"{src} is not inside a published folder")
+    source = Manifest.read(owner)
+    part = src.relative_to(owner).as_posix()
+    listed = [(file.path[len(part) + 1 :], file) for file in source.files if file.path.startswith(f"{part}/")]
+    if not listed:
+        raise BadTask(f"{owner} was published without files in {part!r}")
+    about = About(out.name, out.parent.name, source.about.call, source.about.spec, source.about.code, part)
+    workspace = _claim(out)
+    if workspace is not None:
+        try:
+            with workspace.heartbeat():
+                for name, _ in listed:
+                    _link(src / name, workspace.folder / name)
+                publish(workspace, about, expected={name: file.sha256 for name, file in listed})
+        finally:
+            workspace.discard()
+    return Manifest.read(out)
+
+
+def _claim(out: Path) -> Workspace | None:
+    """A workspace for `out`, once nobody else is at work on it; None if they published it."""
+    watch, dead = Watch(), set[str]()
+    while not is_published(out):
+        try:
+            return Workspace.claim(out, new_attempt(), supersedes=dead)
+        except Busy as busy:
+            dead.update(other.attempt for other in busy.others if other.expired(watch))
+        time.sleep(0.05)
+    return None
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileNotFoundError as error:
+        raise Corrupt(f"{source} is missing, its manifest lists it") from error
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(source, target, follow_symlinks=False)

@@ -1,0 +1,112 @@
+"""The store: published results, each in a folder named after all that determines it.
+
+<root>/<kind>/<key>/      a result and its manifest.json
+<root>/logs/<run>/        logs of a run and of its attempts
+<root>/locks/<label>.json owners of the runs at work
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import fingerprint as code_module
+from cluster.config import ClusterConfig
+from cluster.errors import BadConfig, BadTask
+from cluster.store.publish import is_published
+from cluster.task import Call, Resources, Task, check_json, task_key
+
+LOGS, LOCKS = "logs", "locks"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def default_root() -> Path:
+    """The store of stages that are started here: OCVTP_STORE, or `cluster.store` of params.yaml, below OCVTP_ROOT.
+
+    Raises:
+        BadConfig: params.yaml cannot be read.
+    """
+    import yaml  # not above: workers have no use for it
+
+    path, given = Path("params.yaml"), None
+    if path.is_file():
+        try:
+            section = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("cluster") or {}
+            given = section.get("store")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+            raise BadConfig(f"params.yaml cannot be read: {error}") from error
+    config = ClusterConfig.from_params({} if given is None else {"store": given})
+    return Path(os.environ.get("OCVTP_ROOT", "")) / config.store
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of published results, typically on a file system that all machines share."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).absolute())
+
+    def path(self, kind: str, key: str) -> Path:
+        """Where the result `key` of this kind is, or would be, published."""
+        for name, value in (("kind", kind), ("key", key)):
+            if not _NAME.fullmatch(value):
+                raise BadTask(f"{name} {value!r}: use letters, digits, `_`, `-` and `.`, not at the start")
+        if kind in (LOGS, LOCKS):
+            raise BadTask(f"kind {kind!r} is a folder of the store itself: use another name")
+        return self.root / kind / key
+
+    def task(
+        self,
+        kind: str,
+        name: str,
+        call: Call,
+        spec: dict[str, Any],
+        *,
+        resources: Resources | None = None,
+        code: str | None = None,
+    ) -> Task:
+        """A task whose result lies in this store under a key of its call, spec and code.
+
+        Args:
+            kind: folder of the store, such as "tokens".
+            name: for people: progress, logs, reports.
+            call: module-level `call(spec, folder)`.
+            spec: JSON that determines the result.
+            resources: what one attempt may use; one core without GPU if left out.
+            code: a declared version instead of the fingerprint of the source.
+        """
+        try:
+            check_json(spec)
+            code = code or code_module.fingerprint(call)
+            key = task_key(code_module.call_name(call), spec, code)
+        except BadTask as error:
+            raise BadTask(f"task {name!r}: {error}") from error
+        return Task(name, call, spec, self.path(kind, key), resources or Resources(), kind, code, key)
+
+    def published(self) -> Iterator[Path]:
+        """Every published folder, by kind and key."""
+        for parent in self.kinds():
+            folders = (folder for folder in sorted(parent.iterdir()) if not folder.name.startswith("."))
+            yield from (folder for folder in folders if is_published(folder))
+
+    def kinds(self) -> list[Path]:
+        """The folders that hold results."""
+        if not self.root.is_dir():
+            return []
+        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in (LOGS, LOCKS))
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs of all runs."""
+        return self.root / LOGS
+
+    @property
+    def locks(self) -> Path:
+        """Folder of the locks of the runs at work."""
+        return self.root / LOCKS

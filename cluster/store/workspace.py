@@ -1,0 +1,192 @@
+"""The workspace of one attempt, and how attempts at one result follow each other.
+
+An attempt is fenced by renaming its folder: from then on none of its paths exist. Publication is a rename from
+inside that folder, so it fails from then on: fencing needs no check that could come too late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.errors import Fenced
+from cluster.host.process import Process
+from cluster.store.layout import RESULT, RESUME, new_attempt, temporaries, temporary
+from cluster.store.lease import UNOWNED_PATIENCE, Owner, Watch, create_owner, read_owner, replace_owner
+from cluster.store.leftovers import discard, files_in, remove, remove_empty, resume_of, signature
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another attempt at the same result, as seen by one that wants to start."""
+
+    attempt: str
+    beat: int
+    patience: float  # seconds without a beat after which it may be fenced; 0: it is known to live
+
+    def expired(self, watch: Watch) -> bool:
+        """Whether it may be fenced, by what `watch` has seen of its beat."""
+        return self.patience > 0 and watch.expired(self.attempt, self.beat, self.patience)
+
+
+class Busy(Exception):
+    """Others are at work on the same result, or may be."""
+
+    def __init__(self, others: list[Other]) -> None:
+        super().__init__(f"{len(others)} other attempt(s) at work")
+        self.others = others
+
+
+class Workspace:
+    """The temporary folder of one attempt; `folder` is what the call writes to."""
+
+    def __init__(self, out: Path, attempt: str, owner: Owner) -> None:
+        self.out, self.attempt = out, attempt
+        self.root = temporary(out, attempt)
+        self.folder = self.root / RESULT
+        self.lost = False
+        self._owner = owner
+        # Open handle of `root`: a folder made anew under its name is another one.
+        self._pin: int | None = None
+
+    @classmethod
+    def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Workspace:
+        """Open a workspace: fence dead attempts, and those in `supersedes`, and take over their `resume/`.
+
+        Raises:
+            Busy: others are at work, or may be; nothing was changed.
+            Fenced: another attempt took over before this one had begun.
+        """
+        self = cls(out, attempt, Owner(Process.me(), lease))
+        stale = _stale(out, supersedes)
+        while not self._begin():
+            stale = _stale(out, supersedes)
+        try:
+            self.folder.mkdir()
+            _take_over(stale, self)
+            self._owner = replace(self._owner, resume_at_start=signature(self.folder / RESUME))
+            replace_owner(self.root, self._owner)
+        except BaseException as error:
+            try:
+                if isinstance(error, FileNotFoundError):
+                    self.check()
+            finally:
+                self.discard()
+            raise
+        return self
+
+    def _begin(self) -> bool:
+        """Make the folder and say whose it is; False if it was swept in between, since nobody's was empty."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir()
+            self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+            create_owner(self.root, self._owner)
+        except FileNotFoundError:
+            self._unpin()
+            return False
+        except BaseException:
+            self.discard()
+            raise
+        return True
+
+    def beat(self) -> bool:
+        """Renew the lease; False, for ever, once it is lost."""
+        self._owner = replace(self._owner, beat=self._owner.beat + 1)
+        try:
+            self.check()
+            replace_owner(self.root, self._owner)
+        except (Fenced, FileNotFoundError):
+            self.lost = True
+        except OSError as error:  # a full disk must not end an attempt that writes nothing just now
+            log.warning("cannot renew the lease of %s: %s", self.root, error)
+        return not self.lost
+
+    @contextlib.contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """Renew the lease four times a lease, in a thread of its own."""
+        ended = threading.Event()
+
+        def work() -> None:
+            while not ended.wait(self._owner.lease / 4) and self.beat():
+                pass
+
+        thread = threading.Thread(target=work, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def check(self) -> None:
+        """Raise `Fenced` if the lease is lost.
+
+        A call that makes its folders as it needs them may have made the fenced one again: that one does not
+        count.
+        """
+        try:
+            same = self._pin is not None and os.path.samestat(os.fstat(self._pin), self.root.stat())
+        except OSError:
+            same = False
+        if self.lost or not same:
+            self.lost = True
+            raise Fenced(f"another attempt took over {self.out}: this one (of {self._owner.process}) must end")
+
+    def discard(self) -> None:
+        """Remove this attempt, all but a `resume/` that holds something."""
+        discard(self.root)
+        self._unpin()
+
+    def _unpin(self) -> None:
+        if self._pin is not None:
+            os.close(self._pin)
+            self._pin = None
+
+
+def _stale(out: Path, supersedes: Collection[str]) -> list[Path]:
+    """Temporaries of attempts that are over; raises Busy if there are others."""
+    stale, others = [], []
+    for root, _, attempt in temporaries(out.parent, out.name):
+        if attempt in supersedes:
+            stale.append(root)
+            continue
+        owner = read_owner(root)
+        if owner is None:
+            if not remove_empty(root):
+                others.append(Other(attempt, -1, UNOWNED_PATIENCE))
+            continue
+        alive = owner.alive()
+        if alive is False:
+            stale.append(root)
+        else:
+            others.append(Other(attempt, owner.beat, 0.0 if alive else owner.lease))
+    if others:
+        raise Busy(others)
+    return stale
+
+
+def _take_over(stale: list[Path], workspace: Workspace) -> None:
+    """Fence each stale attempt by renaming it, and move the fullest `resume/` among them here."""
+    fenced = []
+    for root in stale:
+        target = temporary(workspace.out, new_attempt())
+        try:
+            root.rename(target)
+            replace_owner(target, replace(workspace._owner, released=True))
+        except FileNotFoundError:
+            continue  # ended, published or was swept in the meantime
+        fenced.append(target)
+    kept = [found for root in fenced if (found := resume_of(root)) is not None]
+    if kept:
+        best = max(kept, key=lambda found: sum(file.stat().st_size for file in files_in(found)))
+        best.rename(workspace.folder / RESUME)
+    for root in fenced:
+        remove(root)

@@ -1,0 +1,1 @@
+"""The side of a worker: one attempt from its claim to its publication."""

@@ -1,0 +1,97 @@
+"""Calls of a model that is pruned between the layers of its LLM: what is known of them before the first layer.
+
+Letters: B prompts, S columns of the spliced prompts, of which nothing is dropped yet.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ocvtp.methods import Budget
+from ocvtp.methods.inside import Inside, Step
+from ocvtp.pruning.decoder_layers import Layers, Shortening
+from ocvtp.pruning.prefix import Prefix
+from ocvtp.pruning.prompts import prompts_of
+from ocvtp.pruning.splice import Positions, Spliced, Spot
+
+
+def shortening(
+    layers: Layers, method: Inside, budget: Budget, spliced: Spliced, spots: Sequence[Spot], mode: Positions,
+    *, labels_BS: Tensor | None, length: int | None, before_BS: Tensor | None, prefix: Prefix | None,
+) -> Shortening:  # fmt: skip
+    """The run of such a call.
+
+    Args:
+        layers: of the model.
+        method: which tokens go, and where.
+        budget: of each image.
+        spliced: whole prompts.
+        spots: of the images.
+        mode: how tokens that stay are numbered.
+        labels_BS: answers that stand in the prompts.
+        length: the caller's columns from here on are answers.
+        before_BS: mask of what is in the cache.
+        prefix: of the cache.
+
+    Raises:
+        BadInput: a budget that the method cannot reach for one of the images.
+    """
+    near = replace(
+        spliced, columns_BS=spliced.columns_BS.cpu(), image_BS=spliced.image_BS.cpu(), mask_BS=spliced.mask_BS.cpu()
+    )
+    asks = _asks(near, labels_BS, length)
+    prompts = prompts_of(spliced, near, spots, asks)
+    texts = [_text(near, span.row, span.start + span.count, asks[span.row]) for span in prompts.spans]
+    steps = [_steps(method, budget, spot, number) for number, spot in enumerate(spots)]
+    return Shortening(
+        layers.decoder, method, prompts, steps, mode,
+        texts=texts, next_B=spliced.next_B, before_BS=before_BS, prefix=prefix,
+    )  # fmt: skip
+
+
+def _steps(method: Inside, budget: Budget, spot: Spot, image: int) -> list[Step]:
+    """Of an image. What stands among its tokens, such as the ends of rows in LLaVA-NeXT, counts like these."""
+    read, tokens = len(spot.numbers_k), int((spot.numbers_k >= 0).sum())
+    everything = budget.tokens(tokens, f"image {image}") == tokens
+    return method.planned(read, read if everything else budget.tokens(read, f"image {image}"))
+
+
+def _asks(spliced: Spliced, labels_BS: Tensor | None, length: int | None) -> list[list[int]]:
+    """Columns of each prompt that ask: those right before an answer, or the last one."""
+    real_BS = spliced.mask_BS.bool()
+    if length is not None:
+        real_BS = real_BS & (spliced.columns_BS < length)
+    found = [real_S.nonzero()[-1:, 0].tolist() for real_S in real_BS]
+    if labels_BS is not None:
+        answers_BS = labels_BS.cpu() != -100
+        starts_BS = answers_BS[:, 1:] & ~answers_BS[:, :-1] & real_BS[:, :-1]
+        before = [starts_S.nonzero()[:, 0].tolist() for starts_S in starts_BS]
+        found = [columns or last for columns, last in zip(before, found, strict=True)]
+    return found
+
+
+def _text(spliced: Spliced, row: int, start: int, asks: Sequence[int]) -> list[int]:
+    """Columns of the text from a column on, up to the last that asks."""
+    text_S = (spliced.mask_BS[row] == 1) & ~spliced.image_BS[row]
+    return [column for column in text_S.nonzero()[:, 0].tolist() if start <= column <= asks[-1]]
+
+
+def kept_of(run: Shortening, copies: int) -> list[list[int]]:
+    """Numbers of the tokens that stayed of each image; prompts were repeated so often, for beams or answers."""
+    return [[n for n in numbers if n >= 0] for numbers in run.prompts.numbers_IN[::copies].tolist()]
+
+
+def counts_of(run: Shortening, copies: int) -> list[list[int]]:
+    """For each layer, the tokens of each image that it read."""
+    return [list(layer) for layer in zip(*run.counts()[::copies], strict=True)]
+
+
+def loss_of(model: Any, logits: Tensor, labels: Tensor, call: dict[str, Any]) -> Tensor:
+    """As the model would have it, had it known which columns stay."""
+    more = {name: call[name] for name in ("num_items_in_batch",) if name in call}
+    loss: Tensor = model.loss_function(
+        logits=logits, labels=labels, vocab_size=model.config.get_text_config().vocab_size, **more
+    )
+    return loss

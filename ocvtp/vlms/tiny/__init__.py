@@ -1,1 +1,0 @@
-"""How tiny-llava is made: `python -m ocvtp.vlms.tiny train`."""

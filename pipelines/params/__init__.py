@@ -1,0 +1,1 @@
+"""params.yaml: what is legal in it, and what it means."""

@@ -1,0 +1,220 @@
+"""What is wrong between entries of params.yaml, or between them and what there is: methods, benchmarks, VLMs.
+
+`pipelines.params.schema` has checked each entry by itself; an entry that failed there holds its default here, so that
+one mistake is not reported twice.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ocvtp.errors import BadInput, OcvtpError
+from ocvtp.evaluation.catalogue import benchmarks
+from ocvtp.methods import REGISTRY
+from ocvtp.pruner.config import PrunerConfig
+from ocvtp.pruner.training.config import TrainConfig
+from ocvtp.vlms import Entry, resolve
+from ocvtp.vlms.hidden_states import resolve_layer
+from pipelines.grid import tokens_kept
+from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Change, Changes
+from pipelines.params.fitting import lacking
+from pipelines.params.load import Params
+from pipelines.params.model import PRUNER
+from pipelines.params.schema import Problems, nearest, show
+
+log = logging.getLogger(__name__)
+SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
+"""Those that stage `sample` writes questions for."""
+ALL = "all"
+
+
+def crosscheck(params: Params, problems: Problems) -> Params:
+    """Note everything that does not fit; returns the params with `method: all` spelt out."""
+    named = params.method != (ALL,)
+    params = replace(params, method=_methods(params.method, problems), ablate=_new(params))
+    _benchmarks(params, problems)
+    _options(params, problems)
+    _trainings(params, problems)
+    _sample(params, problems)
+    entries = _vlms(params.vlm, problems)
+    params = _fitting(params, entries, problems, named=named)
+    for entry in entries:
+        _layers("layer", params.layer, entry, problems)
+        _layers("ablate.layer", [value for path, value in params.ablate if path == "layer"], entry, problems)
+        _budgets(params, entry, problems)
+    return params
+
+
+def _at(path: str, values: Sequence[object], index: int) -> str:
+    """The path of one value of an axis: with its place where there are several."""
+    return f"{path}[{index}]" if len(values) > 1 else path
+
+
+def _names(path: str, values: Sequence[str], legal: Iterable[str], problems: Problems) -> None:
+    names = list(legal)
+    for index, value in enumerate(values):
+        if value not in names:
+            problems.add(_at(path, values, index), f"{show(value)} is not legal{nearest(value, names)}")
+
+
+def _methods(methods: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
+    if methods == (ALL,):
+        return tuple(REGISTRY)
+    _names("method", methods, [*REGISTRY, *([ALL] if len(methods) == 1 else [])], problems)
+    return methods
+
+
+def _fitting(params: Params, entries: Sequence[Entry], problems: Problems, *, named: bool) -> Params:
+    """Methods that have no meaning on one of the VLMs: a problem where they are named, left out of `all`."""
+    fitting = []
+    for index, name in enumerate(params.method):
+        reasons = [
+            reason
+            for entry in entries
+            if name in REGISTRY
+            if (reason := lacking(REGISTRY[name], entry, params.evaluate.options.get(name, {})))
+        ]
+        if not reasons:
+            fitting.append(name)
+        elif named:
+            problems.add(_at("method", params.method, index), f"{name} {reasons[0]}")
+            fitting.append(name)
+        else:
+            log.warning("method: all is without %s, which %s", name, reasons[0])
+    return replace(params, method=tuple(fitting))
+
+
+def _benchmarks(params: Params, problems: Problems) -> None:
+    _names("benchmark", params.benchmark, benchmarks(), problems)
+    if params.evaluate.data != "scenes":
+        return
+    if params.sample.questions < 2:
+        problems.add("sample.questions", "at least 2 are needed where evaluate.data is scenes (some come in pairs)")
+    for index, name in enumerate(params.benchmark):
+        if name in benchmarks() and name not in SCENE_BENCHMARKS:
+            problems.add(
+                _at("benchmark", params.benchmark, index),
+                f"there are no scenes for {name!r} (there are for {', '.join(SCENE_BENCHMARKS)}); "
+                "with evaluate.data: official it can be asked",
+            )
+
+
+def _new(params: Params) -> Changes:
+    """What `ablate` changes without what the grid has already."""
+    train = params.train
+
+    def there(change: Change) -> bool:
+        path, value = change
+        if path in AXES:
+            return value in getattr(params, path)
+        return path.startswith(TRAIN) and train.changed((change,)) == train
+
+    return tuple(change for change in params.ablate if not there(change))
+
+
+def _options(params: Params, problems: Problems) -> None:
+    """Options of methods: those of all evaluations, and those to ablate."""
+    for name, options in params.evaluate.options.items():
+        for option in options:
+            _option(f"evaluate.options.{name}.{option}", name, option, params, problems)
+    for path in dict.fromkeys(path for path, _ in params.ablate if path.startswith(OPTIONS)):
+        name, _, option = path.removeprefix(OPTIONS).partition(".")
+        _option(f"ablate.{path}", name, option, params, problems)
+
+
+def _option(path: str, method: str, option: str, params: Params, problems: Problems) -> None:
+    if method not in REGISTRY:
+        problems.add(path, f"there is no method {method!r}{nearest(method, REGISTRY)}")
+    elif option in AXES or option == "other_vlm":
+        problems.add(path, f"{option} is no option to give here: it is an axis of params.yaml, or none of its affairs")
+    elif option not in REGISTRY[method].options:
+        problems.add(path, f"{method} has no option {option!r}{nearest(option, REGISTRY[method].options)}")
+    elif path.startswith("ablate.") and method not in params.method:
+        problems.add(path, f"{method} is not among the methods of the grid")
+
+
+def _trainings(params: Params, problems: Problems) -> None:
+    """What is ablated of the section `train`, by the library's own checks."""
+    for path, value in params.ablate:
+        if not path.startswith(TRAIN):
+            continue
+        where = f"ablate.{path}"
+        key = path.removeprefix(TRAIN).removeprefix(PRUNER)
+        config = PrunerConfig if path.startswith(TRAIN + PRUNER) else TrainConfig
+        given = ("token_dim", "grid", "loss", "slots", "seed", *(["behaviour"] if config is PrunerConfig else []))
+        legal = [item.name for item in fields(config) if item.name not in given]
+        if key not in legal:
+            problems.add(where, f"unknown key{nearest(key, legal)}")
+            continue
+        train = params.train.changed(((path, value),))
+        try:
+            train.config(params.loss[0], params.slots[0], params.seed[0])
+            train.pruner_config(64, None)
+        except (BadInput, TypeError) as error:
+            problems.add(where, f"{show(value)}: {error}")
+
+
+def _sample(params: Params, problems: Problems) -> None:
+    sample = params.sample
+    for name in ("annotations", "image_folder"):
+        given = getattr(sample, name)
+        if sample.source == "coco" and given is None:
+            problems.add(f"sample.{name}", "null, but sample.source: coco needs the path")
+        if sample.source == "scenes" and given is not None:
+            problems.add(f"sample.{name}", f"{show(given)} is not read where sample.source is scenes: make it null")
+
+
+def _vlms(names: Sequence[str], problems: Problems) -> list[Entry]:
+    entries = []
+    for index, name in enumerate(names):
+        try:
+            entries.append(resolve(name))
+        except (OcvtpError, OSError, ValueError) as error:
+            problems.add(_at("vlm", names, index), str(error))
+    return entries
+
+
+def _layers(where: str, layers: Sequence[int], entry: Entry, problems: Problems) -> None:
+    seen: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        try:
+            resolved = resolve_layer(layer, entry.depth, vlm=f"the vision tower of {entry.name}")
+        except BadInput as error:
+            problems.add(_at(where, layers, index), str(error))
+            continue
+        if resolved in seen:
+            problems.add(_at(where, layers, index), f"{layer} and {seen[resolved]} are the same layer of {entry.name}")
+        seen[resolved] = layer
+
+
+def _budgets(params: Params, entry: Entry, problems: Problems) -> None:
+    """Kept tokens, slots and top_k against the tokens of an image, where all images have the same."""
+    whole, counts = entry.tokens, dict[int, str]()
+    for index, keep in enumerate(params.keep):
+        where = _at("keep", params.keep, index)
+        try:
+            count = tokens_kept(keep, whole)
+        except BadInput as error:
+            problems.add(where, str(error))
+            continue
+        if count is not None and count in counts:
+            problems.add(where, f"{show(keep.written)} and {counts[count]} are both {count} tokens of {entry.name}")
+        elif count is not None:
+            counts[count] = show(keep.written)
+    for where, slots in _values(params, "slots"):
+        if whole is not None and max(slots) > whole:
+            problems.add(where, f"{max(slots)} slots, but an image of {entry.name} has {whole} tokens")
+    for where, top_k in _values(params, "top_k"):
+        if counts and top_k > min(counts):
+            problems.add(where, f"{top_k} tokens a slot are more than the {min(counts)} that are kept")
+
+
+def _values(params: Params, axis: str) -> Iterator[tuple[str, Any]]:
+    """The values of an axis with their paths: those of the grid, then those of `ablate`."""
+    values = getattr(params, axis)
+    for index, value in enumerate(values):
+        yield _at(axis, values, index), value
+    for path, value in params.ablate:
+        if path == axis:
+            yield f"ablate.{axis}", value

@@ -1,0 +1,62 @@
+"""The command line of a stage: options, messages, exit codes.
+
+Exit codes: 0 all is there, 1 tasks failed or data is damaged, 2 bad input, 130 Ctrl-C.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster import ClusterError, Corrupt, Interrupted, TasksFailed
+from ocvtp.errors import Corrupt as DataCorrupt
+from ocvtp.errors import NotAvailable, OcvtpError
+from pipelines.stage.context import ROOT, Stage, open_stage
+
+log = logging.getLogger("pipelines")
+
+
+def script(module: str) -> None:
+    """Run `main` of a stage's module and leave with its exit code.
+
+    The module is imported by its name, although it already runs as the script: tasks name functions by it.
+    """
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT) + (os.pathsep + path if path else "")  # for workers
+    sys.exit(importlib.import_module(module).main())
+
+
+def main(name: str, doc: str, work: Callable[[Stage], None], arguments: Sequence[str] | None = None) -> int:
+    """The command line of a stage; returns the exit code."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--params", type=Path, metavar="FILE", help="params to use instead of params.yaml")
+    parser.add_argument("--fail-fast", action="store_true", help="stop at the first task that fails for good")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "urllib3", "alembic", "matplotlib", "PIL", "filelock", "git"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        work(open_stage(name, options.params, fail_fast=options.fail_fast))
+    except (OcvtpError, ClusterError, KeyboardInterrupt, OSError) as error:
+        if options.debug:
+            log.debug("%s", name, exc_info=True)
+        return explain(name, error)
+    return 0
+
+
+def explain(name: str, error: BaseException) -> int:
+    """Say what went wrong; returns the exit code for it."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    if isinstance(error, KeyboardInterrupt):
+        console.print(f"{name}: stopped; what was finished is kept, the next run goes on from there")
+        return error.exit_code if isinstance(error, Interrupted) else 130
+    console.print(f"{name}: {error}", style="red")
+    if isinstance(error, TasksFailed | Corrupt | DataCorrupt | OSError) and not isinstance(error, NotAvailable):
+        return 1
+    return 2

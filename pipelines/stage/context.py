@@ -1,0 +1,183 @@
+"""A stage at work: its params, where things are, planning and running its tasks."""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cluster import (
+    ClusterConfig,
+    Corrupt,
+    Report,
+    Resources,
+    Store,
+    Task,
+    is_published,
+    quarantine,
+    run,
+    verify,
+)
+from cluster.fingerprint import call_name, fingerprint
+from cluster.host.machine import visible_gpus
+from cluster.task import Call, task_key
+from ocvtp.errors import BadInput
+from ocvtp.errors import Corrupt as DataCorrupt
+from pipelines.params.load import Params, load
+from pipelines.params.model import Demand
+from pipelines.tasks.restored import restored
+
+log = logging.getLogger("pipelines")
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the repository, or of the copy of it that a Ray job runs in."""
+_READERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage at work.
+
+    Attributes:
+        name: as in dvc.yaml.
+        params: the entries that it may read.
+        root: where the outputs of stages are.
+        config: of the package `cluster`.
+    """
+
+    name: str
+    params: Params
+    root: Path
+    config: ClusterConfig
+
+    @cached_property
+    def store(self) -> Store:
+        """Published results."""
+        return Store(self.config.store)
+
+    def resources(self, demand: Demand) -> Resources:
+        """Of one task."""
+        gpus = demand.gpus
+        if not isinstance(gpus, int):
+            gpus = min(1, len(visible_gpus())) if self.config.executor == "local" else 0
+        return Resources(demand.cpus, gpus, demand.memory_gb, demand.minutes)
+
+    def task(
+        self,
+        kind: str,
+        name: str,
+        call: Call,
+        spec: dict[str, Any],
+        demand: Demand,
+        at: Mapping[str, Any] | None = None,
+    ) -> Task:
+        """A task of the store whose key does not depend on where its inputs lie (`at`, in the spec under that name)."""
+        code = fingerprint(call)
+        key = task_key(call_name(call), spec, code)
+        spec = spec if at is None else {**spec, "at": dict(at)}
+        return Task(name, call, spec, self.store.path(kind, key), self.resources(demand), kind, code, key)
+
+    def in_store(self, path: Path) -> str:
+        """The path relative to the store, with `/`."""
+        return path.relative_to(self.store.root).as_posix()
+
+    def input(self, path: str, made_by: str) -> Path:
+        """A file or folder that an earlier stage made; `BadInput` says how to get it."""
+        found = self.root / path
+        if not found.exists():
+            raise BadInput(
+                f"{found} is not there: run `python pipelines/{made_by}.py` or `dvc repro` first"
+                " (OCVTP_ROOT names the folder of the outputs, if it is another one)"
+            )
+        return found
+
+    def run(self, tasks: Sequence[Task]) -> Report:
+        """Run what is missing; results that are damaged are set aside and made again.
+
+        The report tells what failed: nothing is raised for that.
+        """
+        self.set_damaged_aside(task.out for task in tasks)
+        return run(tasks, config=self.config, label=self.name, fail_fast=self.params.cluster.fail_fast)
+
+    def set_damaged_aside(self, folders: Iterable[Path]) -> None:
+        """Verify those that are published; move the damaged ones away, so that they count as missing."""
+
+        def look(folder: Path) -> None:
+            try:
+                verify(folder)
+            except Corrupt as error:
+                log.warning("%s: set aside as %s, it is made again", error, quarantine(folder).name)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(look, [folder for folder in folders if is_published(folder)]))
+
+    def require(self, wanted: Mapping[Path, Mapping[str, str]], made_by: str) -> None:
+        """Make sure that folders of the store hold these files (path -> SHA-256), whole.
+
+        Raises:
+            Corrupt: one does not; names it and the command that makes it again.
+        """
+
+        def look(folder: Path) -> str | None:
+            try:
+                files = {file.path: file.sha256 for file in verify(folder).files}
+            except Corrupt as error:
+                return str(error)
+            wrong = [path for path, sha256 in wanted[folder].items() if files.get(path) != sha256]
+            return f"{folder / wrong[0]} is not the file that was made (SHA-256 differs)" if wrong else None
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = [problem for problem in pool.map(look, wanted) if problem]
+        if found:
+            raise DataCorrupt(
+                f"{len(found)} of {len(wanted)} results of stage {made_by} in the store {self.store.root} cannot be"
+                f" used; make them again: `python pipelines/{made_by}.py`\n  " + "\n  ".join(found[:5])
+            )
+
+    def put_back(self, path: str, source: Path, files: Mapping[str, str]) -> None:
+        """Publish an output again under the name that it had, if this store lacks it: DVC brought it from elsewhere.
+
+        Args:
+            path: in the store.
+            source: the output.
+            files: path -> SHA-256 of what is to be published.
+        """
+        out = self.store.root / path
+        self.set_damaged_aside([out])
+        if is_published(out):
+            return
+        spec = {"source": str(source.resolve()), "files": dict(files)}
+        code = fingerprint(restored)
+        task = Task(f"put back {path}", restored, spec, out, kind=out.parent.name, code=code, key=out.name)
+        run([task], "local", config=self.config, label=f"{self.name}, put back").raise_if_failed()
+
+
+def home_of(root: Path) -> Path:
+    """The repository that an experiment's copy belongs to, so that `dvc exp run --temp` shares store and tracking."""
+    for parent in root.parents:
+        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
+            return parent.parents[2]
+    return root
+
+
+def open_stage(name: str, file: Path | None = None, root: Path | None = None, *, fail_fast: bool = False) -> Stage:
+    """Read the params and find what a stage needs; `BadInput` lists what is wrong with them.
+
+    Args:
+        name: of the stage.
+        file: other params than those of the repository.
+        root: where outputs of stages are; the repository, or OCVTP_ROOT where no DVC runs the stage.
+        fail_fast: as `cluster.fail_fast`, whatever the params say.
+    """
+    if root is None:
+        elsewhere = None if "DVC_STAGE" in os.environ else os.environ.get("OCVTP_ROOT")
+        root = Path(elsewhere) if elsewhere else ROOT
+    params = load(file or ROOT / "params.yaml")
+    if fail_fast:
+        params = replace(params, cluster=replace(params.cluster, fail_fast=True))
+    config = ClusterConfig.from_params(params.cluster.config)
+    config = replace(config, store=home_of(root.resolve()) / config.store)
+    return Stage(name, params.seen_by(name), root, config)

@@ -1,0 +1,1 @@
+"""How tiny-llava is made: `python -m pipelines.tiny train`."""

@@ -1,0 +1,228 @@
+"""Stages (b), (c) and (d): questions, first about scenes told in words, then about images.
+
+Several questions about one scene are packed into one sequence: the mask lets each see the scene and itself alone, so
+that every question stands exactly as it does when it is asked by itself.
+
+Letters: B scenes, P patches, V vision tokens kept, Q questions a scene, L tokens a question, N = 2 + V + Q L positions
+of a sequence, D width of the language model, C width of the tower.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+from ocvtp.data.questions import KINDS, POST_PROMPT, Question, ask
+from ocvtp.data.scenes import DIGITS, Scene
+from pipelines.tiny.loop import Losses, autocast
+from pipelines.tiny.pool import COLOR_NAMES, SHAPE_NAMES, SIZE_NAMES, Pool
+
+LONGEST = 16
+"""Tokens of a question with its answer; longer ones do not occur."""
+IGNORED = -100
+_KIND_SHARES = {"existence": 0.22, "color": 0.2, "shape": 0.2, "count": 0.23, "digit": 0.15}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions as token ids [B, Q, L] and the ids to be predicted (`IGNORED` where nothing is asked)."""
+
+    ids_BQL: Tensor
+    labels_BQL: Tensor
+
+
+class Asker:
+    """Draws and encodes questions; the encoding of a text is kept, since texts come again and again."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, questions: int) -> None:
+        self.tokenizer = tokenizer
+        self.questions = questions
+        self._known: dict[str, list[int]] = {}
+
+    def draw(self, scene: Scene, rng: np.random.Generator) -> Question:
+        """A question of a random kind that the scene allows."""
+        while True:
+            kind = KINDS[int(rng.choice(len(KINDS), p=[_KIND_SHARES[k] for k in KINDS]))]
+            question = ask(scene, kind, rng)
+            if question is not None:
+                return question
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without a start token."""
+        if text not in self._known:
+            self._known[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._known[text]
+
+    def pack(self, scenes: list[Scene], rng: np.random.Generator) -> Packed:
+        """Questions about each scene, three in four with the benchmarks' instruction."""
+        shape = (len(scenes), self.questions, LONGEST)
+        ids_BQL = torch.full(shape, int(self.tokenizer.pad_token_id))
+        labels_BQL = torch.full(shape, IGNORED)
+        for b, scene in enumerate(scenes):
+            for q in range(self.questions):
+                question = self.draw(scene, rng)
+                instruction = f"\n{POST_PROMPT}" if rng.random() < 0.75 else ""
+                asked = self.encode(f"{question.text}{instruction} ASSISTANT:")
+                answer = self.encode(f"{question.answer}</s>")
+                length = len(asked) + len(answer)
+                ids_BQL[b, q, :length] = torch.tensor(asked + answer)
+                labels_BQL[b, q, len(asked) : length] = torch.tensor(answer)
+        return Packed(ids_BQL, labels_BQL)
+
+
+def choose_tokens(pool: Pool, indices: NDArray[np.int64], kept: int, rng: np.random.Generator) -> Tensor:
+    """Which patches stay, [B, V] ascending.
+
+    In three images of four a token in the middle of each object is kept before others, and tokens on objects are a
+    little likelier than background, so that most questions stay answerable; in the fourth the choice is blind.
+    """
+    chance_BP = torch.from_numpy(rng.random((len(indices), pool.center_SP.shape[1])).astype(np.float32))
+    shown_BP = ((pool.shape_SP[indices] + pool.digit_SP[indices]) > 0).float()
+    favoured_B1 = torch.from_numpy((rng.random((len(indices), 1)) < 0.75).astype(np.float32))
+    score_BP = chance_BP + favoured_B1 * (pool.center_SP[indices] + 0.25 * shown_BP)
+    return score_BP.topk(kept, 1).indices.sort(1).values
+
+
+def draw_kept(patches: int, rng: np.random.Generator, *, most: int, all_share: float) -> int:
+    """How many tokens a batch keeps: all with probability `all_share`, else log-uniform between 8 and `most`."""
+    if rng.random() < all_share:
+        return patches
+    return round(float(np.exp(rng.uniform(np.log(8), np.log(most)))))
+
+
+def answer_losses(
+    model: LlavaForConditionalGeneration, vision_BVD: Tensor, packed: Packed, bos_user: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the answers, and logits [B, Q, L, vocabulary] at all question positions."""
+    embed = model.get_input_embeddings()
+    batch, kept, _ = vision_BVD.shape
+    questions, length = packed.ids_BQL.shape[1:]
+    device = vision_BVD.device
+    prefix_B2D = embed(torch.tensor([bos_user], device=device)).expand(batch, -1, -1)
+    asked_BND = embed(packed.ids_BQL.to(device)).flatten(1, 2)
+    inputs_BND = torch.cat([prefix_B2D, vision_BVD.to(prefix_B2D.dtype), asked_BND], 1)
+    mask_NN, positions_N = _block_mask(2 + kept, questions, length, device)
+    hidden_BND = model.model.language_model(
+        inputs_embeds=inputs_BND,
+        attention_mask=mask_NN.expand(batch, 1, -1, -1),
+        position_ids=positions_N.expand(batch, -1),
+        use_cache=False,
+    ).last_hidden_state
+    logits_BQLK = model.lm_head(hidden_BND[:, 2 + kept :]).float().unflatten(1, (questions, length))
+    loss = F.cross_entropy(
+        logits_BQLK[:, :, :-1].flatten(0, 2),
+        packed.labels_BQL[:, :, 1:].to(device).flatten(),
+        ignore_index=IGNORED,
+    )
+    return loss, logits_BQLK
+
+
+def _block_mask(prefix: int, questions: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Who sees whom (bool [N, N]) and the positions [N], which start anew with every question."""
+    block_N = torch.cat([torch.full((prefix,), -1), torch.arange(questions).repeat_interleave(length)])
+    positions_N = torch.cat([torch.arange(prefix), prefix + torch.arange(length).repeat(questions)])
+    same_NN = (block_N[:, None] == block_N[None]) | (block_N[None] == -1)
+    causal_NN = torch.ones(len(block_N), len(block_N), dtype=torch.bool).tril()
+    return (same_NN & causal_NN).to(device), positions_N.to(device)
+
+
+class TextScenes(nn.Module):
+    """Scenes told in words: each patch is the sum of the embeddings of the words that describe it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        ids = tokenizer.convert_tokens_to_ids
+        self.tables: Mapping[str, Tensor] = {
+            "color": torch.tensor([ids("nothing"), *map(ids, COLOR_NAMES)]),
+            "shape": torch.tensor([ids("nothing"), *map(ids, SHAPE_NAMES)]),
+            "size": torch.tensor([ids("nothing"), *map(ids, SIZE_NAMES)]),
+            "digit": torch.tensor([ids("nothing"), *map(ids, DIGITS)]),
+            "center": torch.tensor([ids("nothing"), ids("center")]),
+        }
+
+    def forward(self, embed: nn.Module, pool: Pool, indices: NDArray[np.int64], chosen_BV: Tensor) -> Tensor:
+        """Embeddings [B, V, D] of the chosen patches."""
+        total: Tensor | None = None
+        for name, table in self.tables.items():
+            label_BV = getattr(pool, f"{name}_SP")[indices].gather(1, chosen_BV)
+            words_BVD = embed(table[label_BV].to(next(embed.parameters()).device))
+            said_BVD = words_BVD * (label_BV > 0)[..., None].to(words_BVD)
+            total = said_BVD if total is None else total + said_BVD
+        assert total is not None  # noqa: S101 - the table is never empty
+        nothing_BV = (pool.shape_SP[indices] + pool.digit_SP[indices]).gather(1, chosen_BV) == 0
+        nothing_1D: Tensor = embed(self.tables["color"][:1].to(total.device))
+        return total + nothing_1D * nothing_BV[..., None].to(total)
+
+
+def step_losses(
+    model: LlavaForConditionalGeneration,
+    asker: Asker,
+    pool: Pool,
+    look: Callable[[NDArray[np.int64], Tensor], Tensor],
+    kept_at: Callable[[int, np.random.Generator], int],
+    *,
+    batch: int,
+    seed: tuple[int, ...],
+) -> Callable[[int], Losses]:
+    """The loss of a step; `look(indices, chosen_BV)` gives the vision embeddings of the chosen patches."""
+    bos_user = _prefix(asker)
+
+    def losses(step: int) -> Losses:
+        rng = np.random.default_rng([*seed, step])
+        indices = rng.integers(0, len(pool), batch)
+        chosen_BV = choose_tokens(pool, indices, kept_at(step, rng), rng)
+        packed = asker.pack([pool.scenes[i] for i in indices], rng)
+        return {"answers": answer_losses(model, look(indices, chosen_BV), packed, bos_user)[0]}
+
+    return losses
+
+
+@torch.inference_mode()
+def answer_accuracy(
+    model: LlavaForConditionalGeneration,
+    asker: Asker,
+    pool: Pool,
+    look: Callable[[NDArray[np.int64], Tensor], Tensor],
+    kept: int,
+    device: str,
+) -> Mapping[str, float]:
+    """Share of unseen questions of each kind whose first answer token is right, with `kept` tokens an image."""
+    hits: dict[str, list[bool]] = {}
+    for start in range(0, len(pool), 100):
+        rng = np.random.default_rng([7, start])
+        indices = np.arange(start, min(start + 100, len(pool)))
+        chosen_BV = choose_tokens(pool, indices, kept, rng)
+        for kind in KINDS:
+            asked = [(i, b, ask(pool.scenes[i], kind, rng)) for b, i in enumerate(indices)]
+            rows = [(b, q) for _, b, q in asked if q is not None]
+            packed = _pack_each(asker, [q for _, q in rows])
+            some = [b for b, _ in rows]
+            with autocast(device):
+                vision_BVD = look(indices[some], chosen_BV[some])
+                _, logits_BQLK = answer_losses(model, vision_BVD, packed, _prefix(asker))
+            wanted_B1L = packed.labels_BQL
+            first_B = (wanted_B1L[:, 0] != IGNORED).float().argmax(1)
+            found_B = logits_BQLK[torch.arange(len(some)), 0, first_B - 1].argmax(-1).cpu()
+            hits.setdefault(kind, []).extend((found_B == wanted_B1L[torch.arange(len(some)), 0, first_B]).tolist())
+    return {f"{kind} @{kept}": float(np.mean(found)) for kind, found in hits.items()}
+
+
+def _pack_each(asker: Asker, questions: list[Question]) -> Packed:
+    ids_B1L = torch.full((len(questions), 1, LONGEST), int(asker.tokenizer.pad_token_id))
+    labels_B1L = torch.full((len(questions), 1, LONGEST), IGNORED)
+    for b, question in enumerate(questions):
+        asked = asker.encode(f"{question.text}\n{POST_PROMPT} ASSISTANT:")
+        answer = asker.encode(question.answer)
+        ids_B1L[b, 0, : len(asked)] = torch.tensor(asked)
+        labels_B1L[b, 0, len(asked)] = answer[0]
+    return Packed(ids_B1L, labels_B1L)
+
+
+def _prefix(asker: Asker) -> tuple[int, int]:
+    start, user = asker.tokenizer("USER:").input_ids
+    return start, user
