@@ -15,7 +15,7 @@ from cluster_helpers import WEIRD, alive, descendants, is_worker, results, stray
 
 import cluster
 from cluster import Cause, ClusterConfig, Report, Resources, Store, Task, TasksFailed, run, verify
-from cluster.local.executor import executor as local
+from cluster.local import executor as local
 
 
 @pytest.fixture(autouse=True)
