@@ -3,20 +3,22 @@
 Letters: N tokens of an image, C width of a token.
 """
 
+import hashlib
+import io
 import os
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 import pyarrow as pa
 import torch
 
 from ocvtp.errors import BadInput
 from ocvtp.tokens.manifest import FORMAT, ShardManifest, ShardMeta, is_grid
-from ocvtp.tokens.rows import SCHEMA, TokenRow, file_sha256, manifest_path, note_of, row_crc32
+from ocvtp.tokens.rows import SCHEMA, TokenRow, manifest_path, note_of, row_crc32
 from ocvtp.tokens.space import ensure_space, explain_full_disk
 
 BATCH_BYTES: Final = 8 * 2**20
@@ -79,7 +81,9 @@ class ShardWriter:
         note = {"ocvtp.format": str(FORMAT), "ocvtp.meta": note_of(self.meta)}
         with explain_full_disk(self.path):
             self._file = self._temporary.open("wb")
-            self._sink = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), SCHEMA.with_metadata(note))
+            self._digest = hashlib.sha256()
+            sink = pa.PythonFile(_Hashing(self._file, self._digest), mode="w")
+            self._sink = pa.ipc.new_file(sink, SCHEMA.with_metadata(note))
         return self
 
     def add(self, row: TokenRow) -> None:
@@ -124,7 +128,7 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             size = self._temporary.stat().st_size
-            self.manifest = ShardManifest(self.path.name, file_sha256(self._temporary), size, len(self._ids), self.meta)
+            self.manifest = ShardManifest(self.path.name, self._digest.hexdigest(), size, len(self._ids), self.meta)
             notes = self._temporary.with_name(self._temporary.name + ".json")
             try:
                 notes.write_text(self.manifest.to_text())
@@ -132,6 +136,22 @@ class ShardWriter:
                 notes.replace(manifest_path(self.path))
             finally:
                 notes.unlink(missing_ok=True)
+
+
+class _Hashing(io.RawIOBase):
+    """Digests what is written to a file on its way: Arrow writes from the beginning to the end."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: Any) -> int:
+        """As of a file."""
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
 
 
 def _check_row(row: TokenRow, meta: ShardMeta) -> bytes:
