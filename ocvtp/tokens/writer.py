@@ -3,12 +3,14 @@
 Letters: N tokens of an image, C width of a token.
 """
 
+import errno
 import hashlib
 import io
 import os
+import shutil
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
@@ -16,13 +18,40 @@ from typing import Any, BinaryIO, Final, Self
 import pyarrow as pa
 import torch
 
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.tokens.manifest import FORMAT, ShardManifest, ShardMeta, is_grid
 from ocvtp.tokens.rows import SCHEMA, TokenRow, manifest_path, note_of, row_crc32
-from ocvtp.tokens.space import ensure_space, explain_full_disk
 
 BATCH_BYTES: Final = 8 * 2**20
 """Size from which rows are written as one Arrow record batch."""
+
+MARGIN = 1.1
+"""Free space asked for, over the bytes that will be written."""
+
+
+class DiskFull(NotAvailable):
+    """There is no room for what is to be written. Nothing half-written is left."""
+
+
+def ensure_space(folder: Path, need: int) -> None:
+    """`DiskFull` unless the disk of `folder` (which exists) has room for `need` bytes and a tenth more."""
+    wanted, free = int(need * MARGIN), shutil.disk_usage(folder).free
+    if free < wanted:
+        raise DiskFull(
+            f"{folder}: {wanted} bytes are needed, {free} are free on that disk: make room or choose another folder"
+        )
+
+
+@contextmanager
+def explain_full_disk(path: Path, written: int | None = None) -> Iterator[None]:
+    """Turn the operating system's "no space left" (or "quota exceeded") into `DiskFull` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        size = "" if written is None else f" for {written} bytes more"
+        raise DiskFull(f"{path}: the disk is full, no room{size}; the partial file was removed") from error
 
 
 def write_shard(
