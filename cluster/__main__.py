@@ -22,6 +22,7 @@ from cluster.store.lease import UNOWNED_PATIENCE, Watch
 from cluster.store.leftovers import sweep
 from cluster.store.publish import is_published, quarantine, verify
 from cluster.store.store import Store, default_root
+from cluster.store.verdicts import forget_absent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,6 +114,7 @@ def _sweep(store: Store, options: argparse.Namespace, console: Console) -> int:
             time.sleep(min(0.5, options.wait))
             removed += _sweep_once(kinds, watch, options.resume)
         removed += sweep_locks(store.locks)
+        forget_absent(store.root)
     left = [root for kind in kinds for root, _, _ in temporaries(kind)]
     if options.json:
         sys.stdout.write(

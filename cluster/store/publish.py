@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.errors import BadTask, Corrupt, Fenced
+from cluster.store import verdicts
 from cluster.store.layout import RESUME, check_out, new_attempt
 from cluster.store.lease import Watch
 from cluster.store.workspace import Busy, Workspace
@@ -94,28 +95,41 @@ def is_published(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, *, remembered: bool = False) -> Manifest:
     """Compare every file of a published folder with its manifest.
 
     Files that the manifest does not list are no part of the result: they are ignored, with a warning.
+
+    Args:
+        folder: of a store.
+        remembered: leave out files that were read once and that nobody touched since (`cluster.store.verdicts`), and
+            remember those that are read now.
 
     Raises:
         Corrupt: naming the first file that is missing, of another size or of other content.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
+    known = verdicts.recall(folder) if remembered else {}
+    whole = {}
     for file in manifest.files:
         path = folder / safe(file.path, folder)
         try:
-            size, is_regular = path.lstat().st_size, stat.S_ISREG(path.lstat().st_mode)
+            status = path.lstat()
         except FileNotFoundError as error:
             raise Corrupt(f"{path} is missing, its manifest lists it") from error
-        if not is_regular:
+        if not stat.S_ISREG(status.st_mode):
             raise Corrupt(f"{path} is not a regular file")
-        if size != file.bytes:
-            raise Corrupt(f"{path} has {size} bytes, its manifest says {file.bytes}")
-        if _sha256(path) != file.sha256:
+        if status.st_size != file.bytes:
+            raise Corrupt(f"{path} has {status.st_size} bytes, its manifest says {file.bytes}")
+        verdict = verdicts.mark(status), file.sha256
+        settled = verdicts.settled(verdict[0])
+        if known.get(file.path) != verdict and _sha256(path) != file.sha256:
             raise Corrupt(f"{path} has other content than its manifest says (SHA-256 differs)")
+        if settled:
+            whole[file.path] = verdict
+    if remembered and whole != known:
+        verdicts.remember(folder, whole)
     strays = {path for path, _ in _walk(folder)} - {file.path for file in manifest.files} - {MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])

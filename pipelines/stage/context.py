@@ -107,7 +107,7 @@ class Stage:
 
         def look(folder: Path) -> None:
             try:
-                verify(folder)
+                verify(folder, remembered=True)
             except Corrupt as error:
                 log.warning("%s: set aside as %s, it is made again", error, quarantine(folder).name)
 
@@ -123,7 +123,7 @@ class Stage:
 
         def look(folder: Path) -> str | None:
             try:
-                files = {file.path: file.sha256 for file in verify(folder).files}
+                files = {file.path: file.sha256 for file in verify(folder, remembered=True).files}
             except Corrupt as error:
                 return str(error)
             wrong = [path for path, sha256 in wanted[folder].items() if files.get(path) != sha256]
