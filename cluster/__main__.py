@@ -20,7 +20,7 @@ from cluster.errors import ClusterError, Corrupt
 from cluster.store.layout import temporaries
 from cluster.store.lease import UNOWNED_PATIENCE, Watch
 from cluster.store.leftovers import sweep
-from cluster.store.publish import is_published, quarantine, verify
+from cluster.store.publish import is_published, verify
 from cluster.store.store import Store, default_root
 
 
