@@ -6,7 +6,6 @@ another layer costs only itself. Tokens stay in the store; the output lists thei
 
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import ClusterError, Task, adopt, is_published
+from cluster import ClusterError, Task, adopt, drop, is_published
 from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import Entry, resolve
@@ -124,12 +123,7 @@ def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
             except (ClusterError, OSError):
                 if not is_published(out):  # else another run adopted and dropped the pass meanwhile
                     raise
-        doomed = task.out.with_name(f".{task.out.name}.dropped")
-        try:
-            task.out.rename(doomed)
-        except FileNotFoundError:
-            continue
-        shutil.rmtree(doomed)
+        drop(task.out)
 
 
 def _shard(folder: Path) -> Shard:
