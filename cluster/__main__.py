@@ -24,6 +24,7 @@ from cluster.store.leftovers import files_in, remove_tree, sweep
 from cluster.store.publish import MANIFEST, Manifest, drop, is_published, set_aside, verify
 from cluster.store.remote import Remote, transfer
 from cluster.store.store import Store
+from cluster.store.verdicts import forget_absent
 from cluster.task import canonical
 
 Said = tuple[int, dict[str, Any] | list[Any], list[str]]
@@ -172,6 +173,8 @@ def _clean(store: Store, options: argparse.Namespace) -> Said:
         drop(folder)
     for folder in old if options.yes else ():
         remove_tree(folder)
+    if options.yes:
+        forget_absent(store.root)
     left = [root for kind in store.kinds() for root, _, _ in temporaries(kind)]
     lines += [f"{_name(store, root)} of an attempt at work, or to resume from" for root in left]
     did = "dropped" if options.yes else "to drop with --yes"

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from cluster import Task, is_published
 from cluster.task import canonical
 from ocvtp.errors import BadInput, Corrupt
-from ocvtp.evaluation.catalogue import benchmark as named
+from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve

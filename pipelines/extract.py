@@ -14,7 +14,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import ClusterError, Task, adopt, drop, is_published
+from cluster import ClusterError, Task, adopt, drop, is_published, set_aside
+from cluster import Corrupt as CorruptResult
+from cluster.store import verdicts
 from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import Entry, resolve
@@ -112,18 +114,24 @@ def _pass(run: Stage, part: Part) -> Task:
 
 def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
     """Publish each layer of a pass as a result of its own, then drop the pass: the files are the same."""
-    run.set_damaged_aside(task.out for _, task in passes)
+    read = {}
     for part, task in passes:
         if not is_published(task.out):
             continue
-        for layer in task.spec["layers"]:
-            out = part.layers[layer].out
-            try:
-                adopt(task.out / f"layer_{layer}", out)
-            except (ClusterError, OSError):
-                if not is_published(out):  # else another run adopted and dropped the pass meanwhile
-                    raise
+        try:
+            for layer in task.spec["layers"]:
+                source, out = task.out / f"layer_{layer}", part.layers[layer].out
+                before = verdicts.marks(source)
+                files = adopt(source, out).files  # has read every byte
+                read[out] = {file.path: (before[file.path], file.sha256) for file in files if file.path in before}
+        except CorruptResult as error:
+            log.warning("%s: it is made again", set_aside(task.out) or error)
+            continue
+        except (ClusterError, OSError):
+            if not is_published(out):  # else another run adopted and dropped the pass meanwhile
+                raise
         drop(task.out)
+    verdicts.remember_linked(read)
 
 
 def _shard(folder: Path) -> Shard:

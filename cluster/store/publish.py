@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.errors import BadTask, Corrupt, Fenced, StoreUnavailable
+from cluster.store import verdicts
 from cluster.store.faults import GONE, is_transient, patient
 from cluster.store.layout import RESUME, aside, check_out, new_attempt
 from cluster.store.lease import Watch
@@ -101,10 +102,15 @@ def is_published(folder: Path) -> bool:
         return False
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, *, remembered: bool = False) -> Manifest:
     """Compare every file of a published folder with its manifest.
 
     Files that the manifest does not list are no part of the result: they are ignored, with a warning.
+
+    Args:
+        folder: of a store.
+        remembered: leave out files that were read once and that nobody touched since (`cluster.store.verdicts`), and
+            remember those that are read now.
 
     Raises:
         Corrupt: naming the first file that is missing, of another size or of other content.
@@ -112,8 +118,14 @@ def verify(folder: Path) -> Manifest:
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
+    known = verdicts.recall(folder) if remembered else {}
+    whole = {}
     for file in manifest.files:
-        _verify_file(folder / safe(file.path, folder), file)
+        verdict = _verify_file(folder / safe(file.path, folder), file, known.get(file.path))
+        if verdict is not None:
+            whole[file.path] = verdict
+    if remembered and whole != known:
+        verdicts.remember(folder, whole)
     strays = {path for path, _ in _files(folder)} - {file.path for file in manifest.files} - {MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
@@ -121,17 +133,21 @@ def verify(folder: Path) -> Manifest:
 
 
 @patient
-def _verify_file(path: Path, file: File) -> None:
+def _verify_file(path: Path, file: File, known: verdicts.Verdict | None) -> verdicts.Verdict | None:
+    """What to remember of a file that is whole; None if its next change might not show."""
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
             raise Corrupt(f"{path} is not a regular file")
         if found.st_size != file.bytes:
             raise Corrupt(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
-        if _sha256(path) != file.sha256:
+        verdict = verdicts.mark(found), file.sha256
+        settled = verdicts.settled(verdict[0])
+        if known != verdict and _sha256(path) != file.sha256:
             raise Corrupt(f"{path} has other content than its manifest says (SHA-256 differs)")
     except GONE as error:
         raise Corrupt(f"{path} is missing, its manifest lists it") from error
+    return verdict if settled else None
 
 
 def safe(path: str, folder: Path) -> Path:
@@ -278,8 +294,8 @@ def is_same(path: Path, known: os.stat_result | None) -> bool:
         return False
 
 
-def set_aside(folder: Path) -> Corrupt | None:
-    """Verify a published folder, and move it away if it is damaged, so that its task is planned again.
+def set_aside(folder: Path, *, remembered: bool = False) -> Corrupt | None:
+    """Verify a published folder as `verify` does; move it away if it is damaged, so that its task is planned again.
 
     Another run may do the same at the same time, and publish it anew: what it published is left, or put back.
 
@@ -289,7 +305,7 @@ def set_aside(folder: Path) -> Corrupt | None:
     while True:
         try:
             seen = patient(os.lstat)(folder)
-            verify(folder)
+            verify(folder, remembered=remembered)
         except GONE:
             return Corrupt(f"{folder} is not there")
         except Corrupt as corrupt:

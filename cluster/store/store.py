@@ -3,6 +3,7 @@
 <root>/<kind>/<key>/      a result and its manifest.json
 <root>/logs/<run>/        logs of a run and of its attempts
 <root>/locks/<label>.json owners of the runs at work
+<root>/verdicts/         which files were read and found whole
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask
-from cluster.store.layout import LOCKS, LOGS
+from cluster.store.layout import LOCKS, LOGS, VERDICTS
 from cluster.store.publish import is_published
 from cluster.task import Call, Resources, Task, check_json, task_key
 
+_OWN = (LOGS, LOCKS, VERDICTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -36,7 +38,7 @@ class Store:
         for name, value in (("kind", kind), ("key", key)):
             if not _NAME.fullmatch(value):
                 raise BadTask(f"{name} {value!r}: use letters, digits, `_`, `-` and `.`, not at the start")
-        if kind in (LOGS, LOCKS):
+        if kind in _OWN:
             raise BadTask(f"kind {kind!r} is a folder of the store itself: use another name")
         return self.root / kind / key
 
@@ -78,7 +80,7 @@ class Store:
         """The folders that hold results."""
         if not self.root.is_dir():
             return []
-        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in (LOGS, LOCKS))
+        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in _OWN)
 
     @property
     def logs(self) -> Path:

@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ocvtp.errors import BadInput, OcvtpError
-from ocvtp.evaluation.catalogue import benchmarks
+from ocvtp.evaluation.benchmarks import benchmarks
 from ocvtp.methods import REGISTRY
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.training.config import TrainConfig
+from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.vlms import Entry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
 from pipelines.grid import tokens_kept

@@ -11,7 +11,7 @@ from typing import Any
 from cluster import ClusterConfig, ClusterError
 from ocvtp.errors import BadInput
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.training.config import TrainConfig
+from ocvtp.pruner.training.train_config import TrainConfig
 from pipelines.params.ablate import TRAIN, Changes
 from pipelines.params.schema import (
     Problems,

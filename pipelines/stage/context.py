@@ -107,7 +107,7 @@ class Stage:
         """Verify those that are published; move the damaged ones away, so that they count as missing."""
 
         def look(folder: Path) -> None:
-            if (corrupt := set_aside(folder)) is not None:
+            if (corrupt := set_aside(folder, remembered=True)) is not None:
                 log.warning("%s: it is made again", corrupt)
 
         with ThreadPoolExecutor(_READERS) as pool:
@@ -122,7 +122,7 @@ class Stage:
 
         def look(folder: Path) -> str | None:
             try:
-                files = {file.path: file.sha256 for file in verify(folder).files}
+                files = {file.path: file.sha256 for file in verify(folder, remembered=True).files}
             except Corrupt as error:
                 return str(error)
             wrong = [path for path, sha256 in wanted[folder].items() if files.get(path) != sha256]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import progress
-from ocvtp.data.images import read_image_file, safe_join
+from ocvtp.data.decoding import read_image_file, safe_join
 from ocvtp.errors import BadInput
 
 

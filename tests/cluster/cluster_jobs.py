@@ -61,6 +61,12 @@ def leaves(spec: Spec, folder: Path) -> None:
     sys.exit(3)
 
 
+def big(spec: Spec, folder: Path) -> None:
+    """One file of `bytes`, and a small one."""
+    (folder / "data.bin").write_bytes(bytes(range(256)) * (spec["bytes"] // 256))
+    (folder / "note.txt").write_text("big")
+
+
 def empty(spec: Spec, folder: Path) -> None:
     (folder / "nothing").mkdir()
 
