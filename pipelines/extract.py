@@ -124,8 +124,8 @@ def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
                 before = verdicts.marks(source)
                 files = adopt(source, out).files  # has read every byte
                 read[out] = {file.path: (before[file.path], file.sha256) for file in files if file.path in before}
-        except CorruptResult:
-            log.warning("%s: it is made again", set_aside(task.out))
+        except CorruptResult as error:
+            log.warning("%s: it is made again", set_aside(task.out) or error)
             continue
         except (ClusterError, OSError):
             if not is_published(out):  # else another run adopted and dropped the pass meanwhile

@@ -17,7 +17,7 @@ from typing import Literal
 from cluster.errors import BadTask
 from cluster.store.faults import GONE, patient
 
-LOGS, LOCKS = "logs", "locks"  # folders of the store that hold no results
+LOGS, LOCKS, VERDICTS = "logs", "locks", "verdicts"  # folders of the store that hold no results
 RESULT, RESUME = "result", "resume"
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<attempt>[0-9a-f]{32})", re.DOTALL)
 PUT_ASIDE = re.compile(r"\.(?P<name>.+)\.(?:corrupt|dropped)(?:-[0-9a-f]{8})?", re.DOTALL)

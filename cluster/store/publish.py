@@ -121,8 +121,8 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
     known = verdicts.recall(folder) if remembered else {}
     whole = {}
     for file in manifest.files:
-        path = folder / safe(file.path, folder)
-        if (verdict := _verify_file(path, file, known.get(file.path))) is not None:
+        verdict = _verify_file(folder / safe(file.path, folder), file, known.get(file.path))
+        if verdict is not None:
             whole[file.path] = verdict
     if remembered and whole != known:
         verdicts.remember(folder, whole)
@@ -133,8 +133,8 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
 
 
 @patient
-def _verify_file(path: Path, file: File, known: verdicts.Verdict | None = None) -> verdicts.Verdict | None:
-    """Read a file unless it is `known`; what may be remembered of it, which is nothing if it changed just now."""
+def _verify_file(path: Path, file: File, known: verdicts.Verdict | None) -> verdicts.Verdict | None:
+    """What to remember of a file that is whole; None if its next change might not show."""
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
@@ -142,7 +142,7 @@ def _verify_file(path: Path, file: File, known: verdicts.Verdict | None = None) 
         if found.st_size != file.bytes:
             raise Corrupt(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
         verdict = verdicts.mark(found), file.sha256
-        settled = verdicts.settled(verdict[0])  # before it is read: a change from now on shows
+        settled = verdicts.settled(verdict[0])
         if known != verdict and _sha256(path) != file.sha256:
             raise Corrupt(f"{path} has other content than its manifest says (SHA-256 differs)")
     except GONE as error:
@@ -295,13 +295,9 @@ def is_same(path: Path, known: os.stat_result | None) -> bool:
 
 
 def set_aside(folder: Path, *, remembered: bool = False) -> Corrupt | None:
-    """Verify a published folder, and move it away if it is damaged, so that its task is planned again.
+    """Verify a published folder as `verify` does; move it away if it is damaged, so that its task is planned again.
 
     Another run may do the same at the same time, and publish it anew: what it published is left, or put back.
-
-    Args:
-        folder: of a store.
-        remembered: as for `verify`.
 
     Returns:
         What is wrong with it, and where it lies now if it was this call that moved it; None if it is sound.

@@ -16,9 +16,8 @@ from typing import Any
 
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask
-from cluster.store.layout import LOCKS, LOGS
+from cluster.store.layout import LOCKS, LOGS, VERDICTS
 from cluster.store.publish import is_published
-from cluster.store.verdicts import VERDICTS
 from cluster.task import Call, Resources, Task, check_json, task_key
 
 _OWN = (LOGS, LOCKS, VERDICTS)

@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.store.layout import VERDICTS
+
 log = logging.getLogger(__name__)
 
-VERDICTS = "verdicts"
 Mark = tuple[int, int, int, int]
 """Size (bytes), mtime (ns), inode and ctime (ns) of a file."""
 Verdict = tuple[Mark, str]
-"""The mark of a file when it was found whole, and its SHA-256."""
+"""What a file looked like when it was read, and its SHA-256."""
 _TICK_NS = 20_000_000
 """Two changes within a tick of a file system's clock (10 ms at most) may leave the same times."""
 
