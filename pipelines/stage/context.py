@@ -60,7 +60,7 @@ class Stage:
 
     def resources(self, demand: Demand) -> Resources:
         """Of one task."""
-        gpus = demand.gpus
+        gpus: int | str = demand.gpus
         if not isinstance(gpus, int):
             gpus = min(1, len(visible_gpus())) if self.config.executor == "local" else 0
         return Resources(demand.cpus, gpus, demand.memory_gb, demand.minutes)
