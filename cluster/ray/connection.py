@@ -15,7 +15,7 @@ from typing import Any
 from cluster.errors import NotAvailable
 from cluster.host.machine import GIB, Machine
 from cluster.protocol import Context
-from cluster.ray.profile import Profile
+from cluster.ray.profile import RayProfile
 from cluster.ray.upload import check_size
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 PACKAGE = re.compile(r"(?P<root>.*/_ray_pkg_[0-9a-f]+)(/.*)?", re.DOTALL)  # Ray's copy of a working dir
 
 
-def connect(context: Context, profile: Profile) -> tuple[Any, bool, str | None]:
+def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | None]:
     """(ray, whether the connection is ours, the folder that Ray copies to the nodes).
 
     As with `ray.init`: the address of the profile, else RAY_ADDRESS (a job that was submitted to a cluster has

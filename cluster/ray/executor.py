@@ -24,7 +24,7 @@ from cluster.host.machine import GIB
 from cluster.protocol import Cause, Context, Event, Job
 from cluster.ray.boot import boot, code_path
 from cluster.ray.connection import PACKAGE, connect
-from cluster.ray.profile import Node, Profile, misfit
+from cluster.ray.profile import Node, RayProfile, misfit
 from cluster.task import Resources, Task
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class RayExecutor:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._profile = Profile.load(context.config.profile)
+        self._profile = RayProfile.load(context.config.profile)
         self._queues: dict[Resources, deque[Job]] = {}
         self._flights: dict[Any, _Flight] = {}  # by stream
         self._events: list[Event] = []

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import wire
@@ -28,7 +28,7 @@ from cluster.protocol import Cause, Context, Event, Job
 from cluster.slurm import queue as slurm_queue
 from cluster.slurm import worker
 from cluster.slurm.orphans import FOLDER, Ledger, job_name, reap
-from cluster.slurm.profile import Profile
+from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import CAUSES, Away, State
 from cluster.slurm.worker import events_file, write_array
 from cluster.task import Resources, Task
@@ -71,7 +71,7 @@ class SlurmExecutor:
         except ImportError as error:
             raise NotAvailable("submitit is not installed: pip install 'ocvtp[pipeline]'") from error
         self._submitit = submitit
-        self._profile = Profile.load(context.config.profile)
+        self._profile = SlurmProfile.load(context.config.profile)
         self._settings = slurm_queue.settings()
         self._folder = context.logs / FOLDER
         self._name = job_name(context.run_id)
@@ -195,7 +195,7 @@ class SlurmExecutor:
         self._looked = now
         return True
 
-    def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> Profile:
+    def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> SlurmProfile:
         """The profile, without nodes to avoid if another one that is up can run such jobs."""
         if not avoid:
             return self._profile
@@ -204,10 +204,10 @@ class SlurmExecutor:
             away = slurm_queue.unusable_nodes(self._profile.partition)
         except Away:
             return self._profile
-        others = replace(self._profile, exclude=",".join([*without, *away]))
+        others = self._profile.model_copy(update={"exclude": ",".join([*without, *away])})
         if slurm_queue.objection(others.test_arguments(asked)):
             return self._profile
-        return replace(self._profile, exclude=",".join(without))
+        return self._profile.model_copy(update={"exclude": ",".join(without)})
 
     def _refused(self, jobs: Sequence[Job], message: str) -> bool:
         """Later and fewer at once where a limit is reached, for as long as our own jobs hold it or patience lasts."""

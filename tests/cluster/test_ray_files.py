@@ -9,8 +9,9 @@ import yaml
 
 from cluster import Resources
 from cluster.errors import BadConfig, NotAvailable
-from cluster.ray.profile import Node, Profile, misfit
+from cluster.ray.profile import LargestNode, Node, RayProfile, misfit
 from cluster.ray.upload import check_size, main, uploaded
+from cluster.slurm.profile import SlurmProfile
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,37 +76,50 @@ def test_ray_accepts_cluster_yaml() -> None:
 def test_a_profile_with_a_mistake_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("adress: auto\n")
-    with pytest.raises(BadConfig, match=r"mine.yaml: unknown key 'adress': did you mean 'address'\?"):
-        Profile.load(str(path))
-    assert Profile.load(None) == Profile()
+    with pytest.raises(BadConfig, match=r"mine.yaml: an entry is wrong\n  adress: unknown key; did you mean address\?"):
+        RayProfile.load(str(path))
+    path.write_text("adress: auto\nscheduling: 3\naddress: auto\n")
+    with pytest.raises(BadConfig, match=r"2 entries are wrong\n  scheduling: 3 should be .*\n  adress: unknown key"):
+        RayProfile.load(str(path))
+    path.write_text("address: auto\naddress: local\n")
+    with pytest.raises(BadConfig, match="line 2: the key 'address' is given twice"):
+        RayProfile.load(str(path))
+
+
+@pytest.mark.parametrize("profile", [RayProfile, SlurmProfile])
+def test_the_file_of_defaults_says_what_the_code_does(profile: type[RayProfile | SlurmProfile]) -> None:
+    assert profile.load("default") == profile.load(None)
+    explained = yaml.safe_load((ROOT / "cluster" / profile.kind / "default.yaml").read_text())
+    assert set(explained) == set(profile.model_fields)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("largest_node: {gpu: 1, cpus: 8, memory_gb: 60}", r"largest_node\.gpu: did you mean 'gpus'\?"),
-        ("largest_node: {gpus: 1, memory_gb: 60}", "how much cpus it has"),
-        ("largest_node: {cpus: 8, gpus: many, memory_gb: 60}", r"largest_node\.gpus is 'many'"),
-        ("largest_node: 8", "largest_node is 8: a mapping such as"),
-        ("scheduling: SPRAED", "'SPRAED': DEFAULT or SPREAD"),
-        ("patience_minutes: -1", "patience_minutes is -1"),
-        ("environment: {OMP_NUM_THREADS: 4}", r"environment\.OMP_NUM_THREADS is 4: a text"),
-        ("resources: {spot: 0}", r"resources\.spot is 0"),
-        ("address: 6379", "address is 6379: a text"),
+        ("largest_node: {gpu: 1, cpus: 8, memory_gb: 60}", r"largest_node\.gpu: unknown key; did you mean gpus\?"),
+        ("largest_node: {gpus: 1, memory_gb: 60}", "largest_node: cpus is missing"),
+        ("largest_node: {cpus: 8, gpus: many, memory_gb: 60}", r"largest_node\.gpus: 'many' should be a valid number"),
+        ("largest_node: 8", "largest_node: 8 is not a mapping"),
+        ("scheduling: SPRAED", "scheduling: 'SPRAED' should be 'DEFAULT' or 'SPREAD'; did you mean SPREAD"),
+        ("patience_minutes: -1", "patience_minutes: -1 should be greater than or equal to 0"),
+        ("environment: {OMP_NUM_THREADS: 4}", r"environment\.OMP_NUM_THREADS: 4 should be a valid string"),
+        ("resources: {spot: 0}", r"resources\.spot: 0 should be greater than 0"),
+        ("address: 6379", "address: 6379 should be a valid string"),
+        ("scheduling: null", "scheduling: None should be 'DEFAULT' or 'SPREAD'"),
     ],
 )
 def test_a_profile_with_an_impossible_value_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"{text}\n")
-    with pytest.raises(BadConfig, match=rf"mine\.yaml: .*{message}"):
-        Profile.load(str(path))
+    with pytest.raises(BadConfig, match=rf"(?s)mine\.yaml: .*{message}"):
+        RayProfile.load(str(path))
 
 
 def test_a_cluster_that_grows_takes_what_its_largest_node_will_hold() -> None:
     asked = Resources(gpus=1, memory_gb=10)
     small = [Node(4, 0, 16)]
-    assert "asks for 1 core(s), 1 GPU(s) and 10 GB" in str(misfit(asked, small, Profile()))
-    assert misfit(asked, small, Profile(largest_node={"cpus": 8, "gpus": 1, "memory_gb": 60})) is None
-    kind = Profile(accelerator_type="H100")
+    assert "asks for 1 core(s), 1 GPU(s) and 10 GB" in str(misfit(asked, small, RayProfile()))
+    assert misfit(asked, small, RayProfile(largest_node=LargestNode(cpus=8, gpus=1, memory_gb=60))) is None
+    kind = RayProfile(accelerator_type="H100")
     assert "GPUs of type H100" in str(misfit(asked, [Node(8, 1, 64)], kind))
     assert misfit(asked, [Node(8, 1, 64, {"accelerator_type:H100": 1.0})], kind) is None

@@ -23,7 +23,7 @@ from cluster import ClusterConfig, Report, Resources, Store, run
 from cluster.errors import BadConfig, NotAvailable
 from cluster.slurm import queue as slurm_queue
 from cluster.slurm.orphans import PREFIX, SILENCE, Ledger
-from cluster.slurm.profile import Profile
+from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import State, takes_later
 
 pytest_plugins = ["slurm_cluster"]
@@ -377,29 +377,32 @@ def test_without_slurm_it_says_so(store: Store, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("partitoin: gpu", r"profile.yaml: unknown key 'partitoin': did you mean 'partition'\?"),
-        ("setup: module load", r"setup is 'module load': a list is needed"),
-        ("max_jobs: 0", "max_jobs is 0: a whole number, at least 1"),
-        ("poll_seconds: soon", "poll_seconds is 'soon': a number is needed"),
-        ("account: 7", "account is 7: a text is needed"),
-        ("sbatch: {mem: 4G}", "sbatch.mem is set by ocvtp itself"),
-        ("- partition", "does not hold a mapping"),
-        ("a: [", "is not YAML"),
+        ("partitoin: gpu", r"partitoin: unknown key; did you mean partition\?"),
+        ("setup: module load", r"setup: 'module load' is not a list"),
+        ("max_jobs: 0", "max_jobs: 0 should be greater than or equal to 1"),
+        ("max_jobs: true", "max_jobs: True should be a valid integer"),
+        ("tasks_per_job: 0", "tasks_per_job: 0 should be greater than or equal to 1, or 'auto'"),
+        ("poll_seconds: soon", "poll_seconds: 'soon' should be a valid number"),
+        ("poll_seconds: .inf", "poll_seconds: inf should be a finite number"),
+        ("account: 7", "account: 7 should be a valid string"),
+        ("sbatch: {mem: 4G}", "sbatch: mem is set for each task"),
+        ("- partition", "is not a mapping"),
+        ("a: [", "cannot be read as YAML"),
     ],
 )
 def test_a_mistake_in_a_profile_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(text)
-    with pytest.raises(BadConfig, match=message):
-        Profile.load(str(path))
+    with pytest.raises(BadConfig, match=f"(?s)profile.yaml.*{message}"):
+        SlurmProfile.load(str(path))
 
 
 def test_profiles_are_found_by_name() -> None:
-    with pytest.raises(BadConfig, match=r"there is no slurm profile 'gpuu' \(did you mean 'gpu'\?\)"):
-        Profile.load("gpuu")
+    with pytest.raises(BadConfig, match=r"there is no slurm profile 'gpuu'; did you mean gpu\?"):
+        SlurmProfile.load("gpuu")
     with pytest.raises(BadConfig, match=r"there is no file mine\.yaml"):
-        Profile.load("mine.yaml")
-    profile = Profile.load("gpu")
+        SlurmProfile.load("mine.yaml")
+    profile = SlurmProfile.load("gpu")
     parameters = profile.parameters(Resources(cpus=4, gpus=2, memory_gb=10, minutes=60))
     assert (parameters["partition"], parameters["gres"], parameters["time"]) == ("gpu", "gpu:2", 63)
     assert parameters["mem"] == f"{int(10.5 * 1024)}MB"
