@@ -14,7 +14,6 @@ from rich.console import Console
 
 from cluster.driver.journal import STATES, read_status
 from cluster.driver.lock import sweep_locks
-from cluster.driver.report import display
 from cluster.driver.view import clock
 from cluster.errors import ClusterError, Corrupt
 from cluster.store.layout import temporaries
@@ -22,6 +21,7 @@ from cluster.store.lease import UNOWNED_PATIENCE, Watch
 from cluster.store.leftovers import sweep
 from cluster.store.publish import is_published, quarantine, verify
 from cluster.store.store import Store, default_root
+from cluster.task import display
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

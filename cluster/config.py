@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cluster.errors import BadConfig
-from cluster.protocol import executor_names
+from cluster.executors import executor_names
 
 OnLocked = Literal["wait", "refuse"]
 
@@ -21,7 +21,7 @@ class ClusterConfig:
     """How to run tasks."""
 
     executor: str = "local"
-    """Which machines do the work: a name of the registry in `cluster.protocol`."""
+    """Which machines do the work: a name of the registry in `cluster.executors`."""
     store: Path = Path(".ocvtp/store")
     """Folder of published results and logs."""
     profile: str | None = None

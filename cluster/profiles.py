@@ -85,6 +85,8 @@ def nearest(name: str, legal: Iterable[str]) -> str:
 
 def _alike(value: Any, default: Any) -> bool:
     """Whether a value may stand where the default does; what is null by default is for its user to check."""
+    if default == "auto":
+        return True  # or a number: its user checks
     if default is None or value is None:
         return default is None
     if isinstance(default, bool):

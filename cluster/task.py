@@ -124,3 +124,8 @@ def resolve_call(name: str) -> Call:
     if not callable(call):
         raise BadTask(f"{name} is a {type(call).__name__}, not a function")
     return call  # type: ignore[no-any-return]
+
+
+def display(name: str) -> str:
+    """A task's name on one line."""
+    return name if name.isprintable() else repr(name)[1:-1]

@@ -27,6 +27,7 @@ class Profile:
     gres: str
     array_parallelism: int
     max_jobs: int
+    tasks_per_job: int | str
     spare_memory_gb: float
     signal_seconds: float
     poll_seconds: float
@@ -50,6 +51,9 @@ class Profile:
         for key in ("array_parallelism", "max_jobs"):
             if not isinstance(values[key], int) or values[key] < 1:
                 raise BadConfig(f"{where}: {key} is {values[key]!r}: a whole number, at least 1")
+        per_job = values["tasks_per_job"]
+        if per_job != "auto" and (isinstance(per_job, bool) or not isinstance(per_job, int) or per_job < 1):
+            raise BadConfig(f"{where}: tasks_per_job is {per_job!r}: auto, or a whole number, at least 1")
         for key in ("poll_seconds", "lost_seconds", "patience_minutes", "signal_seconds", "spare_memory_gb"):
             if not 0 <= values[key] < math.inf:
                 raise BadConfig(f"{where}: {key} is {values[key]!r}: a number, at least 0")

@@ -106,7 +106,7 @@ def test_waves_keep_within_the_limits_of_arrays_and_of_the_queue(
     server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
 ) -> None:
     own = tmp_path / "profile.yaml"
-    own.write_text(server.profile.read_text() + "max_jobs: 24\narray_parallelism: 10\n")
+    own.write_text(server.profile.read_text() + "max_jobs: 24\narray_parallelism: 10\ntasks_per_job: 1\n")
     most, ended = [0], threading.Event()
 
     def count() -> None:
@@ -313,7 +313,7 @@ def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
 def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> None:
     ledger = Ledger(store.logs / "run" / "slurm")
     ledger.open()
-    now = ledger.opened()
+    now = ledger.seen()
     assert not ledger.abandoned(now + 10 * SILENCE)  # it is us
     driver = ledger.folder / "driver.json"
     driver.write_text(json.dumps(json.loads(driver.read_text()) | {"started": "1"}))
@@ -321,10 +321,10 @@ def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> Non
     driver.write_text(json.dumps(json.loads(driver.read_text()) | {"domain": "another host"}))
     assert not ledger.abandoned(now + SILENCE / 2)
     assert ledger.abandoned(now + 2 * SILENCE)
-    status = store.logs / "run" / "status.json"
-    status.write_text("{}")
-    os.utime(status, (now + 1.5 * SILENCE,) * 2)
-    assert not ledger.abandoned(now + 2 * SILENCE)
+    os.utime(driver, (now - 2 * SILENCE,) * 2)
+    assert ledger.abandoned(now)
+    ledger.renew()
+    assert not ledger.abandoned(now)
 
 
 def test_two_drivers_share_the_work_and_leave_each_others_jobs_alone(
@@ -411,8 +411,8 @@ def test_a_wave_that_a_limit_refuses_comes_again_smaller(
 ) -> None:
     limit = "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates " \
         "accounting/QOS policy (job submit limit, user's size and/or time limits)"  # fmt: skip
-    sizes = refusing(monkeypatch, lambda parameters: limit if parameters["map_count"] > 3 else None)
-    report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 10), config=config)
+    sizes = refusing(monkeypatch, lambda size, parameters: limit if size > 3 else None)
+    report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 10), config=one_each(config, tmp_path))
     assert len(report.done) == len(ran(tmp_path)) == 10
     assert sizes[0] == 10
     assert max(sizes[2:]) <= 6  # tries twice as many after a success
@@ -423,7 +423,7 @@ def test_a_job_that_is_refused_fails_alone(
     config: ClusterConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never = "sbatch: error: Memory specification can not be satisfied"
-    refusing(monkeypatch, lambda parameters: never if int(parameters["mem"][:-2]) > 1500 else None)
+    refusing(monkeypatch, lambda size, parameters: never if int(parameters["mem"][:-2]) > 1500 else None)
     large = store.task("square", "large", jobs.square, {"x": 99}, resources=Resources(memory_gb=2, minutes=5))
     report = run([large, *slurm_jobs.squares(store, tmp_path / "calls", 0.05, 3)], config=config)
     assert len(report.done) == 3
@@ -433,21 +433,28 @@ def test_a_job_that_is_refused_fails_alone(
     assert "Memory specification" in failed.detail
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, objection: Callable[[dict[str, Any]], str | None]) -> list[int]:
-    """Have sbatch refuse arrays with what `objection` says of their parameters: sizes of all that were asked for."""
+def one_each(config: ClusterConfig, tmp_path: Path, tasks_per_job: int | str = 1) -> ClusterConfig:
+    """With a number of tasks in each job."""
+    own = tmp_path / "profile.yaml"
+    own.write_text(f"{Path(str(config.profile)).read_text()}tasks_per_job: {tasks_per_job}\n")
+    return ClusterConfig(executor="slurm", store=config.store, profile=str(own))
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, objection: Callable[[int, dict[str, Any]], str | None]) -> list[int]:
+    """Have sbatch refuse arrays with what `objection` says of size and parameters: sizes of all that were asked for."""
     import submitit
 
     sizes: list[int] = []
-    really = submitit.SlurmExecutor._submit_command
+    really = submitit.SlurmExecutor.map_array
 
-    def submit(self: Any, command: str) -> Any:
-        sizes.append(self.parameters["map_count"])
-        said = objection(self.parameters)
+    def map_array(self: Any, call: Any, *arguments: Any) -> Any:
+        sizes.append(len(arguments[1]))
+        said = objection(sizes[-1], self.parameters)
         if said:
             raise submitit.core.utils.FailedJobError(said)
-        return really(self, command)
+        return really(self, call, *arguments)
 
-    monkeypatch.setattr(submitit.SlurmExecutor, "_submit_command", submit)
+    monkeypatch.setattr(submitit.SlurmExecutor, "map_array", map_array)
     return sizes
 
 
