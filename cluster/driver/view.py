@@ -43,17 +43,12 @@ class View:
     def __init__(self, board: Board) -> None:
         self._board, self._last = board, time.monotonic()
         self._console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        quiet = not self._console.is_terminal
+        columns = [*map(TextColumn, ("{task.description}", "{task.fields[note]}")), BarColumn(20), TimeElapsedColumn()]
         # Not its redirection of stdout, which is the program's own.
         self._progress = Progress(
-            *columns, console=self._console, transient=True, redirect_stdout=False, auto_refresh=False, disable=quiet
-        )
+            *columns, console=self._console, transient=True, redirect_stdout=False, auto_refresh=False,
+            disable=not self._console.is_terminal,
+        )  # fmt: skip
         self._all = self._progress.add_task(escape(board.label) or "tasks", total=board.total, note="")
         self._rows: dict[str, TaskID] = {}
 

@@ -21,7 +21,6 @@ import pytest
 from cluster_helpers import alive, descendants, is_worker, job_of, kill, results, strays, wait_for
 
 from cluster import ClusterConfig, Interrupted, Locked, Store, Task, run, verify
-from cluster.driver import runner
 from cluster.driver.lock import run_lock
 from cluster.host.process import Process
 from cluster.local.executor import LocalExecutor
@@ -284,7 +283,9 @@ def test_chaos_loses_nothing(start: Start, store: Store, tmp_path: Path) -> None
 
 
 class Elsewhere(Executor):
-    """On an imagined cluster, where the waiting of `poll` moves the clock on."""
+    """On an imagined cluster, where each look at it takes two minutes."""
+
+    STEP = 120.0
 
     def __init__(self, clock: list[float], other: Workspace, beats_until: float) -> None:
         super().__init__()
@@ -295,7 +296,7 @@ class Elsewhere(Executor):
         pass
 
     def _advance(self, timeout: float) -> None:
-        self._clock[0] += timeout
+        self._clock[0] += self.STEP
         if self._clock[0] < self._until:
             self._other.beat()
         for queue in self._queues.values():
@@ -310,7 +311,7 @@ def test_the_task_of_another_run_is_waited_for_and_begins_once_its_lease_is_over
 ) -> None:
     """Three days by a clock of our own: without a single submission, until the other run shows no more life."""
     task = store.task("square", "shared", jobs.square, {"x": 1})
-    other = Workspace.claim(task.out, new_attempt(), lease=60.0)
+    other = Workspace.claim(task.out, new_attempt(), lease=600.0)
     owner = read_owner(other.root)
     assert owner is not None
     other._owner = replace(owner, process=replace(owner.process, domain="another host"))
@@ -322,7 +323,7 @@ def test_the_task_of_another_run_is_waited_for_and_begins_once_its_lease_is_over
     report = run([task], executor, config=ClusterConfig(store=store.root))
     assert report.ok
     assert len(executor.submitted) == 2
-    assert days + 60 <= executor.submitted[1] - begun <= days + 60 + 2 * runner.LOOK_LONGEST
+    assert days + 600 <= executor.submitted[1] - begun <= days + 600 + 3 * Elsewhere.STEP
     assert not other.beat(), "it is fenced"
     assert strays(store.root) == []
 
