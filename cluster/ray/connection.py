@@ -16,7 +16,6 @@ from cluster.errors import NotAvailable
 from cluster.host.machine import GIB, Machine
 from cluster.protocol import Context
 from cluster.ray.profile import RayProfile
-from cluster.ray.upload import check_size
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,8 @@ def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | Non
         return ray, False, root
     runtime_env: dict[str, Any] | None = None
     if profile.working_dir is not None:
-        check_size(Path(profile.working_dir))
+        if not Path(profile.working_dir).is_dir():
+            raise NotAvailable(f"the working dir {profile.working_dir} is not a folder")
         runtime_env = {"working_dir": profile.working_dir}
     with _own_signal_handlers():
         _init(ray, context, address, runtime_env)
@@ -83,7 +83,7 @@ def _check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Put back the handlers that `ray.init` replaces: how signals end a run is decided by `run`."""
+    """Restore the handlers that `ray.init` replaces: how signals end a run is decided by `run`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

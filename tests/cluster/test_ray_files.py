@@ -1,4 +1,4 @@
-"""What Ray is given in files: the working dir it would copy, its own schema of cluster.yaml, profiles."""
+"""What Ray is given in files: cluster.yaml by its own schema, and profiles."""
 
 from __future__ import annotations
 
@@ -8,59 +8,11 @@ import pytest
 import yaml
 
 from cluster import Resources
-from cluster.errors import BadConfig, NotAvailable
+from cluster.errors import BadConfig
 from cluster.ray.profile import LargestNode, Node, RayProfile, misfit
-from cluster.ray.upload import check_size, main, uploaded
 from cluster.slurm.profile import SlurmProfile
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name, size in {
-        "a.py": 10, "big/one.bin": 5_000_000, "big/two.bin": 1_000_000, "mlruns/x": 900, ".git/y": 700, ".venv/z": 600,
-        "deep/er/kept.txt": 3, "deep/er/skipped.log": 4, "__pycache__/m.pyc": 5,
-    }.items():  # fmt: skip
-        path = tmp_path / "code" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"0" * size)
-    (tmp_path / "code" / ".rayignore").write_text("mlruns/\n")
-    (tmp_path / "code" / "deep" / ".gitignore").write_text("*.log\n")
-    return tmp_path / "code"
-
-
-def test_what_would_be_copied_is_what_ray_zips(folder: Path, tmp_path: Path) -> None:
-    import zipfile
-
-    from ray._private.runtime_env.packaging import create_package
-
-    found = {path.as_posix() for path in uploaded(folder)}
-    create_package(str(folder), tmp_path / "package.zip", include_gitignore=True,
-                   excludes=[".git", ".venv", "venv", "__pycache__"])  # fmt: skip
-    with zipfile.ZipFile(tmp_path / "package.zip") as made:
-        zipped = {name for name in made.namelist() if not name.endswith("/")}
-    # Ray leaves its own list out, and so much does not count here.
-    assert found - {".rayignore"} == zipped - {".rayignore"}
-    assert {"a.py", "big/one.bin", "deep/er/kept.txt"} <= found
-    assert not {"mlruns/x", "deep/er/skipped.log", ".git/y"} & found
-
-
-def test_too_much_is_refused_before_it_is_zipped_and_the_largest_folders_are_named(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert check_size(folder) > 6_000_000
-    with pytest.raises(NotAvailable, match=r"6 MiB to copy to the nodes, and Ray takes 1 MiB: .*big/one.bin \(4.8 MiB"):
-        check_size(folder, limit=2**20)
-    with pytest.raises(NotAvailable, match="is not a folder"):
-        check_size(folder / "nowhere")
-    assert main([str(folder)]) == 0
-    assert "big/two.bin (1.0 MiB)" in capsys.readouterr().out
-    assert main([str(folder / "nowhere")]) == 2
-
-
-def test_this_repository_is_small_enough() -> None:
-    assert check_size(ROOT) < 50 * 2**20
 
 
 def test_ray_accepts_cluster_yaml() -> None:
