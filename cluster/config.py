@@ -31,7 +31,7 @@ class ClusterConfig:
     memory_gb: float | None = None
     """Memory to hand out on this machine; all it has if null."""
     remote: str | None = None
-    """Where published results are kept besides, such as s3://bucket/ocvtp: fetched instead of made."""
+    """Where `python -m cluster push` and `pull` keep published results besides, such as s3://bucket/results."""
     on_locked: OnLocked = "wait"
     """What a second run with the same label does."""
     tries: int = 3

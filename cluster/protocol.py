@@ -36,7 +36,7 @@ class Cause(StrEnum):
     OOM = "oom"  # the worker outgrew its memory
     TIMEOUT = "timeout"
     LOST = "lost"  # it vanished without a trace, or lost its lease
-    NODE = "node"  # its machine died
+    NODE = "node"  # its machine died, or the store cannot be reached from it
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"  # by us
     BUSY = "busy"  # it never began: another run is at work on the same result, or has published it

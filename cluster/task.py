@@ -9,10 +9,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask
+
+if TYPE_CHECKING:
+    from cluster.lookup import Lookup
 
 Call = Callable[[dict[str, Any], Path], object]
 
@@ -108,6 +111,12 @@ class Task:
     def call_name(self) -> str:
         """`module:function` of the call."""
         return code_module.call_name(self.call)
+
+    def lookup(self) -> Lookup:
+        """What became of it: status, folder of the result, attempts and the last log."""
+        from cluster.lookup import lookup  # not above: workers have no use for it
+
+        return lookup(self.out, self.key)
 
 
 def resolve_call(name: str) -> Call:

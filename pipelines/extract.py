@@ -6,7 +6,6 @@ another layer costs only itself. Tokens stay in the store; the output lists thei
 
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import ClusterError, Task, adopt, is_published, quarantine
+from cluster import ClusterError, Task, adopt, drop, is_published, set_aside
 from cluster import Corrupt as CorruptResult
 from cluster.store import verdicts
 from ocvtp.errors import Corrupt
@@ -126,17 +125,12 @@ def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
                 files = adopt(source, out).files  # has read every byte
                 read[out] = {file.path: (before[file.path], file.sha256) for file in files if file.path in before}
         except CorruptResult as error:
-            log.warning("%s: set aside as %s, it is made again", error, quarantine(task.out).name)
+            log.warning("%s: it is made again", set_aside(task.out) or error)
             continue
         except (ClusterError, OSError):
             if not is_published(out):  # else another run adopted and dropped the pass meanwhile
                 raise
-        doomed = task.out.with_name(f".{task.out.name}.dropped")
-        try:
-            task.out.rename(doomed)
-        except FileNotFoundError:
-            continue
-        shutil.rmtree(doomed)
+        drop(task.out)
     verdicts.remember_linked(read)
 
 

@@ -22,7 +22,6 @@ from cluster.store.layout import new_attempt
 from cluster.store.lease import Watch
 from cluster.store.leftovers import fence, has_progressed, sweep
 from cluster.store.publish import is_published
-from cluster.store.remote import Remote
 from cluster.store.store import Store
 from cluster.task import Resources, Task
 
@@ -70,13 +69,8 @@ def run(
     with (
         signals_caught() as signals,
         run_lock(store.locks, label, run_id, config.on_locked, signals.check),
-        closing(Remote(config.remote)) if config.remote else nullcontext() as remote,
     ):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
-        if remote is not None:
-            remote.fetch((one.out for one in planned if not one.published), check=signals.check)
-            planned = check_tasks(tasks)
-            remote.upload(one.out for one in planned if one.published)
         missing = [one for one in planned if not one.published]
         _sweep(planned, watch := Watch())
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
@@ -86,10 +80,8 @@ def run(
             made = make_executor(executor, context) if isinstance(executor, str) else executor
             with closing(made) if isinstance(executor, str) else nullcontext():
                 made.check([one.task for one in missing])
-                _Run(missing, report, made, context, label, fail_fast, signals, watch, remote).go()
+                _Run(missing, report, made, context, label, fail_fast, signals, watch).go()
             _sweep(planned, watch)
-        if remote is not None:
-            remote.finish(signals.check)
         return report
 
 
@@ -139,11 +131,10 @@ class _Run:
         fail_fast: bool,
         signals: Signals,
         watch: Watch,
-        remote: Remote | None,
     ) -> None:
         config = context.config
         self._report, self._executor, self._context = report, executor, context
-        self._fail_fast, self._signals, self._watch, self._remote = fail_fast, signals, watch, remote
+        self._fail_fast, self._signals, self._watch = fail_fast, signals, watch
         self._policy = Policy(config.tries, config.preemptions)
         self._waiting = [_Entry(one, one.task.resources) for one in missing]
         self._flying: dict[str, tuple[_Entry, Job]] = {}
@@ -245,12 +236,11 @@ class _Run:
             detail=detail,
             node=event.node,
             seconds=seconds,
+            log=job.log.name,
         )
         if cause is Cause.DONE:
             self._board.done += 1
             self._report.done.append(entry.outcome(cause))
-            if self._remote is not None:
-                self._remote.upload([job.out])
         elif cause is Cause.CANCELLED:
             self._give_up(entry)
         else:

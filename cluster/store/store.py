@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,34 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster import fingerprint as code_module
-from cluster.config import ClusterConfig
-from cluster.errors import BadConfig, BadTask
+from cluster.errors import BadTask
+from cluster.store.layout import LOCKS, LOGS, VERDICTS
 from cluster.store.publish import is_published
-from cluster.store.verdicts import VERDICTS
 from cluster.task import Call, Resources, Task, check_json, task_key
 
-LOGS, LOCKS = "logs", "locks"
 _OWN = (LOGS, LOCKS, VERDICTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-def default_root() -> Path:
-    """The store of stages that are started here: OCVTP_STORE, or `cluster.store` of params.yaml, below OCVTP_ROOT.
-
-    Raises:
-        BadConfig: params.yaml cannot be read.
-    """
-    import yaml  # not above: workers have no use for it
-
-    path, given = Path("params.yaml"), None
-    if path.is_file():
-        try:
-            section = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("cluster") or {}
-            given = section.get("store")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-            raise BadConfig(f"params.yaml cannot be read: {error}") from error
-    config = ClusterConfig.from_params({} if given is None else {"store": given})
-    return Path(os.environ.get("OCVTP_ROOT", "")) / config.store
 
 
 @dataclass(frozen=True)

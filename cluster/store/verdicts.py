@@ -16,11 +16,14 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.store.layout import VERDICTS
+
 log = logging.getLogger(__name__)
 
-VERDICTS = "verdicts"
 Mark = tuple[int, int, int, int]
 """Size (bytes), mtime (ns), inode and ctime (ns) of a file."""
+Verdict = tuple[Mark, str]
+"""What a file looked like when it was read, and its SHA-256."""
 _TICK_NS = 20_000_000
 """Two changes within a tick of a file system's clock (10 ms at most) may leave the same times."""
 
@@ -41,7 +44,7 @@ def settled(found: Mark) -> bool:
     return time.time_ns() - found[3] > _TICK_NS
 
 
-def recall(folder: Path) -> dict[str, tuple[Mark, str]]:
+def recall(folder: Path) -> dict[str, Verdict]:
     """Mark and SHA-256 of the files of a published folder, as they were when they were read; empty if never."""
     try:
         found = json.loads(_path(folder).read_bytes())
@@ -53,7 +56,7 @@ def recall(folder: Path) -> dict[str, tuple[Mark, str]]:
         return {}
 
 
-def remember(folder: Path, found: Mapping[str, tuple[Mark, str]]) -> None:
+def remember(folder: Path, found: Mapping[str, Verdict]) -> None:
     """Keep what `recall` gives; a store that cannot be written to remembers nothing."""
     path = _path(folder)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -68,7 +71,7 @@ def remember(folder: Path, found: Mapping[str, tuple[Mark, str]]) -> None:
             fresh.unlink()
 
 
-def remember_linked(read: Mapping[Path, Mapping[str, tuple[Mark, str]]]) -> None:
+def remember_linked(read: Mapping[Path, Mapping[str, Verdict]]) -> None:
     """Remember files that were read when they had these marks, and that were linked or unlinked since.
 
     That changes their ctime; their size, mtime and inode must still be those of before.

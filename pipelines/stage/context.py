@@ -17,8 +17,8 @@ from cluster import (
     Store,
     Task,
     is_published,
-    quarantine,
     run,
+    set_aside,
     verify,
 )
 from cluster.fingerprint import call_name, fingerprint
@@ -34,6 +34,7 @@ log = logging.getLogger("pipelines")
 
 ROOT = Path(__file__).resolve().parents[2]
 """Of the repository, or of the copy of it that a Ray job runs in."""
+PARAMS = ROOT / "params.yaml"
 _READERS = min(8, os.cpu_count() or 1)
 
 
@@ -106,10 +107,8 @@ class Stage:
         """Verify those that are published; move the damaged ones away, so that they count as missing."""
 
         def look(folder: Path) -> None:
-            try:
-                verify(folder, remembered=True)
-            except Corrupt as error:
-                log.warning("%s: set aside as %s, it is made again", error, quarantine(folder).name)
+            if (corrupt := set_aside(folder, remembered=True)) is not None:
+                log.warning("%s: it is made again", corrupt)
 
         with ThreadPoolExecutor(_READERS) as pool:
             list(pool.map(look, [folder for folder in folders if is_published(folder)]))
@@ -175,7 +174,7 @@ def open_stage(name: str, file: Path | None = None, root: Path | None = None, *,
     if root is None:
         elsewhere = None if "DVC_STAGE" in os.environ else os.environ.get("OCVTP_ROOT")
         root = Path(elsewhere) if elsewhere else ROOT
-    params = load(file or ROOT / "params.yaml")
+    params = load(file or PARAMS)
     if fail_fast:
         params = replace(params, cluster=replace(params.cluster, fail_fast=True))
     config = ClusterConfig.from_params(params.cluster.config)

@@ -72,7 +72,8 @@ def empty(spec: Spec, folder: Path) -> None:
 
 
 def links(spec: Spec, folder: Path) -> None:
-    (folder / "link").symlink_to("/etc/hostname")
+    (folder / "file").write_text("a result")
+    (folder / "link").symlink_to(spec.get("to", "/etc/hostname"))
 
 
 def full_disk(spec: Spec, folder: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cluster_jobs as jobs
@@ -87,7 +88,7 @@ def test_killed_its_processes_die_and_the_next_run_makes_only_what_is_missing(
     assert len(calls) <= 30 + 2, "only what was under way is run twice"
     hangs = list((store.root / "hangs").iterdir())
     assert [path.name[:1] for path in hangs] == ["."], "a temporary folder at most, of the task no longer asked for"
-    subprocess.run([sys.executable, "-m", "cluster", "sweep", "--store", str(store.root)], check=True)
+    subprocess.run([sys.executable, "-m", "cluster", "clean", "--yes", "--store", str(store.root)], check=True)
     assert list((store.root / "hangs").iterdir()) == []
     assert strays(store.root) == []
 
@@ -137,8 +138,9 @@ def test_a_lock_excludes_threads_of_one_process_too(tmp_path: Path) -> None:
             run_lock(tmp_path, "a/b c", "2", "refuse"),
         ):
             pass
-        with run_lock(tmp_path, "another", "3", "refuse"), run_lock(tmp_path, "", "4", "refuse"):
-            pass
+        for other in ("another", "a_b c", "a%2Fb c", "", "."):
+            with run_lock(tmp_path, other, "3", "refuse"):
+                pass
     with run_lock(tmp_path, "a/b c", "5", "refuse"):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -164,6 +166,24 @@ def test_where_files_cannot_be_locked_the_name_of_the_owner_decides(
             continue
         with pytest.raises(Locked, match="run 0"), run_lock(tmp_path, "x", "1", "refuse"):
             pass
+
+
+def test_of_many_that_wait_one_at_a_time_has_the_lock(tmp_path: Path) -> None:
+    """Each removes the file when it ends, while others wait for it."""
+    inside: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            with run_lock(tmp_path, "x", str(number), "wait"):
+                inside.append(number)
+                assert inside == [number]
+                time.sleep(0.002)
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        for ended in [pool.submit(work, number) for number in range(4)]:
+            ended.result()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wait_for_the_lock_can_be_interrupted(store: Store) -> None:
