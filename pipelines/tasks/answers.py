@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster import progress
-from ocvtp.evaluation.evaluate import Setting, evaluate
+from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
 from pipelines.tasks.places import device, in_store
 
 
 def answers(spec: dict[str, Any], folder: Path) -> None:
     """`score.json` and `samples.jsonl`."""
     pruner, data = spec["at"]["pruner"], spec["at"]["data"]
-    setting = Setting(
+    setting = EvaluationSetting(
         vlm=spec["vlm"],
         method=spec["method"],
         keep=spec["keep"],
