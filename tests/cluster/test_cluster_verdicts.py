@@ -11,7 +11,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import job_of
 
-from cluster import Cause, Corrupt, Store, quarantine, verify
+from cluster import Cause, Corrupt, Store, drop, verify
 from cluster.store import verdicts
 from cluster.worker.attempt import perform
 
@@ -90,7 +90,7 @@ def test_a_missing_or_cut_file_is_found(result: Path) -> None:
 
 def test_a_result_made_again_under_the_same_name_is_read_again(result: Path, store: Store) -> None:
     verify(result, remembered=True)
-    quarantine(result)
+    drop(result)
     perform(job_of(store.task("tokens", "big", jobs.big, {"bytes": SIZE})), lambda _: None)
     flip(result / "data.bin")
     with pytest.raises(Corrupt):
@@ -139,6 +139,6 @@ def test_verdicts_are_no_results_and_go_with_theirs(result: Path, store: Store) 
     assert [kind.name for kind in store.kinds()] == ["tokens"]
     verdicts.forget_absent(store.root)
     assert verdicts.recall(result)
-    quarantine(result)
+    drop(result)
     verdicts.forget_absent(store.root)
     assert verdicts.recall(result) == {}
