@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         TasksFailed,
     )
     from cluster.protocol import Cause
+    from cluster.results import Store
     from cluster.store.publish import Manifest, adopt, drop, is_published, set_aside, verify
-    from cluster.store.store import Store
     from cluster.task import Resources, Task
     from cluster.worker.attempt import progress
 
@@ -67,7 +67,7 @@ _HOMES = {
     "store.publish": "Manifest adopt drop is_published set_aside verify",
     "driver.report": "Outcome Report",
     "driver.runner": "run",
-    "store.store": "Store",
+    "results": "Store",
     "task": "Resources Task",
 }
 

@@ -15,17 +15,16 @@ from rich.console import Console
 from cluster.config import ClusterConfig
 from cluster.driver.journal import STATES, read_status
 from cluster.driver.lock import sweep_locks
-from cluster.driver.report import display
 from cluster.driver.view import clock
 from cluster.errors import BadConfig, ClusterError, Corrupt, Locked
+from cluster.results import Store
 from cluster.store.layout import put_aside, temporaries
 from cluster.store.lease import UNOWNED_PATIENCE, Watch
 from cluster.store.leftovers import files_in, remove_tree, sweep
 from cluster.store.publish import MANIFEST, Manifest, drop, is_published, set_aside, verify
 from cluster.store.remote import Remote, transfer
-from cluster.store.store import Store
 from cluster.store.verdicts import forget_absent
-from cluster.task import canonical
+from cluster.task import canonical, display
 
 Said = tuple[int, dict[str, Any] | list[Any], list[str]]
 """Exit code, what --json prints, and the lines for people."""

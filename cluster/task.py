@@ -15,7 +15,7 @@ from cluster import fingerprint as code_module
 from cluster.errors import BadTask
 
 if TYPE_CHECKING:
-    from cluster.lookup import Lookup
+    from cluster.store.lookup import Lookup
 
 Call = Callable[[dict[str, Any], Path], object]
 
@@ -114,7 +114,7 @@ class Task:
 
     def lookup(self) -> Lookup:
         """What became of it: status, folder of the result, attempts and the last log."""
-        from cluster.lookup import lookup  # not above: workers have no use for it
+        from cluster.store.lookup import lookup  # not above: workers have no use for it
 
         return lookup(self.out, self.key)
 
@@ -133,3 +133,8 @@ def resolve_call(name: str) -> Call:
     if not callable(call):
         raise BadTask(f"{name} is a {type(call).__name__}, not a function")
     return call  # type: ignore[no-any-return]
+
+
+def display(name: str) -> str:
+    """A task's name on one line."""
+    return name if name.isprintable() else repr(name)[1:-1]

@@ -78,7 +78,7 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
     folder = run.root / outputs.MODELS / cell.folder
     metrics = json.loads((folder / "metrics.json").read_bytes())
     train = run.params.train.changed(cell.changes)
-    options = {f"train.{key}": value for key, value in {**train.options, **train.pruner}.items()}
+    options = {f"train.{key}": value for key, value in {**train.given, **train.pruner.given}.items()}
     return Record(
         fingerprint=task.key,
         kind="pruner",

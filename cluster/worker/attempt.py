@@ -82,8 +82,7 @@ def perform(job: Job, report: Report) -> Event:
             return _ended(job, Cause.BUSY, "published by another run")
         workspace = Workspace.claim(job.out, job.id, supersedes=job.supersedes, lease=job.lease)
     except Busy as busy:
-        others = {other.attempt: (other.beat, other.patience) for other in busy.others}
-        return Event(job.id, "ended", Cause.BUSY, str(busy), others=others)
+        return _ended(job, Cause.BUSY, str(busy))
     except Exception as error:
         return _failed(job, error)
     try:

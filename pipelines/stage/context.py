@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from cluster.host.machine import visible_gpus
 from cluster.task import Call, task_key
 from ocvtp.errors import BadInput
 from ocvtp.errors import Corrupt as DataCorrupt
-from pipelines.params.load import Params, load
-from pipelines.params.model import Demand
+from pipelines.params.load import load
+from pipelines.params.model import Demand, Params
 from pipelines.tasks.restored import restored
 
 log = logging.getLogger("pipelines")
@@ -61,7 +61,7 @@ class Stage:
 
     def resources(self, demand: Demand) -> Resources:
         """Of one task."""
-        gpus = demand.gpus
+        gpus: int | str = demand.gpus
         if not isinstance(gpus, int):
             gpus = min(1, len(visible_gpus())) if self.config.executor == "local" else 0
         return Resources(demand.cpus, gpus, demand.memory_gb, demand.minutes)
@@ -176,7 +176,6 @@ def open_stage(name: str, file: Path | None = None, root: Path | None = None, *,
         root = Path(elsewhere) if elsewhere else ROOT
     params = load(file or PARAMS)
     if fail_fast:
-        params = replace(params, cluster=replace(params.cluster, fail_fast=True))
-    config = ClusterConfig.from_params(params.cluster.config)
-    config = replace(config, store=home_of(root.resolve()) / config.store)
+        params = params.model_copy(update={"cluster": params.cluster.model_copy(update={"fail_fast": True})})
+    config = params.cluster.model_copy(update={"store": home_of(root.resolve()) / params.cluster.store})
     return Stage(name, params.seen_by(name), root, config)

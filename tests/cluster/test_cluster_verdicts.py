@@ -11,7 +11,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import job_of
 
-from cluster import Cause, Corrupt, Store, drop, verify
+from cluster import Cause, Corrupt, Store, drop, set_aside, verify
 from cluster.store import verdicts
 from cluster.worker.attempt import perform
 
@@ -90,7 +90,7 @@ def test_a_missing_or_cut_file_is_found(result: Path) -> None:
 
 def test_a_result_made_again_under_the_same_name_is_read_again(result: Path, store: Store) -> None:
     verify(result, remembered=True)
-    drop(result)
+    set_aside(result)
     perform(job_of(store.task("tokens", "big", jobs.big, {"bytes": SIZE})), lambda _: None)
     flip(result / "data.bin")
     with pytest.raises(Corrupt):

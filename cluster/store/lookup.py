@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.driver.journal import ATTEMPTS
-from cluster.store.layout import LOGS, temporaries
+from cluster.store.layout import ATTEMPTS, LOGS, temporaries
 from cluster.store.lease import read_owner
 from cluster.store.publish import is_published
 
