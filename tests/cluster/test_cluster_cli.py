@@ -59,7 +59,7 @@ def test_status_tells_running_ended_and_killed_runs_apart(full: Store, capsys: p
         (full.logs / number / "status.json").write_text(json.dumps(data))
     assert main(["status", "--store", str(full.root), "--all"]) == 0
     text = capsys.readouterr().out
-    me = f"on {Process.me()}: 3 done (0:00"
+    me = f"on {Process.me()}: 3 done (0:"
     for words in (f"8 squares running {me}", f"9 squares killed {me}", "squares done on", "abc 1:01, 1 of 2 step 7"):
         assert words in text
 
