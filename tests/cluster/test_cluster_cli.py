@@ -187,7 +187,7 @@ def test_a_task_is_looked_up(store: Store, config: ClusterConfig) -> None:
 def test_wrong_use_ends_with_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCVTP_EXECUTOR", "nowhere")
     assert main(["verify"]) == 2
-    assert "OCVTP_EXECUTOR is 'nowhere'" in capsys.readouterr().err
+    assert "'nowhere' (OCVTP_EXECUTOR) is no executor" in capsys.readouterr().err
 
 
 def test_a_run_leaves_a_line_for_each_attempt(full: Store) -> None:
