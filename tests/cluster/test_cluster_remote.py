@@ -18,7 +18,6 @@ from cluster_helpers import results, strays, wait_for
 
 from cluster import ClusterConfig, Store, is_published, run, verify
 from cluster.__main__ import main
-from cluster.errors import BadConfig
 
 
 @pytest.fixture(params=["memory", "file"])
