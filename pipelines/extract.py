@@ -81,8 +81,7 @@ def _part(run: Stage, vlm: Entry, first: int, images: Sequence[dict[str, str]]) 
     extract = run.params.extract
     common = {
         "vlm": vlm.name,
-        "revision": vlm.revision,
-        "weights": vlm.weights,
+        "model": vlm.identity,
         "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
         "dtype": extract.dtype,
         "compute_dtype": extract.compute_dtype,

@@ -235,7 +235,10 @@ match p:
 def test_the_form_is_the_stored_one() -> None:
     """Were it another, every result of every store would be made again: this must be meant."""
     tree = ast.parse(SAMPLE)
-    assert hashlib.sha256(code.normal_form(tree).encode()).hexdigest() == "0a8314e413d383878d113ab78eaac235703e187891db8323edf87dac0e7c946a"
+    assert (
+        hashlib.sha256(code.normal_form(tree).encode()).hexdigest()
+        == "0a8314e413d383878d113ab78eaac235703e187891db8323edf87dac0e7c946a"
+    )
 
 
 @pytest.mark.parametrize(
