@@ -24,7 +24,7 @@ from ocvtp.evaluation.objects import MASKS
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
 from pipelines import tracking
-from pipelines.grid import PrunerCell, Setting, settings, vlm_folder
+from pipelines.grid import Cell, PrunerCell, settings, vlm_folder
 from pipelines.params.fitting import unreachable
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
@@ -61,7 +61,7 @@ def work(run: Stage) -> None:
     report.raise_if_failed()
 
 
-def _reachable(found: Sequence[Setting], vlms: Mapping[str, Entry]) -> list[Setting]:
+def _reachable(found: Sequence[Cell], vlms: Mapping[str, Entry]) -> list[Cell]:
     """Settings without those whose method cannot keep so few tokens there: tables have a dash for them."""
     kept = []
     for setting in found:
@@ -125,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _task(
     run: Stage,
-    setting: Setting,
+    setting: Cell,
     benchmark: str,
     vlm: Entry,
     pruners: Mapping[PrunerCell, Input],
@@ -142,12 +142,12 @@ def _task(
         "limit": evaluate.limit,
         "batch_size": evaluate.batch_size,
     }
-    at = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
+    inputs = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
     name = f"{vlm_folder(setting.vlm)} {setting.name} {benchmark}"
-    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, at)
+    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, inputs)
 
 
-def _of_setting(run: Stage, setting: Setting, vlm: Entry, pruner: Input | None) -> dict[str, Any]:
+def _of_setting(run: Stage, setting: Cell, vlm: Entry, pruner: Input | None) -> dict[str, Any]:
     """The part of a spec that all benchmarks share."""
     evaluate = run.params.evaluate
     # The count where all images have as many tokens, so that 0.333 and 48 of 144 are one and the same.
@@ -173,7 +173,7 @@ def _weights(pruner: Input) -> dict[str, str]:
 # --- Output ----------------------------------------------------------------------------------------------------------
 
 
-def _write(run: Stage, tasks: Mapping[tuple[Setting, str], Task]) -> Iterator[Result]:
+def _write(run: Stage, tasks: Mapping[tuple[Cell, str], Task]) -> Iterator[Result]:
     """Copy what is published, and write the tables; yields the results."""
     place = run.root / outputs.RESULTS
     found = []
@@ -192,17 +192,17 @@ def _write(run: Stage, tasks: Mapping[tuple[Setting, str], Task]) -> Iterator[Re
 
 
 def _records(
-    run: Stage, wanted: Sequence[Setting], tasks: Mapping[tuple[Setting, str], Task], results: Sequence[Result]
+    run: Stage, wanted: Sequence[Cell], tasks: Mapping[tuple[Cell, str], Task], results: Sequence[Result]
 ) -> Iterator[Record]:
     """Of each setting with any result, for MLflow."""
-    by: dict[Setting, dict[str, Result]] = {}
+    by: dict[Cell, dict[str, Result]] = {}
     for result in results:
         by.setdefault(result.setting, {})[result.benchmark] = result
     vanilla = {setting.vlm: by.get(setting, {}) for setting in wanted if setting.keep is None}
     sets = {name: task.spec["data"] for (_, name), task in tasks.items()}
     for setting, found in by.items():
         task = tasks[setting, next(iter(found))]
-        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "at", "batch_size")}
+        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "batch_size")}
         identity = canonical({"setting": shared, "data": _data_identity(run, sets), "code": task.code})
         scores = {name: result.score["score"] for name, result in found.items()}
         relative = {name: found[name].relative_to(vanilla[setting.vlm].get(name)) for name in found}

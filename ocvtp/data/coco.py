@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ocvtp.data.images import BadImage, UnsafePath, check_name, open_image, read_image_file, safe_join
+from ocvtp.data.decoding import BadImage, UnsafePath, check_name, open_image, read_image_file, safe_join
 from ocvtp.errors import BadInput
 
 _SHOWN = 5

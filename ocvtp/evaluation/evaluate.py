@@ -14,8 +14,8 @@ from typing import Any
 from ocvtp.data.coverage import Covered
 from ocvtp.errors import Corrupt
 from ocvtp.evaluation import listing, preflight, scores
-from ocvtp.evaluation.catalogue import Benchmark
-from ocvtp.evaluation.catalogue import benchmark as named
+from ocvtp.evaluation.benchmarks import Benchmark
+from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.generate import Answerer
 from ocvtp.evaluation.objects import add_objects
 from ocvtp.evaluation.setting import Setting, forget, pruner_fingerprint, ready
@@ -63,7 +63,7 @@ def evaluate(
     path = None if data is None else preflight.locate(entry, data)
     rows = preflight.unseen(entry, limit) if path is None else preflight.check(entry, path, limit)
     fingerprint = pruner_fingerprint(setting.pruner)
-    from ocvtp.evaluation.lmms.run import ask
+    from ocvtp.evaluation.lmms.ask import ask
     from ocvtp.evaluation.lmms.tasks import package
 
     package()

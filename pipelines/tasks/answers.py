@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from cluster import progress
-from ocvtp.evaluation.catalogue import benchmark
+from ocvtp.evaluation.benchmarks import benchmark
 from ocvtp.evaluation.evaluate import Setting, evaluate
 from ocvtp.evaluation.setting import ready
 from pipelines.tasks.places import check_same, device, in_store
 
 
-def answers(spec: dict[str, Any], folder: Path) -> None:
+def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`score.json` and `samples.jsonl`."""
     check_same(spec["benchmark"], asked(spec["benchmark"]), {key: spec[key] for key in ("task", "lmms_eval")})
     with ready(Setting(spec["vlm"], dtype=spec["dtype"]), device()) as unpruned:  # stays loaded for what follows
         check_same(spec["vlm"], unpruned.vlm.entry.identity, spec["model"])
-    pruner, data = spec["at"]["pruner"], spec["at"]["data"]
+    pruner, data = inputs["pruner"], inputs["data"]
     setting = Setting(
         vlm=spec["vlm"],
         method=spec["method"],

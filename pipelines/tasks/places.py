@@ -8,7 +8,7 @@ from ocvtp.errors import BadInput, Incompatible
 
 
 def in_store(folder: Path, path: str) -> Path:
-    """A file or folder of the store, by the relative path that a spec gives under `at`.
+    """A file or folder of the store, by the relative path that stands in a task's `inputs`.
 
     An attempt works in `<store>/<kind>/.<key>.tmp-<attempt>/result`, on whichever machine it runs.
     """

@@ -10,13 +10,13 @@ from ocvtp.vlms import VLM, load
 from pipelines.tasks.places import check_same, device, in_store
 
 
-def tokens(spec: dict[str, Any], folder: Path) -> None:
+def tokens(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`layer_<l>/tokens.arrow` and its manifest, for each layer of the spec."""
     vlm = _vlm(spec["vlm"], spec["compute_dtype"], device())
     check_same(spec["vlm"], vlm.entry.identity, spec["model"])
     records = [
         ImageRecord(image["id"], in_store(folder, path), image["sha256"])
-        for image, path in zip(spec["images"], spec["at"]["images"], strict=True)
+        for image, path in zip(spec["images"], inputs["images"], strict=True)
     ]
     extract_tokens(
         vlm,

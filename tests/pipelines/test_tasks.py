@@ -35,14 +35,14 @@ def test_tokens_of_another_vlm_than_planned_are_refused(vlm: Path, tmp_path: Pat
     spec = {**COMMON, "vlm": str(vlm), "model": resolve(vlm).identity}
     edit(vlm)
     with pytest.raises(Incompatible, match=r"\(files.chat_template.jinja\)"):
-        tokens(spec, tmp_path)
+        tokens(spec, tmp_path, {})
 
 
 def test_answers_of_another_vlm_than_planned_are_refused(vlm: Path, tmp_path: Path) -> None:
     spec = {**COMMON, "vlm": str(vlm), "model": resolve(vlm).identity, "benchmark": "pope", **asked("pope")}
     edit(vlm)
     with pytest.raises(Incompatible, match=r"\(files.chat_template.jinja\)"):
-        answers(spec, tmp_path)
+        answers(spec, tmp_path, {})
 
 
 def test_answers_to_another_benchmark_than_planned_are_refused(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_answers_to_another_benchmark_than_planned_are_refused(tmp_path: Path) -
     spec = {"benchmark": "pope", "task": {**said["task"], "split": "other"}, "lmms_eval": said["lmms_eval"]}
     assert json.loads(json.dumps(said)) == said
     with pytest.raises(Incompatible, match=r"pope here is not what the task was planned for \(task.split\)"):
-        answers(spec, tmp_path)
+        answers(spec, tmp_path, {})
 
 
 @pytest.mark.parametrize("name", ["answers", "copies", "pruners", "questions", "restored", "scenes", "tokens"])
@@ -62,5 +62,5 @@ def test_a_task_reads_no_data_of_the_package_that_its_key_misses(name: str) -> N
         path = ROOT / (module.replace(".", "/") + ".py")
         text = path.read_text() if path.is_file() else ""
         if "importlib.resources" in text or "__file__" in text:
-            assert module in ("ocvtp.vlms.catalogue", "ocvtp.evaluation.catalogue")
+            assert module in ("ocvtp.vlms.catalogue", "ocvtp.evaluation.benchmarks")
             assert "DATA_IN_SPECS" in text

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ocvtp.errors import BadInput
 from ocvtp.pruner.layout import Layout, layout
 from ocvtp.pruner.model import OCPruner
-from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.pruner.training.data import Batch
+from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.pruner.training.validate import autocast, training_loss
 
 

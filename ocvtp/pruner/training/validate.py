@@ -12,8 +12,8 @@ from ocvtp.pruner.loss import loss_function, mse
 from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.report import rebuilding
 from ocvtp.pruner.seeding import generator
-from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.pruner.training.data import Batch, TokenSource, fetch
+from ocvtp.pruner.training.train_config import TrainConfig
 
 Row = dict[str, float]
 

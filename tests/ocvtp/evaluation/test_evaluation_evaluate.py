@@ -150,7 +150,7 @@ def test_a_failure_leaves_no_result_and_the_model_as_it_was(
 def test_a_number_that_does_not_follow_from_the_answers_is_refused(
     vlm_folder: Path, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ocvtp.evaluation.lmms.run.primary_of", lambda benchmark, metrics: 0.25)
+    monkeypatch.setattr("ocvtp.evaluation.lmms.ask.primary_of", lambda benchmark, metrics: 0.25)
     with pytest.raises(Corrupt, match=r"lmms-eval scores gqa 0\.25, but 0\.0 follows from the 2 answers"):
         evaluate(Setting(vlm=str(vlm_folder)), "gqa", question_sets, tmp_path / "out", limit=2)
     assert not (tmp_path / "out").exists()
@@ -192,7 +192,7 @@ def test_results_are_written_as_json_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_lmms_eval_finds_the_model_by_its_own_command(vlm_folder: Path, question_sets: Path, tmp_path: Path) -> None:
-    from ocvtp.evaluation.catalogue import benchmark
+    from ocvtp.evaluation.benchmarks import benchmark
     from ocvtp.evaluation.lmms.tasks import write_task
 
     task = write_task(tmp_path / "tasks", benchmark("gqa"), question_sets / "gqa.parquet", tmp_path / "cache")

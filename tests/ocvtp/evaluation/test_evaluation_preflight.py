@@ -8,7 +8,7 @@ from evaluation_data import MAKERS, Row, gqa, mmbench, mme, pope, write_parquet
 
 from ocvtp.errors import BadInput
 from ocvtp.evaluation import preflight
-from ocvtp.evaluation.catalogue import benchmark, benchmarks
+from ocvtp.evaluation.benchmarks import benchmark, benchmarks
 from ocvtp.evaluation.evaluate import Setting, evaluate
 
 

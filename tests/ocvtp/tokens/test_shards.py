@@ -17,18 +17,10 @@ import torch
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.tokens import writer as writer_module
-from ocvtp.tokens.shards import (
-    ShardManifest,
-    ShardMeta,
-    ShardWriter,
-    TokenRow,
-    find_shards,
-    layer_listing,
-    open_shard,
-    read_layer_listing,
-    write_shard,
-)
-from ocvtp.tokens.space import DiskFull
+from ocvtp.tokens.manifest import ShardManifest, ShardMeta, layer_listing, read_layer_listing
+from ocvtp.tokens.reader import find_shards, open_shard
+from ocvtp.tokens.rows import TokenRow
+from ocvtp.tokens.writer import DiskFull, ShardWriter, write_shard
 
 META = ShardMeta(
     vlm="tiny-llava",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.errors import BadInput, NotAvailable, OcvtpError
-from ocvtp.evaluation.catalogue import Benchmark
+from ocvtp.evaluation.benchmarks import Benchmark
 from ocvtp.evaluation.generate import Answerer
 from ocvtp.evaluation.lmms.outcome import image_tokens, metrics_of, primary_of, samples_of
 from ocvtp.evaluation.lmms.quiet import aloud, aside, import_lmms_eval, sandbox
@@ -53,7 +53,7 @@ def ask(
 
 
 def _model(answerer: Answerer, batch_size: int, progress: Any, streams: Any) -> Any:
-    from ocvtp.evaluation.lmms.model import OcvtpModel
+    from ocvtp.evaluation.lmms.adapter import OcvtpModel
 
     def heard(done: int, total: int) -> None:
         with aloud(streams):
