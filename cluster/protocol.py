@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -59,6 +59,7 @@ class Job:
     lease: float
     supersedes: tuple[str, ...] = ()  # attempts to fence even if they seem alive
     avoid: tuple[str, ...] = ()  # nodes on which earlier attempts died, as `Event.node` has them: elsewhere if possible
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads."""

@@ -17,7 +17,8 @@ from cluster.errors import BadTask
 if TYPE_CHECKING:
     from cluster.store.lookup import Lookup
 
-Call = Callable[[dict[str, Any], Path], object]
+Call = Callable[..., object]
+"""`call(spec, folder)`, or `call(spec, folder, inputs)` of a task with inputs."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def task_key(call: str, spec: Mapping[str, Any], code: str) -> str:
 class Task:
     """One unit of work: `call(spec, folder)` writes its result into `folder`, then published as `out`.
 
-    `spec` is JSON and holds all that determines the result, the checksums of its inputs too. What the call
+    `spec` is JSON and holds all that determines the result, the checksums of its inputs too. `inputs`, JSON too, says
+    where these lie: handed to the call after the folder if there are any, in neither key nor manifest. What the call
     puts under `folder/"resume"` is handed to the next attempt if this one dies, and never published. `kind`, `code`
     and `key` are computed where they are left empty; `Store.task` fills them, and `out`, in.
     """
@@ -91,6 +93,7 @@ class Task:
     kind: str = ""
     code: str = ""
     key: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -99,6 +102,7 @@ class Task:
             raise BadTask(f"task {self.name!r}: spec is a {type(self.spec).__name__}, not a dict")
         try:
             check_json(self.spec)
+            check_json(self.inputs, "inputs")
             call = self.call_name
             object.__setattr__(self, "out", Path(self.out))
             object.__setattr__(self, "kind", self.kind or self.out.parent.name)

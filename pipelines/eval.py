@@ -10,8 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ if __name__ == "__main__":
 from cluster import Task, is_published
 from cluster.task import canonical
 from ocvtp.errors import BadInput, Corrupt
-from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
@@ -32,7 +30,7 @@ from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.summary import Result, metrics, score_rows, summary_rows
-from pipelines.tasks.answers import answers
+from pipelines.tasks.answers import answers, asked
 
 log = logging.getLogger(__name__)
 
@@ -137,18 +135,16 @@ def _task(
     pruner = pruners[setting.pruner] if setting.pruner else None
     spec = {
         **_of_setting(run, setting, vlm, pruner),
-        # Not the name alone: what benchmarks.yaml says of it, and whose code scores it.
         "benchmark": benchmark,
-        "task": json.loads(json.dumps(asdict(named(benchmark)))),
-        "lmms_eval": version("lmms-eval"),
+        **asked(benchmark),
         "data": None if data is None else data.files[benchmark],
         "masks": None if data is None else data.files[MASKS],
         "limit": evaluate.limit,
         "batch_size": evaluate.batch_size,
     }
-    at = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
+    inputs = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
     name = f"{vlm_folder(setting.vlm)} {setting.name} {benchmark}"
-    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, at)
+    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, inputs)
 
 
 def _of_setting(run: Stage, setting: Cell, vlm: Entry, pruner: Input | None) -> dict[str, Any]:
@@ -158,8 +154,7 @@ def _of_setting(run: Stage, setting: Cell, vlm: Entry, pruner: Input | None) -> 
     keep = setting.tokens or setting.share if setting.keep is not None else None
     return {
         "vlm": setting.vlm,
-        "revision": vlm.revision,
-        "weights": vlm.weights,
+        "model": vlm.identity,
         "method": setting.method,
         "keep": keep,
         "seed": setting.seed,
@@ -207,7 +202,7 @@ def _records(
     sets = {name: task.spec["data"] for (_, name), task in tasks.items()}
     for setting, found in by.items():
         task = tasks[setting, next(iter(found))]
-        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "at", "batch_size")}
+        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "batch_size")}
         identity = canonical({"setting": shared, "data": _data_identity(run, sets), "code": task.code})
         scores = {name: result.score["score"] for name, result in found.items()}
         relative = {name: found[name].relative_to(vanilla[setting.vlm].get(name)) for name in found}

@@ -82,20 +82,19 @@ def _part(run: Stage, vlm: Entry, first: int, images: Sequence[dict[str, str]]) 
     extract = run.params.extract
     common = {
         "vlm": vlm.name,
-        "revision": vlm.revision,
-        "weights": vlm.weights,
+        "model": vlm.identity,
         "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
         "dtype": extract.dtype,
         "compute_dtype": extract.compute_dtype,
         "preprocessing": extract.preprocessing,
         "batch_size": extract.batch_size,
     }
-    at = {"images": [image["path"] for image in images]}
+    inputs = {"images": [image["path"] for image in images]}
     demand = run.params.cluster.resources.extract
 
     def make(kind: str, layers: list[int]) -> Task:
         name = f"{vlm.name} {first}, layer {', '.join(map(str, layers))}"
-        return run.task(kind, name, tokens, {**common, "layers": layers}, demand, at)
+        return run.task(kind, name, tokens, {**common, "layers": layers}, demand, inputs)
 
     layers = {layer: make("tokens", [layer]) for layer in wanted_layers(run.params)}
     return Part(layers, make("passes", sorted(layers)))
@@ -106,10 +105,9 @@ def _pass(run: Stage, part: Part) -> Task:
     layers = sorted(part.missing)
     if layers == part.whole.spec["layers"]:
         return part.whole
-    spec = {key: value for key, value in part.whole.spec.items() if key != "at"}
     name = f"{part.whole.name.split(',')[0]}, layer {', '.join(map(str, layers))}"
     demand = run.params.cluster.resources.extract
-    return run.task("passes", name, tokens, {**spec, "layers": layers}, demand, part.whole.spec["at"])
+    return run.task("passes", name, tokens, {**part.whole.spec, "layers": layers}, demand, part.whole.inputs)
 
 
 def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:

@@ -58,11 +58,11 @@ def _scenes(run: Stage) -> Iterator[Task]:
 
 
 def _copies(run: Stage, selection: ImageSample) -> Iterator[Task]:
-    at = {"folder": str(Path(run.params.sample.image_folder or "").resolve())}
+    inputs = {"folder": str(Path(run.params.sample.image_folder or "").resolve())}
     for first in range(0, len(selection.records), CHUNK):
         records = selection.records[first : first + CHUNK]
         images = [{"id": record.id, "file": record.file, "sha256": record.sha256} for record in records]
-        yield run.task("images", f"images {first}", copies, {"images": images}, _demand(run), at)
+        yield run.task("images", f"images {first}", copies, {"images": images}, _demand(run), inputs)
 
 
 def _questions(run: Stage) -> Iterator[Task]:

@@ -62,8 +62,8 @@ def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any]) -> Task:
         "pruner": train.pruner_config(meta.width, meta.grid).to_dict(),
         "train": train.config(cell.loss, cell.slots, cell.seed).to_dict(),
     }
-    at = {"shards": [shard["path"] for shard in listing["shards"]]}
-    return run.task("pruners", cell.folder, pruner, spec, run.params.cluster.resources.train, at)
+    inputs = {"shards": [shard["path"] for shard in listing["shards"]]}
+    return run.task("pruners", cell.folder, pruner, spec, run.params.cluster.resources.train, inputs)
 
 
 def _output(run: Stage, task: Task, folder: Path) -> dict[str, Any]:

@@ -195,6 +195,7 @@ class _Run:
             number=number,
             call=task.call_name,
             spec=task.spec,
+            inputs=task.inputs,
             out=entry.planned.out,
             key=task.key,
             kind=task.kind,

@@ -99,7 +99,7 @@ def perform(job: Job, report: Report) -> Event:
 def _work(job: Job, workspace: Workspace, report: Report) -> Event:
     _Current.report = _throttled(job, workspace, report)
     try:
-        _load(job)(job.spec, workspace.folder)
+        _load(job)(job.spec, workspace.folder, *([job.inputs] if job.inputs else []))
         _Current.report = None  # what is done is published, stop or no stop
         publish(workspace, About(job.key, job.kind, job.call, job.spec, job.code))
     except MemoryError as error:

@@ -12,6 +12,8 @@ import yaml
 
 from ocvtp.errors import BadInput
 
+DATA_IN_SPECS = ("benchmarks.yaml",)
+"""Keys hold what it says of one benchmark (`cluster.fingerprint`)."""
 Rule = Literal["mean", "f1", "pairs", "all_right"]
 Scale = Literal["share", "percent", "points"]
 _CIRCLE = 1_000_000

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from cluster import (
     set_aside,
     verify,
 )
-from cluster.fingerprint import call_name, fingerprint
 from cluster.host.machine import visible_gpus
-from cluster.task import Call, task_key
+from cluster.task import Call
 from ocvtp.errors import BadInput
 from ocvtp.errors import Corrupt as DataCorrupt
 from pipelines.params.load import load
@@ -73,13 +72,11 @@ class Stage:
         call: Call,
         spec: dict[str, Any],
         demand: Demand,
-        at: Mapping[str, Any] | None = None,
+        inputs: dict[str, Any] | None = None,
     ) -> Task:
-        """A task of the store whose key does not depend on where its inputs lie (`at`, in the spec under that name)."""
-        code = fingerprint(call)
-        key = task_key(call_name(call), spec, code)
-        spec = spec if at is None else {**spec, "at": dict(at)}
-        return Task(name, call, spec, self.store.path(kind, key), self.resources(demand), kind, code, key)
+        """A task of the store; its key does not depend on `inputs`, which say where its inputs lie."""
+        task = self.store.task(kind, name, call, spec, resources=self.resources(demand))
+        return replace(task, inputs=inputs or {})
 
     def in_store(self, path: Path) -> str:
         """The path relative to the store, with `/`."""
@@ -148,9 +145,8 @@ class Stage:
         self.set_damaged_aside([out])
         if is_published(out):
             return
-        spec = {"source": str(source.resolve()), "files": dict(files)}
-        code = fingerprint(restored)
-        task = Task(f"put back {path}", restored, spec, out, kind=out.parent.name, code=code, key=out.name)
+        inputs = {"source": str(source.resolve())}
+        task = Task(f"put back {path}", restored, {"files": dict(files)}, out, key=out.name, inputs=inputs)
         run([task], "local", config=self.config, label=f"{self.name}, put back").raise_if_failed()
 
 

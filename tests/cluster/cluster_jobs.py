@@ -176,3 +176,8 @@ def publishes_then_dies(spec: Spec, folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
     for number in range(50):
         (folder / f"{number}.txt").write_text("x")
+
+
+def moves(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
+    """Writes where its inputs lie."""
+    (folder / "result.json").write_text(json.dumps(inputs))

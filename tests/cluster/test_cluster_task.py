@@ -44,6 +44,17 @@ def test_a_key_is_a_function_of_call_spec_and_code(store: Store) -> None:
     )
 
 
+def test_where_inputs_lie_reaches_the_call_but_neither_key_nor_manifest(store: Store, config: ClusterConfig) -> None:
+    out = store.root / "kind" / "moved"
+    tasks = [Task("moved", jobs.moves, {"x": 1}, out, inputs={"place": place}) for place in ("/here", "/there")]
+    assert tasks[0].key == tasks[1].key == Task("moved", jobs.moves, {"x": 1}, out).key
+    assert run(tasks[:1], config=config).ok
+    assert (out / "result.json").read_text() == '{"place": "/here"}'
+    assert "/here" not in (out / "manifest.json").read_text()
+    with pytest.raises(BadTask, match=r"inputs\.place is a PosixPath"):
+        Task("moved", jobs.moves, {"x": 1}, out, inputs={"place": Path("/here")})
+
+
 @pytest.mark.parametrize("kind", ["", "..", "a/b", ".hidden", "logs", "locks"])
 def test_a_kind_is_a_plain_folder_name(store: Store, kind: str) -> None:
     with pytest.raises(BadTask, match="kind"):
