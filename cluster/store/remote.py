@@ -100,7 +100,6 @@ def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tupl
 
     Its threads are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
     """
-
     waiting, ended = SimpleQueue[Path](), SimpleQueue[tuple[Path, Exception | None]]()
 
     def work() -> None:
