@@ -147,6 +147,8 @@ def test_a_run_needs_no_second_place(store: Store, tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_reached_is_named(
     full: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with pytest.raises(ValueError, match="is not the address of a folder"):
+        ClusterConfig(remote="bucket")
     (tmp_path / "file").write_text("")
     for url, names, said in (
         ("nosuch://bucket/here", [], "the remote nosuch://bucket/here cannot be used: Protocol not known"),
