@@ -259,7 +259,7 @@ def test_on_a_terminal_ctrl_c_stops_the_run_and_leaves_nothing(store: Store, tmp
     os.close(terminal)
     assert [one for one in processes if alive(one)] == []
     assert strays(store.root) == []
-    text = seen.decode()
+    text = seen.decode(errors="replace")  # Ctrl-C may cut a character
     assert "hangs" in text
     assert "/61" in text, "the live view counts"
 
