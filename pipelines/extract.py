@@ -116,19 +116,23 @@ def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
     for part, task in passes:
         if not is_published(task.out):
             continue
-        try:
-            for layer in task.spec["layers"]:
-                source, out = task.out / f"layer_{layer}", part.layers[layer].out
+        for layer in task.spec["layers"]:
+            source, out = task.out / f"layer_{layer}", part.layers[layer].out
+            if is_published(out):
+                continue  # adopted before, by a run that was cut off or that is at work beside this one
+            try:
                 before = verdicts.marks(source)
                 files = adopt(source, out).files  # has read every byte
                 read[out] = {file.path: (before[file.path], file.sha256) for file in files if file.path in before}
-        except CorruptResult as error:
-            log.warning("%s: it is made again", set_aside(task.out) or error)
-            continue
-        except (ClusterError, OSError):
-            if not is_published(out):  # else another run adopted and dropped the pass meanwhile
-                raise
-        drop(task.out)
+            except (ClusterError, OSError) as error:
+                if is_published(out):  # another run adopted and dropped the pass meanwhile
+                    continue
+                if not isinstance(error, CorruptResult):
+                    raise
+                log.warning("%s: it is made again", set_aside(task.out) or error)
+                break
+        else:
+            drop(task.out)
     verdicts.remember_linked(read)
 
 

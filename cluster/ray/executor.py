@@ -173,7 +173,7 @@ class RayExecutor(Executor):
         try:
             event = Event.from_json(self._ray.get(next(flight.stream)))
         except StopIteration:
-            self._ended(flight, *(flight.verdict or (Cause.LOST, "it ended without a word")))
+            self._ended(flight, *(flight.verdict or (Cause.LOST, "it ended and told no end")))
         except self._ray.exceptions.RayError as error:
             self._ended(flight, *(flight.verdict or self._diagnose(flight, error)))
         else:

@@ -57,8 +57,8 @@ def remote_function() -> Callable[..., Iterator[dict[str, Any]]]:
             sys.path[:] = [*code, *sorted(others, key=lambda path: path.startswith(of_ray))]
             setup["environment"]["PYTHONPATH"] = os.pathsep.join(code)
             vars(sys)["_ocvtp_setup"] = setup
-        from cluster.ray.worker import encoded
+        from cluster.ray.worker import attempt as run_attempt
 
-        yield from encoded(job, vars(sys)["_ocvtp_setup"], ray.get_runtime_context().get_node_id())
+        yield from run_attempt(job, vars(sys)["_ocvtp_setup"], ray.get_runtime_context().get_node_id())
 
     return attempt

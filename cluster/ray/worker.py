@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cluster.local.executor import Allotted
@@ -20,25 +20,26 @@ from cluster.protocol import Cause, Event, Job
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show the folder of logs
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What the attempts of a run need to know, beside their jobs; JSON."""
-
-    logs: str
-    folder: str
-    """To work in."""
-    environment: dict[str, str]
-
-
 class _Here:
     """What this process keeps between attempts."""
 
     executor: Allotted | None = None
-    setup: Setup | None = None
+    setup: Mapping[str, Any] = MappingProxyType({})
 
 
-def attempt(job: Job, setup: Setup) -> Iterator[Event]:
-    """Run one attempt to its end, yielding its news; the last is of kind "ended"."""
+def attempt(job: Mapping[str, Any], setup: Mapping[str, Any], node: str) -> Iterator[dict[str, Any]]:
+    """Run one attempt to its end, yielding its news; the last is of kind "ended". JSON in, JSON out.
+
+    Args:
+        job: as `Job.to_json` writes it.
+        setup: what all attempts of a run need to know: `logs`, the `folder` to work in, and variables (`environment`).
+        node: where this is; comes with each event.
+    """
+    for event in _attempt(Job.from_json(job), setup):
+        yield {**event.to_json(), "node": node}
+
+
+def _attempt(job: Job, setup: Mapping[str, Any]) -> Iterator[Event]:
     deadline = time.monotonic() + VISIBLE_WITHIN
     while not job.log.parent.is_dir():
         if time.monotonic() > deadline:
@@ -62,22 +63,16 @@ def attempt(job: Job, setup: Setup) -> Iterator[Event]:
             _close()
 
 
-def encoded(job: dict[str, Any], setup: dict[str, Any], node: str) -> Iterator[dict[str, Any]]:
-    """`attempt` as Ray calls it: JSON in, JSON out. The name of the node comes with each event."""
-    for event in attempt(Job.from_json(job), Setup(**setup)):
-        yield {**event.to_json(), "node": node}
-
-
-def _executor(setup: Setup) -> Allotted:
+def _executor(setup: Mapping[str, Any]) -> Allotted:
     """What runs attempts in this process."""
     if _Here.setup != setup:
         _close()
-        os.environ.update(setup.environment)
-        if Path(setup.folder).is_dir():
-            os.chdir(setup.folder)
+        os.environ.update(setup["environment"])
+        if Path(setup["folder"]).is_dir():
+            os.chdir(setup["folder"])
         _Here.setup = setup
     if _Here.executor is None:
-        _Here.executor = Allotted(Path(setup.logs))
+        _Here.executor = Allotted(Path(setup["logs"]))
     return _Here.executor
 
 

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +71,14 @@ class Ledger:
         """When its driver last gave a sign of life, by the clock of the file system."""
         return (self.folder / DRIVER).stat().st_mtime
 
-    def attempts(self) -> Iterator[tuple[str, str, Path]]:
-        """(job, attempt, out) of all that was noted."""
-        try:
-            lines = (self.folder / ATTEMPTS).read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
+    def fence(self, jobs: set[str]) -> None:
+        """Fence the attempts of these jobs."""
+        notes = self.folder / ATTEMPTS
+        for line in notes.read_text().splitlines() if notes.exists() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # its driver was killed while it wrote the line
                 found = json.loads(line)
-                yield str(found["job"]), str(found["attempt"]), Path(found["out"])
+                if found["job"] in jobs:
+                    fence(Path(found["out"]), str(found["attempt"]))
 
 
 def reap(own: Ledger) -> None:
@@ -114,6 +111,4 @@ def reap(own: Ledger) -> None:
             break
         time.sleep(0.5)
     for ledger in ledgers.values():
-        for job, attempt, out in ledger.attempts():
-            if job in orphans:
-                fence(out, attempt)
+        ledger.fence(orphans)

@@ -67,7 +67,19 @@ def run_jobs(array: str, index: int) -> None:
     for number in STOPPED_BY:
         signal.signal(number, pass_on)
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
-    write = _EventWriter(events_file(path.parent, jobs))
+    handle = os.open(events_file(path.parent, jobs), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    node, told = os.environ.get("SLURMD_NODENAME", ""), 0.0
+
+    def write(event: Event) -> None:
+        nonlocal told
+        if event.kind == "progress":
+            if time.monotonic() - told < PERIOD:
+                return
+            told = time.monotonic()
+        os.write(handle, encode(replace(event, node=node)))  # a line in one write
+        if event.kind == "ended":
+            os.fsync(handle)
+
     end = time.monotonic() + found["allowance"]
     try:
         for job in jobs:
@@ -79,21 +91,3 @@ def run_jobs(array: str, index: int) -> None:
                 write(replace(event, seconds=time.monotonic() - started if event.kind == "ended" else None))
     finally:
         executor.close()
-
-
-class _EventWriter:
-    """Appends events to a file, each a line in one write."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._node, self._last = os.environ.get("SLURMD_NODENAME", ""), 0.0
-
-    def __call__(self, event: Event) -> None:
-        now = time.monotonic()
-        if event.kind == "progress":
-            if now - self._last < PERIOD:
-                return
-            self._last = now
-        os.write(self._handle, encode(replace(event, node=self._node)))
-        if event.kind == "ended":
-            os.fsync(self._handle)

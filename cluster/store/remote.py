@@ -7,9 +7,11 @@ checksums of the manifest.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from cluster.errors import Corrupt, NotAvailable
 from cluster.store.layout import new_attempt
@@ -98,13 +100,22 @@ def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tupl
 
     Its threads are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
     """
+    waiting, ended = SimpleQueue[Path](), SimpleQueue[tuple[Path, Exception | None]]()
 
-    def attempt(out: Path) -> tuple[Path, Exception | None]:
-        try:
-            one(out)
-        except Exception as error:  # whatever a client raises: the others go on
-            return out, error
-        return out, None
+    def work() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                out = waiting.get_nowait()
+                try:
+                    one(out)
+                except Exception as error:  # whatever a client raises: the others go on
+                    ended.put((out, error))
+                else:
+                    ended.put((out, None))
 
-    with ThreadPool(AT_ONCE) as pool:
-        yield from pool.imap_unordered(attempt, outs)
+    for out in (todo := list(outs)):
+        waiting.put(out)
+    for _ in todo[:AT_ONCE]:
+        threading.Thread(target=work, name="transfer", daemon=True).start()
+    for _ in todo:
+        yield ended.get()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ocvtp.errors import BadInput
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.layout import Layout
+from ocvtp.pruner.layout import TokenLayout
 from ocvtp.pruner.seeding import generator as seeded
 from ocvtp.pruner.transformer import Transformer
 
@@ -37,7 +37,7 @@ class Positions(nn.Module):
         self.table = nn.Parameter(torch.empty(1, config.grid_tokens, config.token_dim))
         nn.init.trunc_normal_(self.table, std=1.0)
 
-    def forward(self, layout: Layout) -> Tensor:
+    def forward(self, layout: TokenLayout) -> Tensor:
         """Positions [B, N, C], or [1, N, C] if all images lie on one grid; anything where there is no token.
 
         Raises:
@@ -67,7 +67,7 @@ class Decoder(nn.Module, ABC):
     """Rebuilds tokens [B, N, C] from slots [B, K, D] and whatever its plan lets it see of the tokens."""
 
     @abstractmethod
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """What this call may see, drawn for one of `MODES`; `random` draws from the generator (on the CPU)."""
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Decoder(nn.Module, ABC):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The rebuilt tokens."""
@@ -111,7 +111,7 @@ class RandomAR(Decoder):
         self.mask_token = nn.Parameter(torch.randn(1, 1, config.token_dim) / config.token_dim**0.5)
         self.transformer = Transformer(config)
 
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """Visible tokens [B, N] (or [1, N]), True where visible; None if all are."""
         if mode == "all":
             return None
@@ -138,7 +138,7 @@ class RandomAR(Decoder):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The rebuilt tokens, of those that were seen as well."""
@@ -162,7 +162,7 @@ class MixtureMLP(Decoder):
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden, config.token_dim + 1))
 
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """It never sees a token."""
         return None
 
@@ -171,7 +171,7 @@ class MixtureMLP(Decoder):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The mixture of the slots' predictions."""
@@ -200,7 +200,7 @@ class OrderedAR(Decoder):
         self.begin = nn.Parameter(torch.randn(self.orders, config.token_dim) / config.token_dim**0.5)
         self.transformer = Transformer(config)
 
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """The number of each image's order, [B]."""
         if mode != "random":
             return torch.zeros(layout.batch, dtype=torch.long, device=layout.device)
@@ -211,7 +211,7 @@ class OrderedAR(Decoder):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The rebuilt tokens, each from the slots and the true tokens before it."""

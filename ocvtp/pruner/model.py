@@ -16,7 +16,7 @@ from ocvtp.errors import BadInput
 from ocvtp.pruner import checks, pretrained, reference
 from ocvtp.pruner.config import PrunerConfig, check_whole
 from ocvtp.pruner.decoder import DECODER_MODULES, MODES, Decoder
-from ocvtp.pruner.layout import Grid, Layout, layout
+from ocvtp.pruner.layout import Grid, TokenLayout, layout
 from ocvtp.pruner.provenance import TrainedFor
 from ocvtp.pruner.seeding import batch_noise, slot_noise
 from ocvtp.pruner.seeding import generator as seeded
@@ -304,7 +304,7 @@ class OCPruner(nn.Module):
         return self._noise_KD[:slots]
 
     def _plan(
-        self, decoder: Decoder, where: Layout, decode: str | Tensor, generator: torch.Generator | None
+        self, decoder: Decoder, where: TokenLayout, decode: str | Tensor, generator: torch.Generator | None
     ) -> Tensor | None:
         if isinstance(decode, Tensor):
             return decode.to(self.device)

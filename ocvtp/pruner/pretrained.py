@@ -24,7 +24,7 @@ _DECODER: Final = "decoder."
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Pruner(Protocol):
+class Saved(Protocol):
     """What is saved of a pruner."""
 
     config: PrunerConfig
@@ -34,7 +34,7 @@ class Pruner(Protocol):
         """Its weights by name."""
 
 
-def save(pruner: Pruner, folder: Path, *, include_decoder: bool = True) -> None:
+def save(pruner: Saved, folder: Path, *, include_decoder: bool = True) -> None:
     """Write both files, each whole or not at all; equal pruners make equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.state_dict().items()}
     config = pruner.config
@@ -125,7 +125,7 @@ def check_tensors(where: str, found: dict[str, Tensor], wanted: dict[str, tuple[
         raise Incompatible(f"{where} does not fit this pruner:\n  " + "\n  ".join(wrong))
 
 
-def fingerprint(pruner: Pruner) -> str:
+def fingerprint(pruner: Saved) -> str:
     """SHA-256 over the config and the weights, without the decoder's."""
     config: dict[str, Any] = replace(pruner.config, decoder=None).to_dict()
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())

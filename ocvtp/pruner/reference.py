@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.pretrained import Module, Pruner, check_tensors
+from ocvtp.pruner.pretrained import Module, Saved, check_tensors
 
 NAMES: Final = {
     # Ours: theirs, by their beginnings.
@@ -71,7 +71,7 @@ def load(make: Callable[[PrunerConfig], Module], path: Path | str, config: Prune
     return pruner.eval()
 
 
-def state_dict(pruner: Pruner) -> dict[str, Tensor]:
+def state_dict(pruner: Saved) -> dict[str, Tensor]:
     """The weights of a pruner under the authors' names."""
     if pruner.config.decoder not in ("random_ar", None) or pruner.config.queries != "shared_gaussian":
         raise BadInput("the authors' code has one decoder, random_ar, and one kind of queries, shared_gaussian")

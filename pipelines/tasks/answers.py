@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster import progress
 from ocvtp.evaluation.benchmarks import benchmark
-from ocvtp.evaluation.evaluate import Setting, evaluate
+from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
 from ocvtp.evaluation.setting import ready
 from pipelines.tasks.places import check_same, device, in_store
 
@@ -16,10 +16,12 @@ from pipelines.tasks.places import check_same, device, in_store
 def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`score.json` and `samples.jsonl`."""
     check_same(spec["benchmark"], asked(spec["benchmark"]), {key: spec[key] for key in ("task", "lmms_eval")})
-    with ready(Setting(spec["vlm"], dtype=spec["dtype"]), device()) as unpruned:  # stays loaded for what follows
+    with ready(
+        EvaluationSetting(spec["vlm"], dtype=spec["dtype"]), device()
+    ) as unpruned:  # stays loaded for what follows
         check_same(spec["vlm"], unpruned.vlm.entry.identity, spec["model"])
     pruner, data = inputs["pruner"], inputs["data"]
-    setting = Setting(
+    setting = EvaluationSetting(
         vlm=spec["vlm"],
         method=spec["method"],
         keep=spec["keep"],

@@ -161,6 +161,27 @@ def test_a_pass_that_was_cut_off_before_its_layers_were_published_is_used(
     assert list((work.store / "passes").iterdir()) == []
 
 
+def test_a_layer_that_another_run_adopted_meanwhile_costs_no_other_layer(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract, "_adopt", lambda *_: None)
+    assert work.run(extract, layer=[2, 6]) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("OCVTP_ROOT", str(work.root))
+    really = extract.adopt
+
+    def adopt(source: Path, out: Path) -> Any:
+        manifest = really(source, out)
+        if source.name == "layer_2":
+            raise OSError("the other run was faster")
+        return manifest
+
+    monkeypatch.setattr(extract, "adopt", adopt)
+    assert work.run(extract, layer=[2, 6]) == 0
+    assert work.ran == []
+    assert list((work.store / "passes").iterdir()) == []
+
+
 def test_tokens_are_read_once(work: Workspace) -> None:
     """By the call that publishes each layer: never again by extract or train, as long as nobody touches them."""
     opened, watching = set[str](), True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ocvtp.pruner.loss import loss_function, mse
 from ocvtp.pruner.model import OCPruner
-from ocvtp.pruner.report import rebuilding
+from ocvtp.pruner.rebuilding import rebuilding
 from ocvtp.pruner.seeding import generator
 from ocvtp.pruner.training.data import Batch, TokenSource, fetch
 from ocvtp.pruner.training.train_config import TrainConfig

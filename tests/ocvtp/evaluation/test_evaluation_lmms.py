@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 
 from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.evaluation.benchmarks import benchmark, benchmarks
-from ocvtp.evaluation.lmms.ask import Outcome, ask
+from ocvtp.evaluation.lmms.ask import Scored, ask
 from ocvtp.evaluation.lmms.quiet import import_lmms_eval
 from ocvtp.evaluation.lmms.tasks import write_task
 from ocvtp.evaluation.scores import score_of
@@ -31,7 +31,7 @@ def _imported() -> None:
     import_lmms_eval()
 
 
-def run(name: str, rows: list[dict[str, Any]], answers: list[str], folder: Path, **more: Any) -> tuple[Outcome, Parrot]:
+def run(name: str, rows: list[dict[str, Any]], answers: list[str], folder: Path, **more: Any) -> tuple[Scored, Parrot]:
     parrot = Parrot(answers)
     path = write_parquet(folder / f"{name}.parquet", rows)
     return ask(benchmark(name), parrot, data=path, batch_size=4, **more), parrot  # type: ignore[arg-type]
