@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.fingerprint import modules, source_of
+from cluster.fingerprint import parts, source_of
 from pipelines.params.model import READS, Params
 from pipelines.stage.context import ROOT
 
@@ -80,8 +80,8 @@ def _imported(script: str) -> set[str]:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_all_code_that_makes_its_output(name: str) -> None:
     direct = _imported(SCRIPTS[name])
-    behind = {inner for module in direct if module.startswith("pipelines.tasks.") for inner in modules(module)}
-    shared = {inner for module in direct - HOW if module.startswith("pipelines.") for inner in modules(module)}
+    behind = {inner for module in direct if module.startswith("pipelines.tasks.") for inner in parts(module)}
+    shared = {inner for module in direct - HOW if module.startswith("pipelines.") for inner in parts(module)}
     wanted = direct | behind | {module for module in shared if module.startswith("pipelines.")}
     ignored = HOW | {"ocvtp", "pipelines", "pipelines.tasks", "ocvtp.errors"}
     files = {_file(module) for module in wanted - ignored} | {SCRIPTS[name]}
