@@ -55,7 +55,8 @@ def span_error_of(centred_BNC: Tensor, kept_BSC: Tensor, ridge: float = RIDGE) -
     )
     left_B = (centred_BNC - solved_BSN.transpose(1, 2) @ unit_BSC).square().sum((1, 2))
     # Tokens that are all alike are explained by any.
-    return left_B / centred_BNC.square().sum((1, 2)).clamp(min=_TINY)
+    error_B: Tensor = left_B / centred_BNC.square().sum((1, 2)).clamp(min=_TINY)
+    return error_B
 
 
 def prototype_error_of(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 
-TIE: Final = 1e-6
+TIE: Final = 1e-5
 """Scores that differ by less, relative to the best, are equal: the lower index is picked, whatever the batch and the
 machine make of the last digit."""
 _EXPLAINED: Final = 1e-5

@@ -131,5 +131,5 @@ def test_implementations_of_attention_keep_the_same(vlm: Any, images: Any, metho
 
 
 def allowed(method: str) -> int:
-    """In bfloat16. What a method inside the LLM drops late depends on all that it dropped before, as do greedy picks."""
+    """In bfloat16. What goes late inside the LLM depends on all that went before, as greedy picks do on each other."""
     return 8 if REGISTRY[method].acts != "before the LLM" or method in CHOICES else IN_BF16

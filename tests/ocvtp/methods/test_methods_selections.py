@@ -16,7 +16,7 @@ NAMES = [entry.name for entry in ENTRIES]
 
 
 def test_every_choice_is_a_method() -> None:
-    assert NAMES == list(CHOICES)
+    assert list(CHOICES) == NAMES
     assert [entry_of(name) for name in NAMES] == list(ENTRIES)
 
 
