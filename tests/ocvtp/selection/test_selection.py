@@ -9,6 +9,7 @@ import torch
 from ocvtp.errors import BadInput
 from ocvtp.selection import CHOICES, css, fps, medoids, prototype_error, qr, span_error
 from ocvtp.selection.errors import RIDGE
+from ocvtp.selection.greedy import TIE
 
 
 def residual(X, kept):
@@ -45,7 +46,8 @@ def plain_fps(X, kept):
 
 def plain_medoids(X, kept):
     S = 1 + cosines(X)
-    return torch.stack([S[:, [*kept, n]].max(1).values.sum() for n in range(len(X))])
+    before = S[:, kept].max(1).values.sum() if kept else 0
+    return torch.stack([S[:, [*kept, n]].max(1).values.sum() - before for n in range(len(X))])
 
 
 PLAIN = {"qr": plain_qr, "css": plain_css, "fps": plain_fps, "medoids": plain_medoids}
@@ -55,7 +57,9 @@ def plainly(name, X, keep):
     kept = []
     for _ in range(min(keep, len(X))):
         scores = PLAIN[name](X.double(), kept)
-        kept.append(max((n for n in range(len(X)) if n not in kept), key=lambda n: float(scores[n])))
+        left = [n for n in range(len(X)) if n not in kept]
+        best = max(float(scores[n]) for n in left)
+        kept.append(next(n for n in left if float(scores[n]) >= best * (1 - TIE)))
     return sorted(kept)
 
 
