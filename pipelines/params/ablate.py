@@ -14,7 +14,7 @@ from pipelines.params.schema import Check, Problems, Wrong, choice, many, show, 
 Change = tuple[str, Any]
 """The dotted path of an entry of params.yaml, and another value of it."""
 Changes = tuple[Change, ...]
-LOSSES = ("aw_mse", "mse")
+LOSSES = ("aw_mse", "mse", "span")
 AXES: Mapping[str, Check] = {
     "layer": whole(-1000, 1000),
     "loss": choice(*LOSSES),
