@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
         facts = {"images": len(found), "layer": args.layer, "fit": subject.fit, "rows": [row.to_dict() for row in rows]}
         common.print_json(facts)
     else:
-        common.console().print(_table(means, len(found), args.layer))
+        console = common.console()
+        console.width = max(console.width, 100)  # a number that is cut off is none
+        console.print(_table(means, len(found), args.layer))
     return 0
 
 

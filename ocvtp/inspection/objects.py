@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ocvtp.data.coverage import SMALL_TOKENS, Objects
-from ocvtp.data.images import safe_join
+from ocvtp.data.images import UnsafePath, safe_join
 from ocvtp.data.masks import Mask, decode_mask
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.vlms.images import Map
@@ -60,6 +60,8 @@ def _coco(path: Path, folder: Path) -> list[Picture]:
             if not annotation.get("iscrowd") and annotation.get("segmentation"):
                 segments[annotation["image_id"]].append(annotation["segmentation"])
         return [Picture(safe_join(folder, image["file_name"]), segments[image["id"]]) for image in coco["images"]]
+    except UnsafePath:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"{path} is not a COCO instances file: {type(error).__name__} {error}") from error
 

@@ -79,8 +79,7 @@ class TowerVision(Vision):
 
 
 _ALONE = (
-    "this method reads attention, keys or CLS, but of a tower that stands alone only tokens are read: inspect the method "
-    "on a VLM"
+    "this method reads attention, keys or CLS; of a tower without a VLM only tokens are read: inspect it with --vlm"
 )
 
 
@@ -161,11 +160,10 @@ def load(folder: Path, device: str = "cpu") -> TowerFamily:
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder} has no config.json: a folder with a tower of transformers is needed")
-    kind = KINDS.get(str(_json(path).get("model_type")))
+    written = _json(path).get("model_type")
+    kind = KINDS.get(str(written))
     if kind is None:
-        raise BadInput(
-            f"{path} is of a {_json(path).get('model_type')}: {', '.join(KINDS)} are read, and VLMs by --vlm"
-        )
+        raise BadInput(f"{path} is of the type {written!r}: as towers {', '.join(KINDS)} are read")
     import transformers
 
     model = getattr(transformers, kind.name).from_pretrained(folder, dtype=torch.float32 if device == "cpu" else "auto")
