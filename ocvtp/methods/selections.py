@@ -23,9 +23,6 @@ from ocvtp.methods.tiles import TILES, budgets
 from ocvtp.selection import CHOICES
 from ocvtp.vlms.family import Family
 
-_LAYER = 9
-"""What tiny-llava's accuracy is best with, of its 12."""
-
 
 class Selection(Method):
     """One of `ocvtp.selection.CHOICES` on one layer."""
@@ -54,7 +51,10 @@ def _build(name: str, family: Family, pruner: Any, options: Mapping[str, Any]) -
     return Selection(CHOICES[name], family.index(options["layer"]), options["tiles"])
 
 
-def _entry(name: str, source: str) -> Entry:
+def _entry(name: str, source: str, layer: int = 9) -> Entry:
+    """`layer` is what tiny-llava is best with at 8 and 4 of its 144 tokens: `css` is the one that was made for a layer,
+    and there rebuilds what the LLM reads (95 % of the unpruned accuracy at 4, against 87 % with layer 9).
+    """
     return Entry(
         name=name,
         acts="before the LLM",
@@ -62,14 +62,14 @@ def _entry(name: str, source: str) -> Entry:
         source=source,
         random=False,
         trained=False,
-        options={"layer": _LAYER, "tiles": "even"},
+        options={"layer": layer, "tiles": "even"},
         build=partial(_build, name),
     )
 
 
 ENTRIES = (
     _entry("qr", "pivoted QR, Businger and Golub 1965"),
-    _entry("css", "greedy column subset selection, Farahat et al. 2011"),
+    _entry("css", "greedy column subset selection, Farahat et al. 2011", layer=-2),
     _entry("fps", "farthest point first, Gonzalez 1985"),
     _entry("medoids", "greedy facility location, Nemhauser et al. 1978"),
 )
