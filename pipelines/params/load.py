@@ -73,8 +73,8 @@ class Params:
     top_k: tuple[int, ...] = entry(1, axis(whole(1)))
     keep: tuple[Budget, ...] = entry([48, 32, 16], axis(keep))
     method: tuple[str, ...] = entry(
-        ["vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "visionzip", "hiprune", "tome",
-         "fastv", "sparsevlm", "pyramiddrop"], axis(text),
+        ["vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "qr", "css", "fps", "medoids",
+         "visionzip", "hiprune", "tome", "fastv", "sparsevlm", "pyramiddrop"], axis(text),
     )  # fmt: skip
     benchmark: tuple[str, ...] = entry(["gqa", "mme", "pope", "textvqa"], axis(text))
     seed: tuple[int, ...] = entry([0, 1, 2], axis(whole(0, 2**31 - 1)))
