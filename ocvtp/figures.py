@@ -41,7 +41,7 @@ VEIL = (0.05, 0.06, 0.08, 0.74)
 """What lies over dropped tokens: red, green, blue, opacity."""
 STANDING = ("oc-vtp", "random", "oc-vtp-untrained", "visionzip", "hiprune", "downsample", "fastv",
 "sparsevlm",
-            "pyramiddrop", "trim", "tome")  # fmt: skip
+            "pyramiddrop", "trim", "tome", "qr", "css", "fps", "medoids")  # fmt: skip
 """Methods that look the same in every picture, whichever others are there."""
 _STYLE = {
     "svg.fonttype": "none",

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         ranks.end()
     if first:
         common.console().print(
-            f"{args.out}: best of step {metrics['best_step']} of {metrics['steps']}, validation MSE "
-            f"{metrics['val_mse']:.4f}, {metrics['distinct_picks']:.1f} distinct picks",
+            f"{args.out}: best of step {metrics['best_step']} of {metrics['steps']}, {metrics['distinct_picks']:.1f} "
+            f"distinct picks, which leave {100 * metrics['span_error']:.1f} % of the variance unexplained",
             soft_wrap=True,
         )
     return 0

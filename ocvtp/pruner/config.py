@@ -15,7 +15,7 @@ AUTO: Final[Any] = "auto"
 Behaviour = Literal["default", "reference"]
 BEHAVIOURS: Final = ("default", "reference")
 DECODERS: Final = ("random_ar", "mlp", "ar")
-QUERIES: Final = ("shared_gaussian", "separate_gaussian")
+QUERIES: Final = ("shared_gaussian", "separate_gaussian", "qr", "fps")
 FILLS: Final = ("slot_mass", "attention", "next_best", "random", "none")
 
 VISIBLE_SHARES: Final[Mapping[str, float]] = {"4%": 24 / 576, "10%": 0.1}
@@ -29,7 +29,7 @@ CHOICES: Final[Mapping[str, tuple[Any, ...]]] = {
     "decoder": (*DECODERS, None),
     "positions": ("grid", "table"),
     "eval_visible": ("share", "all"),
-    "assignment": ("shared", "distinct"),
+    "assignment": ("shared", "distinct", "residual"),
     "fill": FILLS,
     "surplus": ("attention", "hash"),
 }
@@ -64,7 +64,8 @@ class PrunerConfig:
         ffn_dropout: of that FFN.
         iterations: of slot attention.
         truncation: `bilevel` lets gradients through the last iteration only, and straight to the queries.
-        queries: `shared_gaussian` (any number of slots) or `separate_gaussian` (one Gaussian a slot).
+        queries: `shared_gaussian` (any number of slots), `separate_gaussian` (one Gaussian a slot), or the projected
+            tokens that `qr` or `fps` of `ocvtp.selection` chooses, as many as there are slots: no noise.
         max_slots: number of slots of `separate_gaussian`, which can have no other; None otherwise.
         query_noise: `fixed` draws the noise of a sample from `query_seed`; `fresh` from a generator at each call.
         query_seed: of the fixed noise.
@@ -77,7 +78,8 @@ class PrunerConfig:
         random_visible: how often it does draw a number, uniform from none to all but two.
         eval_visible: what it sees outside training, `share` (as `visible` says, always the same) or `all`.
         extra_slot: selection uses one slot more than tokens to keep; the authors' code for towers with a CLS token.
-        assignment: `shared` (slots may pick the same token, then `fill`) or `distinct` (each gets its own).
+        assignment: `shared` (slots may pick the same token, then `fill`), `distinct` (each gets its own), or
+            `residual` (the same, and those that earlier picks leave most of come first: `ocvtp.selection.proposals`).
         fill: which tokens make up for picks that coincide: `slot_mass`, `attention` (scores given by the caller),
             `next_best`, `random` or `none` (fewer tokens).
         surplus: which pick goes if there are too many: the least attended, or by Python's `hash` order.

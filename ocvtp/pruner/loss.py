@@ -12,7 +12,8 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 
 _TINY: Final = 1e-8
-LOSSES: Final = ("aw_mse", "mse")
+LOSSES: Final = ("aw_mse", "mse", "span")
+"""Names of losses; `span` is in `ocvtp.pruner.span`, for it takes no rebuilt tokens."""
 
 
 def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -127,4 +128,4 @@ def loss_function(
         return lambda prediction, target, attention, mask: aw_mse(
             prediction, target, attention, power, cap, ignore_empty, mask, normalise
         )
-    raise BadInput(f"loss {name!r}: one of {', '.join(LOSSES)} is needed")
+    raise BadInput(f"loss {name!r}: mse or aw_mse is needed")

@@ -21,7 +21,7 @@ from ocvtp.pruner.provenance import TrainedFor
 from ocvtp.pruner.seeding import batch_noise, slot_noise
 from ocvtp.pruner.seeding import generator as seeded
 from ocvtp.pruner.select import Selection, choose, everything
-from ocvtp.pruner.slots import QUERY_MODULES, Projection, SlotAttention
+from ocvtp.pruner.slots import QUERY_MODULES, FromTokens, Projection, SlotAttention
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class OCPruner(nn.Module):
         self.project = Projection(config)
         self.queries = QUERY_MODULES[config.queries](config)
         self.slot_attention = SlotAttention(config)
+        if isinstance(self.queries, FromTokens):  # so that a slot begins with attention for tokens like its own
+            self.slot_attention.to_q.load_state_dict(self.slot_attention.to_k.state_dict())
         self.decoder: Decoder | None = None if config.decoder is None else DECODER_MODULES[config.decoder](config)
         self._noise_KD: Tensor
         self.register_buffer("_noise_KD", torch.empty(0, config.slot_dim), persistent=False)
@@ -199,6 +201,7 @@ class OCPruner(nn.Module):
             surplus=surplus,
             mask_BN=mask_BN,
             slot_mask_BK=slot_mask_BK,
+            tokens_BNC=tokens_BNC,
         )
 
     def save_pretrained(self, folder: Path | str, *, include_decoder: bool = True) -> None:
@@ -266,8 +269,11 @@ class OCPruner(nn.Module):
         slot_mask_BK = None
         if min(slots) < most:
             slot_mask_BK = (torch.arange(most) < torch.tensor(slots)[:, None]).to(tokens_BNC.device, non_blocking=True)
-        queries_BKD = self._queries(batch, most, queries, generator, seeds)
         encoded_BND = self.project(tokens_BNC)
+        if queries is None and isinstance(self.queries, FromTokens):
+            queries_BKD = self.queries(tokens_BNC, encoded_BND, slots, mask_BN)
+        else:
+            queries_BKD = self._queries(batch, most, queries, generator, seeds)
         slots_BKD, attention_BKN = self.slot_attention(encoded_BND, queries_BKD, mask_BN, slot_mask_BK)
         return slots_BKD, attention_BKN, slot_mask_BK
 

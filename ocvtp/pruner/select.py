@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ocvtp.selection.proposals import propose
+
 _ROUNDS: Final = 8
 """Proposals after which slots that still have no token of their own are filled for."""
 
@@ -45,6 +47,7 @@ def choose(
     surplus: str = "attention",
     mask_BN: Tensor | None = None,
     slot_mask_BK: Tensor | None = None,
+    tokens_BNC: Tensor | None = None,
 ) -> Selection:
     """The tokens that slots attend to most, brought to the number asked for.
 
@@ -53,18 +56,19 @@ def choose(
         keep_B1: tokens to keep of each image, at most as many as it has; [B, 1] or [1, 1].
         width: S, the largest of them.
         top_k: tokens that each slot picks.
-        assignment: `shared` or `distinct`.
+        assignment: `shared`, `distinct` or `residual`.
         fill: `slot_mass`, `attention`, `next_best`, `random` or `none`.
         fill_scores_BN: scores for `attention` and `random`; the highest come first.
         surplus: `attention` or `hash`.
         mask_BN: True where there is a token.
         slot_mask_BK: True where there is a slot.
+        tokens_BNC: what slots were gathered from; `residual` needs it.
     """
     batch, _, tokens = attention_BKN.shape
     scores_BKN = attention_BKN if mask_BN is None else attention_BKN.masked_fill(~mask_BN[:, None], -1.0)
     if slot_mask_BK is not None:
         scores_BKN = scores_BKN.masked_fill(~slot_mask_BK[:, :, None], -1.0)
-    picks_BKk = _distinct(scores_BKN, top_k) if assignment == "distinct" else _best(scores_BKN, top_k)
+    picks_BKk = picks(scores_BKN, assignment, top_k, mask_BN, slot_mask_BK, tokens_BNC)
     if slot_mask_BK is not None:
         picks_BKk = picks_BKk.masked_fill(~slot_mask_BK[:, :, None], tokens)
     picks_BX = picks_BKk.flatten(1)
@@ -93,6 +97,27 @@ def choose(
     over_BS = torch.arange(chosen_BS.shape[1], device=chosen_BS.device) >= counts_B1
     indices_BS = chosen_BS.masked_fill(over_BS, tokens).sort(1).values
     return Selection(indices_BS.masked_fill(over_BS, -1), counts_B1[:, 0], distinct_B, picked_BN, attention_BKN)
+
+
+def picks(
+    scores_BKN: Tensor,
+    assignment: str,
+    top_k: int = 1,
+    mask_BN: Tensor | None = None,
+    slot_mask_BK: Tensor | None = None,
+    tokens_BNC: Tensor | None = None,
+) -> Tensor:
+    """The tokens of each slot, [B, K, k], from its attention, which is negative where there is no token or slot."""
+    if assignment == "distinct":
+        return _distinct(scores_BKN, top_k)
+    if assignment == "shared":
+        return _best(scores_BKN, top_k)
+    assert tokens_BNC is not None  # noqa: S101 - as said above
+    exists_BN = torch.ones_like(tokens_BNC[:, :, 0], dtype=torch.bool) if mask_BN is None else mask_BN
+    slots_BK = torch.ones_like(scores_BKN[:, :, 0], dtype=torch.bool) if slot_mask_BK is None else slot_mask_BK
+    wish_BXN = scores_BKN.repeat_interleave(top_k, 1)
+    picks_BX = propose(wish_BXN, tokens_BNC, exists_BN, slots_BK.repeat_interleave(top_k, 1))
+    return picks_BX.view(len(picks_BX), -1, top_k)
 
 
 def everything(batch: int, tokens: int, mask_BN: Tensor | None, device: torch.device) -> Selection:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ocvtp.errors import BadInput
 from ocvtp.pruner.config import PrunerConfig
+from ocvtp.selection import CHOICES
 
 EPSILON = 1e-5
 """Added to a slot's summed attention, so that a slot without tokens is no division by zero."""
@@ -183,10 +184,28 @@ class SeparateGaussian(nn.Module):
         return self.mean + noise_BKD * self.log_std.exp()
 
 
-Queries = SharedGaussian | SeparateGaussian
+class FromTokens(nn.Module):
+    """Projected tokens that a choice without training picks: no noise, and nothing to learn."""
+
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        self._choice = CHOICES[config.queries]
+
+    def check(self, num_slots: int) -> None:
+        """Any number will do."""
+
+    def forward(self, tokens_BNC: Tensor, encoded_BND: Tensor, slots: list[int], mask_BN: Tensor | None) -> Tensor:
+        """Slots [B, K, D], those of each image first; K is the largest number of `slots`."""
+        picks_BK = self._choice(tokens_BNC, slots, mask_BN, check_values=False).clamp(min=0)
+        return encoded_BND.gather(1, picks_BK[:, :, None].expand(-1, -1, encoded_BND.shape[2]))
+
+
+Queries = SharedGaussian | SeparateGaussian | FromTokens
 QUERY_MODULES: Final[dict[str, Callable[[PrunerConfig], Queries]]] = {
     "shared_gaussian": SharedGaussian,
     "separate_gaussian": SeparateGaussian,
+    "qr": FromTokens,
+    "fps": FromTokens,
 }
 
 

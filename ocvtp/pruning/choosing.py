@@ -36,7 +36,7 @@ def choose(
     """
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
-    for look in _looks(family, method, budget, images, seeds, prompts):
+    for look in looks(family, method, budget, images, seeds, prompts):
         with torch.no_grad():
             kept = method.choose(look)
         for member, (chosen, taken) in zip(look.members, _taken(kept, look), strict=True):
@@ -56,7 +56,7 @@ def slots(
 ) -> list[Tensor | None]:
     """Attention of the slots by which tokens of each image are chosen, [K, N]; None where there are none."""
     found: dict[int, Tensor | None] = {}
-    for look in _looks(family, method, budget, images, seeds, prompts):
+    for look in looks(family, method, budget, images, seeds, prompts):
         with torch.no_grad():
             attention_GKN = method.slots(look)
         for row, member in enumerate(look.members):
@@ -64,18 +64,19 @@ def slots(
     return [found[i] for i in range(len(images))]
 
 
-def _looks(
+def looks(
     family: Family,
     method: Method,
     budget: Budget,
     images: Images,
     seeds: Sequence[int],
     prompts: Sequence[list[int]],
+    vision: Vision | None = None,
 ) -> Iterator[Look]:
-    """The images as the method sees them, in groups, after one pass of the tower."""
+    """The images as the method sees them, in groups, after one pass of the tower, unless its `vision` is given."""
     counts = family.counts(images)
     keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
-    vision = method.look(family, images, keeps)
+    vision = method.look(family, images, keeps) if vision is None else vision
     for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
         yield Look(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)

@@ -11,9 +11,9 @@ from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Pruner, Results
 from pipelines.report_html.tables import PRUNED, chosen_rows
 
-_FIRST = ("loss", "val_loss", "val_mse", "distinct_picks", *names.RATIOS)
+_FIRST = ("loss", "val_loss", "val_mse", "distinct_picks", *names.RATIOS, "span_error", "prototype_error")
 _LAST = ("grad_norm",)
-_LEFT_OUT = ("step", "lr", "kept_error", "random_error", "full_error")
+_LEFT_OUT = ("step", "lr", "random_span_error")
 
 
 def accuracy_svg(results: Results, vlm: str, form: figures.Format = "svg") -> bytes | None:
@@ -54,7 +54,7 @@ def curves_svg(pruners: Sequence[Pruner], form: figures.Format = "svg") -> bytes
 
 
 def _ratios(pruner: Pruner) -> dict[str, list[float | None]]:
-    """Error of the tokens rebuilt from the kept ones, relative to random ones and to all."""
+    """What kept tokens leave unexplained, relative to random ones."""
     found = {}
     for name, (above, below) in names.RATIOS.items():
         pairs = zip(pruner.curves.get(above, []), pruner.curves.get(below, []), strict=False)

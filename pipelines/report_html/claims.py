@@ -122,16 +122,16 @@ def _rebuilding(results: Results, vlm: str) -> Iterator[Finding]:
     """Section 3.2: the kept tokens are those from which the others can best be rebuilt."""
     ratios = []
     for pruner in results.pruners:
-        kept, random = (pruner.metrics.get(key) for key in ("kept_error", "random_error"))
+        kept, random = (pruner.metrics.get(key) for key in ("span_error", "random_span_error"))
         if pruner.vlm == vlm and not pruner.changes and kept and random:
             ratios.append(kept / random)
     if ratios:
         verdict = HOLDS if max(ratios) < 1 else FAILS if min(ratios) > 1 else OPEN
         text = f"{min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else f"{ratios[0]:.3f}"
         yield Finding(
-            "Dropped tokens are rebuilt better from the kept tokens than from random ones (paper, Section 3.2)",
+            "Least squares rebuild all tokens better from the kept ones than from random ones (paper, Section 3.2)",
             verdict,
-            f"error relative to random tokens, over {len(ratios)} trained pruners: {text}.",
+            f"unexplained variance relative to random tokens, over {len(ratios)} trained pruners: {text}.",
         )
 
 

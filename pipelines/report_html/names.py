@@ -9,6 +9,10 @@ METHODS = {
     "random": "Random",
     "oc-vtp": "OC-VTP",
     "oc-vtp-untrained": "OC-VTP, untrained",
+    "qr": "Pivoted QR",
+    "css": "Column subset",
+    "fps": "Farthest point",
+    "medoids": "Medoids",
     "visionzip": "VisionZip",
     "hiprune": "HiPrune",
     "downsample": "Downsample",
@@ -30,7 +34,7 @@ BENCHMARKS = {
     "mmmu": "MMMU",
     "seedbench": "SEED",
 }
-LOSSES = {"mse": "MSE", "aw_mse": "AW-MSE"}
+LOSSES = {"mse": "MSE", "aw_mse": "AW-MSE", "span": "span"}
 CURVES = {
     "loss": "training loss",
     "val_loss": "validation loss",
@@ -38,10 +42,11 @@ CURVES = {
     "lr": "learning rate",
     "val_mse": "validation, plain squared error",
     "distinct_picks": "distinct picks before filling",
-    "kept_to_random": "error of dropped tokens, kept ones seen / random ones seen",
-    "kept_to_full": "error, kept tokens seen / all tokens seen",
+    "kept_to_random": "variance left unexplained by kept tokens / by random ones",
+    "span_error": "share of variance left unexplained by kept tokens",
+    "prototype_error": "cosine distance to the nearest kept token",
 }
-RATIOS = {"kept_to_random": ("kept_error", "random_error"), "kept_to_full": ("kept_error", "full_error")}
+RATIOS = {"kept_to_random": ("span_error", "random_span_error")}
 """Curves that are ratios of two others."""
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
+from ocvtp.selection import CHOICES
 from pipelines.grid import Cell, layers, pruner_cells, settings, vlm_folder
 from pipelines.params.ablate import Ablate, Change
 from pipelines.params.load import load
@@ -114,7 +115,9 @@ def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours
     assert {one.changes for one in new} == {(change,)}
     assert sum(one.method == "oc-vtp" for one in new) == ours
     assert sum(one.method == "oc-vtp-untrained" for one in new) == untrained
-    assert len(new) == ours + untrained
+    free = sum(one.method in CHOICES for one in new)  # four choices without training, three budgets
+    assert free == (12 if change[0] == "layer" else 0)
+    assert len(new) == ours + untrained + free
     assert len({(one.vlm, one.name) for one in found}) == len(found)
     assert {one.pruner for one in found if one.pruner} == set(pruner_cells(params))
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ocvtp.errors import BadInput
 from ocvtp.pruner.layout import TokenLayout, layout
 from ocvtp.pruner.model import OCPruner
+from ocvtp.pruner.slots import FromTokens
 from ocvtp.pruner.training.data import Batch
 from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.pruner.training.validate import autocast, training_loss
@@ -88,8 +89,9 @@ class Ranks:
         """
         rows = self._rows(size)
         noise_BKD = torch.randn(size, slots, pruner.config.slot_dim, generator=generator)
+        if pruner.decoder is None:
+            return noise_BKD[rows], None
         where = layout(batch.tokens_BNC, batch.mask_BN, batch.grids, pruner.config)
-        assert pruner.decoder is not None  # noqa: S101 - a training has one
         plan = pruner.decoder.plan(self._whole(where, size, rows), "random", generator)
         if plan is not None:
             plan = plan[rows]
@@ -126,12 +128,14 @@ class StepLoss(nn.Module):
         """A scalar."""
         device = batch.tokens_BNC.device
         with autocast(self.config, device):
-            queries_bKD = self.pruner.queries(noise_bKD.to(device, self.pruner.dtype, non_blocking=True))
-            decode = "random" if plan is None else plan
+            queries_bKD = None
+            if not isinstance(self.pruner.queries, FromTokens):
+                queries_bKD = self.pruner.queries(noise_bKD.to(device, self.pruner.dtype, non_blocking=True))
+            decode = "none" if self.pruner.decoder is None else "random" if plan is None else plan
             out = self.pruner(
                 batch.tokens_BNC, slots, queries_bKD, None, batch.mask_BN, batch.grids, decode, check_values=False
             )
-            return training_loss(self.config, out.reconstruction, out.attention, batch)
+            return training_loss(self.config, self.pruner, out, batch)
 
 
 def begin() -> torch.device:

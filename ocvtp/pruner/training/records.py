@@ -13,8 +13,8 @@ from ocvtp.pruner.pretrained import write_whole
 from ocvtp.pruner.training.state import State
 
 COLUMNS: Final = (
-    "step", "lr", "loss", "grad_norm", "val_loss", "val_mse", "distinct_picks", "kept_error", "random_error",
-    "full_error",
+    "step", "lr", "loss", "grad_norm", "val_loss", "val_mse", "distinct_picks", "span_error",
+    "random_span_error", "prototype_error",
 )  # fmt: skip
 CURVES: Final = "curves.csv"
 METRICS: Final = "metrics.json"

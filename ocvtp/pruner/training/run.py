@@ -26,14 +26,14 @@ from ocvtp.pruner.training.data import Batch, Order, TokenSource
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
 from ocvtp.pruner.training.train_config import TrainConfig
-from ocvtp.pruner.training.validate import Row, evaluate, validate
+from ocvtp.pruner.training.validate import REBUILDING, Row, evaluate, validate
 
 __all__ = ["NotFinite", "Progress", "TokenSource", "TrainConfig", "compile_parts", "train"]
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, all steps, and a few words."""
 _log = logging.getLogger(__name__)
-_VERSION: Final = 1
+_VERSION: Final = 2
 """Of the arithmetic: part of a checkpoint's spec."""
 
 
@@ -61,7 +61,7 @@ def train(
     validates and writes.
 
     Args:
-        pruner_config: of the pruner; it needs a decoder.
+        pruner_config: of the pruner; it needs a decoder, but with loss `span`, which makes it one without.
         train_config: how.
         dataset: the tokens.
         folder: where the result goes.
@@ -93,8 +93,10 @@ def train(
 
 def compile_parts(pruner: OCPruner) -> None:
     """`torch.compile` what a step spends its time in, in place: projection, slot attention and decoder."""
-    decoder: Any = pruner.decoder
-    for module in (pruner.project, pruner.slot_attention, getattr(decoder, "transformer", decoder)):
+    parts: list[nn.Module] = [pruner.project, pruner.slot_attention]
+    if pruner.decoder is not None:
+        parts.append(getattr(pruner.decoder, "transformer", pruner.decoder))
+    for module in parts:
         module.compile()
 
 
@@ -109,8 +111,10 @@ class _Run:
         device: torch.device,
         trained_for: TrainedFor,
     ) -> None:
-        if pruner_config.decoder is None:
-            raise BadInput("a pruner without decoder cannot be trained: choose decoder=random_ar, mlp or ar")
+        if config.loss == "span":
+            pruner_config = replace(pruner_config, decoder=None)
+        elif pruner_config.decoder is None:
+            raise BadInput("a pruner without decoder is trained with loss=span only: or decoder=random_ar, mlp or ar")
         self.config, self.dataset, self.device = config, dataset, device
         self.ranks = Ranks.current()
         images, self.held_out = dataset.split(config.validation_share, config.seed)
@@ -192,7 +196,7 @@ class _Run:
             "stopped": self.state.stopped,
             "last_val_loss": last.get("val_loss"),
             "train_loss": self.state.last_loss,
-            **{key: best.get(key) for key in ("distinct_picks", "kept_error", "random_error", "full_error")},
+            **{key: best.get(key) for key in ("distinct_picks", *REBUILDING)},
             "bad_steps": self.state.bad_steps,
             "images": len(self.order.images),
             "validation_images": len(self.held_out),
@@ -256,7 +260,7 @@ class _Run:
             row = evaluate(self.kept, self.config, [batch], self.config.validation_slots)
         self.row |= row
         current, config = self.state, self.config
-        value = row[config.best_by]
+        value = row["span_error" if config.best_by == "span" else config.best_by]
         # What is not finite is never the best; the first validation stands in until there is one.
         if current.best is None or value < current.best:
             current.best, current.best_step = (value if math.isfinite(value) else math.inf), current.step

@@ -24,7 +24,7 @@ CHOICES: Final[Mapping[str, tuple[Any, ...]]] = {
     "schedule": ("cosine", "cosine_epoch"),
     "precision": ("bf16", "fp32"),
     "validate_on": ("held_out", "last_batch"),
-    "best_by": ("val_mse", "val_loss"),
+    "best_by": ("val_mse", "val_loss", "span"),
 }
 
 BY_BEHAVIOUR: Final[Mapping[str, tuple[Any, Any]]] = {
@@ -53,8 +53,10 @@ class TrainConfig:
 
     Attributes:
         behaviour: `default` or `reference` (the authors' code), for all that is "auto".
-        loss: `aw_mse` or `mse`.
+        loss: `aw_mse` or `mse`, of what a decoder rebuilds from slots; or `span`, of what least squares rebuild from
+            the picked tokens, without a decoder.
         loss_power, loss_cap, loss_normalise, ignore_empty: of `aw_mse`.
+        span_temperature, prototype_weight: of `span` (`ocvtp.pruner.span.span_loss`).
         slots: slot counts, one of which is drawn for each step.
         seed: of the initial weights, the order of images, and all that is drawn.
         steps: how many; None for `epochs` passes over the training images.
@@ -77,7 +79,9 @@ class TrainConfig:
         eval_every: steps between validations; None for once an epoch.
         eval_slots: slot counts to validate with; None for all of `slots`.
         validate_on: `held_out` images, or the `last_batch` of training.
-        best_by: which validation is the best: that of the least `val_mse` (plain squared error) or `val_loss`.
+        best_by: which validation is the best: that of the least `val_mse` (plain squared error of the decoder),
+            `val_loss`, or `span` (`span_error`, what kept tokens leave unexplained). With loss `span` always `span`
+            unless given.
         patience: validations in a row without a better one after which training stops; None for never.
         max_bad_steps: steps with a loss or gradient that is not finite that are left out before training stops.
         checkpoint_every: steps between checkpoints.
@@ -89,6 +93,8 @@ class TrainConfig:
     loss_power: float = 0.5
     loss_cap: float = 10.0
     loss_normalise: bool = True
+    span_temperature: float = 1.0
+    prototype_weight: float = 0.0
     ignore_empty: bool = AUTO
     slots: tuple[int, ...] = AUTO
     seed: int = 0
@@ -119,6 +125,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, CHOICES, skip_auto=True)
+        if self.loss == "span" and self.best_by == AUTO:
+            object.__setattr__(self, "best_by", "span")
         resolve(self, BY_BEHAVIOUR)
         for name in ("slots", "eval_slots"):
             if isinstance(getattr(self, name), list):
@@ -159,15 +167,17 @@ class TrainConfig:
                 check_whole(name, getattr(self, name), 1)
         if self.steps is None and self.epochs is None:
             raise BadInput("neither steps nor epochs is given: how long to train?")
-        for name in ("learning_rate", "grad_clip", "loss_cap"):
+        for name in ("learning_rate", "grad_clip", "loss_cap", "span_temperature"):
             check_number(name, getattr(self, name), 0, above=True)
-        for name in ("weight_decay", "loss_power"):
+        for name in ("weight_decay", "loss_power", "prototype_weight"):
             check_number(name, getattr(self, name), 0)
         for name in ("final_rate", "validation_share", *(() if self.ema is None else ("ema",))):
             check_share(name, getattr(self, name))
         for name in ("ignore_empty", "drop_last", "decay_all", "compile", "loss_normalise"):
             if not isinstance(getattr(self, name), bool):
                 raise BadInput(f"{name} is {getattr(self, name)!r}: true or false is needed")
+        if self.loss == "span" and self.best_by == "val_mse":
+            raise BadInput("best_by is val_mse, but loss is span, which has no decoder: span or val_loss is needed")
         if self.validation_share == 1:
             raise BadInput("validation_share is 1: nothing is left to train on")
         if self.validate_on == "held_out" and self.validation_share == 0:

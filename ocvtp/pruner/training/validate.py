@@ -4,22 +4,38 @@ Letters: B images, N tokens, K slots.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ocvtp.pruner.loss import loss_function, mse
-from ocvtp.pruner.model import OCPruner
+from ocvtp.pruner.model import OCPruner, PrunerOutput
 from ocvtp.pruner.rebuilding import rebuilding
 from ocvtp.pruner.seeding import generator
+from ocvtp.pruner.select import picks
+from ocvtp.pruner.span import span_loss
 from ocvtp.pruner.training.data import Batch, TokenSource, fetch
 from ocvtp.pruner.training.train_config import TrainConfig
 
 Row = dict[str, float]
+REBUILDING: Final = ("span_error", "random_span_error", "prototype_error")
+"""Of `ocvtp.pruner.rebuilding.Rebuilding`, in a row."""
 
 
-def training_loss(config: TrainConfig, rebuilt_BNC: Tensor, attention_BKN: Tensor, batch: Batch) -> Tensor:
-    """The loss of a batch (eq. 10-12)."""
+def training_loss(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch) -> Tensor:
+    """The loss of a batch (eq. 10-12, or for `span` eq. 4-5)."""
+    if config.loss == "span":
+        scores_BKN = out.attention.detach()
+        if batch.mask_BN is not None:
+            scores_BKN = scores_BKN.masked_fill(~batch.mask_BN[:, None], -1.0)
+        picks_BK = picks(scores_BKN, pruner.config.assignment, mask_BN=batch.mask_BN, tokens_BNC=batch.tokens_BNC)[
+            :, :, 0
+        ]
+        picks_BK = picks_BK.clamp(max=scores_BKN.shape[2] - 1)  # padding, which is zero, where there is no token left
+        return span_loss(batch.tokens_BNC, out.attention, picks_BK, batch.mask_BN,
+                         temperature=config.span_temperature, prototype_weight=config.prototype_weight)  # fmt: skip
+    assert out.reconstruction is not None  # noqa: S101 - these losses have a decoder
     function = loss_function(
         config.loss,
         power=config.loss_power,
@@ -27,18 +43,18 @@ def training_loss(config: TrainConfig, rebuilt_BNC: Tensor, attention_BKN: Tenso
         ignore_empty=config.ignore_empty,
         normalise=config.loss_normalise,
     )
-    return function(rebuilt_BNC, batch.tokens_BNC, attention_BKN, batch.mask_BN)
+    return function(out.reconstruction, batch.tokens_BNC, out.attention, batch.mask_BN)
 
 
 @torch.no_grad()
 def validate(
     pruner: OCPruner, config: TrainConfig, source: TokenSource, images: Sequence[int], device: torch.device
 ) -> Row:
-    """Losses and picks over held-out images, and how well the kept tokens of the first of them rebuild the rest.
+    """Losses, picks, and how well kept tokens stand for all, over held-out images.
 
     Returns:
-        `val_loss`, `val_mse` (the plain error) and `distinct_picks`, means over images and over `validation_slots`;
-        and, for the middle one of these, `kept_error`, `random_error` and `full_error` of `Rebuilding`.
+        `val_loss`, `val_mse` (the plain error of the decoder, if there is one), `distinct_picks` and `REBUILDING`
+        (with as many tokens kept as there are slots): means over images and over `validation_slots`.
     """
     slots, size = config.validation_slots, config.batch_size
     batches = (fetch(source, images[start : start + size], device) for start in range(0, len(images), size))
@@ -50,20 +66,21 @@ def evaluate(pruner: OCPruner, config: TrainConfig, batches: Iterable[Batch], sl
     """`validate` over batches that are at hand."""
     training = pruner.training
     pruner.eval()
-    losses, plain, picks, count, row = 0.0, 0.0, 0.0, 0, Row()
+    sums: Row = {}
+    count = 0
     for number, batch in enumerate(batches):
-        if number == 0:
-            row |= _rebuilding(pruner, batch, sorted(slots)[len(slots) // 2])
         for one in slots:
             noise = generator("ocvtp validation", config.seed, number, one) if _fresh(pruner) else None
             with autocast(config, batch.tokens_BNC.device):
                 out = pruner(batch.tokens_BNC, one, None, noise, batch.mask_BN, batch.grids, check_values=False)
-                losses += float(training_loss(config, out.reconstruction, out.attention, batch)) * len(batch.indices)
-            plain += float(mse(out.reconstruction, batch.tokens_BNC, batch.mask_BN)) * len(batch.indices)
-            picks += _distinct(out.attention)
+                row = {"val_loss": float(training_loss(config, pruner, out, batch))}
+            if out.reconstruction is not None:
+                row["val_mse"] = float(mse(out.reconstruction, batch.tokens_BNC, batch.mask_BN))
+            row |= {"distinct_picks": _distinct(out.attention), **_rebuilding(pruner, batch, one)}
+            sums = {name: sums.get(name, 0.0) + value * len(batch.indices) for name, value in row.items()}
         count += len(batch.indices) * len(slots)
     pruner.train(training)
-    return {"val_loss": losses / count, "val_mse": plain / count, "distinct_picks": picks / count, **row}
+    return {name: value / count for name, value in sums.items()}
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
@@ -72,21 +89,19 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 
 def _rebuilding(pruner: OCPruner, batch: Batch, keep: int) -> Row:
-    """Empty if the decoder cannot rebuild from kept tokens or nothing would be dropped."""
-    if pruner.config.decoder == "ar" or keep >= batch.tokens_BNC.shape[1]:
-        return {}
+    """All tokens, where none would be dropped, leave nothing unexplained."""
+    if keep >= batch.tokens_BNC.shape[1]:
+        return dict.fromkeys(REBUILDING, 0.0)
     seeds = range(len(batch.indices)) if _fresh(pruner) else None
     fill = "slot_mass" if pruner.config.fill == "attention" else None  # there is no attention of a tower here
-    found = rebuilding(
-        pruner, batch.tokens_BNC, keep, mask=batch.mask_BN, grid=batch.grids, seeds=seeds, check_values=False, fill=fill
-    )
-    return {"kept_error": found.kept_error, "random_error": found.random_error, "full_error": found.full_error}
+    found = rebuilding(pruner, batch.tokens_BNC, keep, mask=batch.mask_BN, seeds=seeds, check_values=False, fill=fill)
+    return {name: getattr(found, name) for name in REBUILDING}
 
 
 def _distinct(attention_BKN: Tensor) -> float:
-    """Tokens that are the most attended of a slot, summed over images."""
+    """Tokens that are the most attended of a slot, mean over images."""
     picked_BN = torch.zeros_like(attention_BKN[:, 0]).scatter(1, attention_BKN.argmax(2), 1.0)
-    return float(picked_BN.sum())
+    return float(picked_BN.sum(1).mean())
 
 
 def _fresh(pruner: OCPruner) -> bool:

@@ -18,6 +18,7 @@ import ocvtp
 from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY
 from ocvtp.pruner import OCPruner, PrunerConfig
+from ocvtp.selection import CHOICES
 from ocvtp.vlms import family_of
 
 Picture = Callable[..., Image.Image]
@@ -45,7 +46,7 @@ def prune(vlm: Any, method: str, keep: Any) -> Any:
     if method == "oc-vtp":
         torch.manual_seed(0)
         options = {"pruner": OCPruner(PrunerConfig(facts.width, grid=(4, 4))).eval(), "layer": 2}
-    elif method == "oc-vtp-untrained":
+    elif method in ("oc-vtp-untrained", *CHOICES):
         options = {"layer": 2}
     elif method == "trim":
         if not facts.cls:
@@ -130,5 +131,5 @@ def test_implementations_of_attention_keep_the_same(vlm: Any, images: Any, metho
 
 
 def allowed(method: str) -> int:
-    """In bfloat16. What a method inside the LLM drops late depends on all that it dropped before."""
-    return 8 if REGISTRY[method].acts != "before the LLM" else IN_BF16
+    """In bfloat16. What goes late inside the LLM depends on all that went before, as greedy picks do on each other."""
+    return 8 if REGISTRY[method].acts != "before the LLM" or method in CHOICES else IN_BF16

@@ -1,0 +1,1 @@
+"""What methods keep of images, measured without a language model."""
