@@ -31,7 +31,7 @@ def commands() -> list[str]:
 
 
 def test_the_readme_gives_commands() -> None:
-    assert {"make repro", "make test", "ocvtp doctor", "ocvtp verify"} <= set(commands())
+    assert {"make repro", "make test", "ocvtp doctor", "python -m pipelines verify"} <= set(commands())
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line not in ELSEWHERE])
