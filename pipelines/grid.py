@@ -179,7 +179,7 @@ def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping
         chosen = [methods[name] for name in params.method if name != VANILLA]
         found += [setting for method in chosen for setting in make(method, grid)]
         for change in params.ablate.changes:
-            concerned = [method for method in chosen if _concerns(change, method)]
+            concerned = [method for method in chosen if _concerns(change, method, params)]
             found += [setting for method in concerned for setting in make(method, grid.changed(change))]
     return found
 
@@ -188,9 +188,16 @@ def _trains(change: Change) -> bool:
     return change[0] in ("layer", "loss", "slots") or change[0].startswith(ablate.TRAIN)
 
 
-def _concerns(change: Change, method: MethodEntry) -> bool:
+def _own_layer(method: MethodEntry, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layer that its options give a method without a pruner, in place of the axis; empty if none."""
+    return (options["layer"],) if "layer" in options and not method.trained else ()
+
+
+def _concerns(change: Change, method: MethodEntry, params: Params) -> bool:
     """Whether a method does anything else after a change."""
     path = change[0]
+    if path == "layer" and _own_layer(method, params.evaluate.options.get(method.name, {})):
+        return False
     if path in ("layer", "top_k"):
         return path in method.options or (method.trained and path == "layer")
     if path.startswith(ablate.OPTIONS):
@@ -201,12 +208,13 @@ def _concerns(change: Change, method: MethodEntry) -> bool:
 def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, whole: int | None) -> Iterator[Cell]:
     """Budgets outermost, seeds innermost."""
     seeds = params.seed if method.random or method.trained else (None,)
-    layers_ = part.layer if method.trained or "layer" in method.options else (None,)
     trained = list(product(part.loss, part.slots)) if method.trained else [None]
     top_ks = part.top_k if "top_k" in method.options else (None,)
     given = dict(params.evaluate.options.get(method.name, {}))
     start = f"{ablate.OPTIONS}{method.name}."
     given |= {path.removeprefix(start): value for path, value in part.changes if path.startswith(start)}
+    axis = part.layer if method.trained or "layer" in method.options else (None,)
+    layers_ = _own_layer(method, given) or axis
     for keep, layer, made, top_k, seed in product(params.keep, layers_, trained, top_ks, seeds):
         pruner = None
         if made is not None and layer is not None and seed is not None:

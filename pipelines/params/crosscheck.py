@@ -120,6 +120,8 @@ def _options(params: Params, problems: Problems) -> None:
 def _option(path: str, method: str, option: str, params: Params, problems: Problems) -> None:
     if method not in REGISTRY:
         problems.add(path, f"there is no method {method!r}{nearest(method, REGISTRY)}")
+    elif option == "layer" and option in REGISTRY[method].options and not REGISTRY[method].trained:
+        return  # in place of the axis, which is that of pruners
     elif option in AXES or option == "other_vlm":
         problems.add(path, f"{option} is no option to give here: it is an axis of params.yaml, or none of its affairs")
     elif option not in REGISTRY[method].options:

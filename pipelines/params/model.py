@@ -147,7 +147,7 @@ class Evaluate(Section):
     max_new_tokens: Positive = 16
     bootstrap: int = Field(default=2000, ge=100)
     limit: Positive | None = None
-    options: dict[str, dict[str, Any]] = Field(default={})
+    options: dict[str, dict[str, Any]] = Field(default={"css": {"layer": -2}})
 
 
 class Efficiency(Section):

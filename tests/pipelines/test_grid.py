@@ -115,8 +115,8 @@ def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours
     assert {one.changes for one in new} == {(change,)}
     assert sum(one.method == "oc-vtp" for one in new) == ours
     assert sum(one.method == "oc-vtp-untrained" for one in new) == untrained
-    free = sum(one.method in CHOICES for one in new)  # four choices without training, three budgets
-    assert free == (12 if change[0] == "layer" else 0)
+    free = sum(one.method in CHOICES for one in new)  # three choices on the layer of the axis, three budgets
+    assert free == (9 if change[0] == "layer" else 0)
     assert len(new) == ours + untrained + free
     assert len({(one.vlm, one.name) for one in found}) == len(found)
     assert {one.pruner for one in found if one.pruner} == set(pruner_cells(params))
@@ -138,3 +138,13 @@ def test_options_of_a_method_reach_it(shipped: Params) -> None:
     assert next(one.options for one in ours if not one.changes) == {"fill": "next_best", "top_k": 1}
     assert next(one.options for one in ours if one.changes) == {"fill": "random", "top_k": 1}
     assert all("fill" not in one.options for one in found if one.method == "oc-vtp-untrained")
+
+
+def test_a_layer_of_its_own_stands_in_place_of_the_axis(shipped) -> None:
+    def layers_of(params: Params, method: str) -> set[int | None]:
+        return {one.layer for one in expand(params) if one.method == method}
+
+    assert layers_of(shipped, "css") == {-2}
+    assert layers_of(shipped, "qr") == {9}
+    assert {one.options["layer"] for one in expand(shipped) if one.method == "css"} == {-2}
+    assert layers_of(with_ablate(shipped, ("evaluate.options.css.layer", 9)), "css") == {-2, 9}
