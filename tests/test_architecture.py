@@ -47,5 +47,6 @@ def test_cluster_stays_small() -> None:
 
 
 def test_workers_do_without_pydantic() -> None:
-    code = "import sys, cluster.local.worker, cluster.slurm.worker, cluster.worker.attempt; sys.exit('pydantic' in sys.modules)"
+    modules = "cluster.local.worker, cluster.slurm.worker, cluster.worker.attempt"
+    code = f"import sys, {modules}; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
