@@ -21,11 +21,12 @@ if TYPE_CHECKING:
         Locked,
         NotAvailable,
         Stopped,
+        StoreUnavailable,
         TasksFailed,
     )
     from cluster.protocol import Cause
-    from cluster.store.publish import Manifest, adopt, is_published, quarantine, verify
-    from cluster.store.store import Store, default_root
+    from cluster.results import Store
+    from cluster.store.publish import Manifest, adopt, drop, is_published, set_aside, verify
     from cluster.task import Resources, Task
     from cluster.worker.attempt import progress
 
@@ -46,25 +47,27 @@ __all__ = [
     "Resources",
     "Stopped",
     "Store",
+    "StoreUnavailable",
     "Task",
     "TasksFailed",
     "adopt",
-    "default_root",
+    "drop",
     "is_published",
     "progress",
-    "quarantine",
     "run",
+    "set_aside",
     "verify",
 ]
 _HOMES = {
     "worker.attempt": "progress",
     "config": "ClusterConfig",
-    "errors": "BadConfig BadTask ClusterError Corrupt Fenced Interrupted Locked NotAvailable Stopped TasksFailed",
+    "errors": "BadConfig BadTask ClusterError Corrupt Fenced Interrupted Locked NotAvailable Stopped StoreUnavailable"
+    " TasksFailed",
     "protocol": "Cause",
-    "store.publish": "Manifest adopt is_published quarantine verify",
+    "store.publish": "Manifest adopt drop is_published set_aside verify",
     "driver.report": "Outcome Report",
     "driver.runner": "run",
-    "store.store": "Store default_root",
+    "results": "Store",
     "task": "Resources Task",
 }
 

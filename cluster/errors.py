@@ -30,6 +30,10 @@ class Fenced(ClusterError):
     """An attempt lost its lease: another one took its place, so it must not publish."""
 
 
+class StoreUnavailable(ClusterError):
+    """The file system of the store kept failing (EIO, ESTALE, ...): nothing is known of what lies there."""
+
+
 class Locked(ClusterError):
     """Another run holds the lock of this store and label."""
 

@@ -1,8 +1,13 @@
 """The code a task depends on, as one string: how a change of source reaches the keys of the store.
 
 A fingerprint covers the module of the call and, transitively, every first-party module it imports, inside
-functions too. Comments, docstrings and layout do not count. A module that declares `CODE_VERSION = "..."` is
-represented, with all that it imports, by that string: its author promises to raise it when results change.
+functions too. Comments, docstrings and layout do not count, nor does the version of Python. First-party are the
+top-level package of the call and those that its `__init__` declares: `FIRST_PARTY = ("name", ...)`. A module that
+declares `CODE_VERSION = "..."` is represented, with all that it imports, by that string: its author promises to
+raise it when results change.
+
+A string that is the path of a file beside the module stands for data which the module reads: the file's bytes count.
+`DATA_IN_SPECS = ("file", ...)` leaves out files of which specs hold what a task reads, entry by entry.
 
 Importing a module runs the `__init__` of its packages: these count, save that of the top-level package, which
 holds public names only. A string that is the dotted name of a first-party module counts as an import of it
@@ -14,19 +19,18 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from cluster.errors import BadTask
 
-# Packages whose source counts. This package is left out on purpose: how work is run never changes what it
-# computes.
-FIRST_PARTY = frozenset({"ocvtp", "pipelines"})
-LEFT_OUT = frozenset({"cluster"})
+_FILE = re.compile(r"\w[\w./-]*\.\w+")
 
 
 def module_name(call: Callable[..., Any]) -> str:
@@ -105,27 +109,47 @@ def source_of(name: str) -> Path | None:
     return None
 
 
-def _strip_docstrings(tree: ast.Module) -> None:
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-            if not node.body and not isinstance(node, ast.Module):
-                node.body = [ast.Pass()]
+def _is_idle(node: object) -> bool:
+    """A statement without effect: a docstring, of an attribute too, or `pass`."""
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
-def _declared_version(tree: ast.Module) -> str | None:
+def normal_form(node: object) -> str:
+    """A text of a syntax tree that is equal on every Python (`ast.unparse` and `ast.dump` are not)."""
+    if isinstance(node, list):
+        return f"[{','.join(normal_form(item) for item in node if not _is_idle(item))}]"
+    if isinstance(node, ast.JoinedStr):  # Pythons differ in where they cut the text between values
+        runs = groupby(node.values, lambda value: isinstance(value, ast.Constant))
+        texts = (
+            [ascii("".join(getattr(part, "value", "") for part in run))] if fixed else map(normal_form, run)
+            for fixed, run in runs
+        )
+        return f"JoinedStr({','.join(text for run in texts for text in run if text != ascii(''))})"
+    if not isinstance(node, ast.AST):
+        return hex(node) if type(node) is int else ascii(node)  # Python writes no int of 5,000 digits in decimal
+    fields = ((name, value) for name, value in ast.iter_fields(node) if name not in ("ctx", "kind"))
+    # Without what is empty: fields that an older Python does not know are, as long as nobody uses them.
+    written = ((name, "None" if value is None else normal_form(value)) for name, value in fields)
+    is_constant = isinstance(node, ast.Constant)
+    kept = (f"{name}={text}" for name, text in written if is_constant or text not in ("None", "[]"))
+    return f"{type(node).__name__}({','.join(kept)})"
+
+
+def _declared(tree: ast.Module, name: str, kind: type, wanted: str) -> Any:
+    """The literal that a module assigns to `name`; None if it does not."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if isinstance(node, ast.AnnAssign):
             targets = [node.target]
-        if not any(isinstance(target, ast.Name) and target.id == "CODE_VERSION" for target in targets):
+        if not any(isinstance(target, ast.Name) and target.id == name for target in targets):
             continue
-        value = getattr(node, "value", None)
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            return value.value
-        raise BadTask(f"line {node.lineno}: CODE_VERSION must be a literal string")
+        try:
+            value = ast.literal_eval(getattr(node, "value", None) or "None")
+        except ValueError:
+            value = None
+        if isinstance(value, kind):
+            return value
+        raise BadTask(f"line {node.lineno}: {name} must be a literal {wanted}")
     return None
 
 
@@ -134,8 +158,10 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under `if TYPE_CHECKING:`, which never run."""
+    """Every node but those under `if TYPE_CHECKING:`, which never run, and docstrings."""
     for child in ast.iter_child_nodes(tree):
+        if _is_idle(child):
+            continue
         if isinstance(child, ast.If) and _is_type_checking(child.test):
             for other in child.orelse:
                 yield other
@@ -178,50 +204,63 @@ def _with_packages(name: str) -> Iterator[str]:
     yield from (".".join(parts[:stop]) for stop in range(2, len(parts)))
 
 
-def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[str, list[str]]:
-    """What stands for one module, and the names of the first-party modules it imports."""
+def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[dict[str, str], list[str]]:
+    """What stands for one module and for each file of data that it reads, and the first-party modules it imports."""
     try:
         tree = ast.parse(path.read_bytes())
-        version = _declared_version(tree)
+        version = _declared(tree, "CODE_VERSION", str, "string")
+        in_specs = _declared(tree, "DATA_IN_SPECS", tuple, "tuple of file names") or ()
     except (SyntaxError, BadTask) as error:
         raise BadTask(f"cannot fingerprint {path}: {error}") from error
     if version is not None:
-        return f"version {version}", []
-    _strip_docstrings(tree)
+        return {name: f"version {version}"}, []
     found: set[str] = set()
     for imported in _imports(tree, name, path.name == "__init__.py", packages):
         if imported.partition(".")[0] in packages:
             found.update(_with_packages(imported))
-    return ast.unparse(tree), sorted(found)
+    strings = {node.value for node in _executed(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    data = {text: path.parent / text for text in strings - {*in_specs} if _FILE.fullmatch(text)}
+    sums = {
+        f"{name}:{text}": hashlib.sha256(file.read_bytes()).hexdigest() for text, file in data.items() if file.is_file()
+    }
+    return {name: hashlib.sha256(normal_form(tree).encode()).hexdigest(), **sums}, sorted(found)
+
+
+def _first_party(top: str) -> frozenset[str]:
+    """The top-level package of a call, and those whose source counts with it."""
+    path = source_of(top)
+    declared = path and _declared(ast.parse(path.read_bytes()), "FIRST_PARTY", tuple, "tuple of packages")
+    return frozenset({top, *(declared or ())})
 
 
 @cache
 def _closure(root: str) -> dict[str, str]:
-    packages = (FIRST_PARTY | {root.partition(".")[0]}) - LEFT_OUT
-    texts: dict[str, str] = {}
+    packages = _first_party(root.partition(".")[0])
+    found: dict[str, str] = {}
     todo = [root, *_with_packages(root)]
     while todo:
         name = todo.pop()
         path = source_of(name)
-        if name in texts or path is None:
+        if name in found or path is None:
             continue
-        texts[name], imported = _read(name, path, packages)
+        digests, imported = _read(name, path, packages)
+        found |= digests
         todo.extend(imported)
-    if root not in texts:
+    if root not in found:
         raise BadTask(f"no Python source found for module {root!r}: declare a code version for its tasks")
-    return texts
+    return dict(sorted(found.items()))
 
 
-def modules(call_or_module: Callable[..., Any] | ModuleType | str) -> list[str]:
-    """Names of the modules a fingerprint covers, sorted: what `fingerprint` would notice a change of."""
-    return sorted(_closure(_name_of(call_or_module)))
+def parts(call_or_module: Callable[..., Any] | ModuleType | str) -> dict[str, str]:
+    """All that a fingerprint covers: modules, and files of data as `module:path`, each with its digest."""
+    return dict(_closure(_name_of(call_or_module)))
 
 
 def fingerprint(call_or_module: Callable[..., Any] | ModuleType | str) -> str:
     """Hash (32 hex digits) of the code behind a call or module; computed once a process.
 
     Raises:
-        BadTask: no source, a syntax error, or a `CODE_VERSION` that is not a literal string.
+        BadTask: no source, a syntax error, or a declaration that is not a literal.
     """
     return _digest(_name_of(call_or_module))
 
@@ -236,10 +275,8 @@ def _name_of(call_or_module: Callable[..., Any] | ModuleType | str) -> str:
 
 @cache
 def _digest(root: str) -> str:
-    digest = hashlib.sha256()
-    for name, text in sorted(_closure(root).items()):
-        digest.update(f"{name}\0{text}\0".encode())
-    return digest.hexdigest()[:32]
+    text = "".join(f"{name}\0{digest}\0" for name, digest in _closure(root).items())
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def forget() -> None:

@@ -2,29 +2,28 @@
 
 An executor starts attempts and says how they end. It never retries, never publishes, never decides: attempts
 publish (`cluster.worker.attempt`), `run` decides (`cluster.driver.retry`). So executors are thin, and behave alike.
+Jobs and events travel as JSON, one object a line.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from cluster.errors import NotAvailable
 from cluster.task import Resources, Task
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
-# module:class of every executor; imported when asked for, so that its packages are not needed before.
-EXECUTORS: dict[str, str] = {
-    "local": "cluster.local.executor:LocalExecutor",
-    "ray": "cluster.ray.executor:RayExecutor",
-    "slurm": "cluster.slurm.executor:SlurmExecutor",
-}
+log = logging.getLogger(__name__)
+Message = TypeVar("Message")
 
 
 class Cause(StrEnum):
@@ -36,10 +35,10 @@ class Cause(StrEnum):
     OOM = "oom"  # the worker outgrew its memory
     TIMEOUT = "timeout"
     LOST = "lost"  # it vanished without a trace, or lost its lease
-    NODE = "node"  # its machine died
+    NODE = "node"  # its machine died, or the store cannot be reached from it
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"  # by us
-    BUSY = "busy"  # it never began: another run is at work on the same result, or has published it
+    BUSY = "busy"  # it never began: another run is at work on the result or has published it, or its turn did not come
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Job:
     lease: float
     supersedes: tuple[str, ...] = ()  # attempts to fence even if they seem alive
     avoid: tuple[str, ...] = ()  # nodes on which earlier attempts died, as `Event.node` has them: elsewhere if possible
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads."""
@@ -68,39 +68,68 @@ class Job:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
         """The job that `to_json` wrote."""
-        return cls(
-            **{
-                **data,
-                "out": Path(data["out"]),
-                "log": Path(data["log"]),
-                "resources": Resources(**data["resources"]),
-                "supersedes": tuple(data["supersedes"]),
-                "avoid": tuple(data["avoid"]),
-            }
-        )
+        paths = {name: Path(data[name]) for name in ("out", "log")}
+        names = {name: tuple(data[name]) for name in ("supersedes", "avoid")}
+        return cls(**{**data, **paths, **names, "resources": Resources(**data["resources"])})
 
 
 @dataclass(frozen=True)
 class Event:
     """News of one job."""
 
-    job: str
-    kind: Literal["started", "progress", "ended"]
+    job: str  # "": of "ready"
+    kind: Literal["ready", "started", "progress", "ended"]  # ready: a worker process is up; only its owner hears of it
     cause: Cause | None = None  # of "ended"
     detail: str = ""  # one line for people
     done: float = 0.0  # of "progress"
     total: float = 0.0
     note: str = ""
-    # Of "ended" as busy: attempt -> (beat, patience) of those at work.
-    others: Mapping[str, tuple[int, float]] | None = None
     node: str = ""  # of "started" and "ended": where it runs, as far as the executor knows and has several
+    seconds: float | None = None  # of "ended": how long it ran, as far as the executor knows
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Event:
+        """The event that `to_json` wrote."""
+        return cls(**{**data, "cause": Cause(data["cause"]) if data["cause"] else None})
 
 
-class Executor(Protocol):
-    """Runs attempts somewhere."""
+def encode(message: Job | Event) -> bytes:
+    """One line."""
+    return json.dumps(message.to_json(), separators=(",", ":")).encode() + b"\n"
+
+
+class Lines(Generic[Message]):
+    """Cuts a stream of bytes into messages. A damaged line is skipped, with a warning: it must not end a run."""
+
+    def __init__(self, parse: Callable[[Mapping[str, Any]], Message]) -> None:
+        self._parse, self._rest = parse, b""
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """The messages that `data` completes."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            try:
+                message = self._parse(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                log.warning("skipped a damaged line, %r: %r", line[:200], error)
+            else:
+                yield message
+
+
+class Executor:
+    """Runs attempts somewhere. Here is what all executors do alike: queue, collect news, cancel what waits."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Any, deque[Job]] = {}  # by what jobs ask for
+        self._events: list[Event] = []
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """The most memory that an attempt with these cores and GPUs can be given; None if unknown."""
+        raise NotImplementedError
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse, before anything starts, tasks that could never run here.
@@ -108,9 +137,12 @@ class Executor(Protocol):
         Raises:
             NotAvailable: naming the task, what it asks for and what there is.
         """
+        raise NotImplementedError
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs, all at once where that is cheaper; returns at once."""
+        """Queue jobs; returns at once. They start with the next `poll`."""
+        for job in jobs:
+            self._queues.setdefault(self._shape(job), deque()).append(job)
 
     def poll(self, timeout: float) -> list[Event]:
         """News since the last call; waits for some at most `timeout` seconds.
@@ -118,12 +150,36 @@ class Executor(Protocol):
         Every submitted job gets exactly one "ended" event, whatever happens to it, and no later event. When
         it comes, no process of that attempt is alive, or `Job.supersedes` must fence it.
         """
+        deadline = time.monotonic() + timeout
+        while True:
+            self._advance(0.0 if self._events else max(deadline - time.monotonic(), 0.0))
+            if self._events or time.monotonic() >= deadline:
+                events, self._events = self._events, []
+                return events
 
     def cancel(self, ids: Collection[str]) -> None:
         """Stop these jobs, queued or running; their "ended" events come with the next polls."""
+        wanted = set(ids)
+        for shape, queue in self._queues.items():
+            self._events += [Event(job.id, "ended", Cause.CANCELLED) for job in queue if job.id in wanted]
+            self._queues[shape] = deque(job for job in queue if job.id not in wanted)
+        self._cancel_running(wanted)
 
     def close(self) -> None:
         """Stop everything that is left and let go of all machines; no process stays behind."""
+        raise NotImplementedError
+
+    def _shape(self, job: Job) -> Any:
+        """Jobs of one shape can take each other's place."""
+        return job.resources
+
+    def _advance(self, timeout: float) -> None:
+        """Start what can start, and append what has happened to `_events`; may wait, at most `timeout` seconds."""
+        raise NotImplementedError
+
+    def _cancel_running(self, ids: set[str]) -> None:
+        """Stop those of these jobs that have left the queue."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -133,26 +189,3 @@ class Context:
     run_id: str
     logs: Path  # folder of this run's logs
     config: ClusterConfig
-
-
-def executor_names() -> list[str]:
-    """Executors of this version."""
-    return sorted(EXECUTORS)
-
-
-def check_executor(name: str) -> None:
-    """Raise `NotAvailable` unless there is an executor of that name."""
-    if name not in EXECUTORS:
-        raise NotAvailable(f"there is no executor {name!r}: this version has {', '.join(executor_names())}")
-
-
-def make_executor(name: str, context: Context) -> Executor:
-    """The executor of that name.
-
-    Raises:
-        NotAvailable: there is no such executor, or this machine lacks what it needs.
-    """
-    check_executor(name)
-    module, _, attribute = EXECUTORS[name].partition(":")
-    factory: Callable[[Context], Executor] = getattr(importlib.import_module(module), attribute)
-    return factory(context)

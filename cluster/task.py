@@ -9,12 +9,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask
 
-Call = Callable[[dict[str, Any], Path], object]
+if TYPE_CHECKING:
+    from cluster.store.lookup import Lookup
+
+Call = Callable[..., object]
+"""`call(spec, folder)`, or `call(spec, folder, inputs)` of a task with inputs."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def task_key(call: str, spec: Mapping[str, Any], code: str) -> str:
 class Task:
     """One unit of work: `call(spec, folder)` writes its result into `folder`, then published as `out`.
 
-    `spec` is JSON and holds all that determines the result, the checksums of its inputs too. What the call
+    `spec` is JSON and holds all that determines the result, the checksums of its inputs too. `inputs`, JSON too, says
+    where these lie: handed to the call after the folder if there are any, in neither key nor manifest. What the call
     puts under `folder/"resume"` is handed to the next attempt if this one dies, and never published. `kind`, `code`
     and `key` are computed where they are left empty; `Store.task` fills them, and `out`, in.
     """
@@ -88,6 +93,7 @@ class Task:
     kind: str = ""
     code: str = ""
     key: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -96,6 +102,7 @@ class Task:
             raise BadTask(f"task {self.name!r}: spec is a {type(self.spec).__name__}, not a dict")
         try:
             check_json(self.spec)
+            check_json(self.inputs, "inputs")
             call = self.call_name
             object.__setattr__(self, "out", Path(self.out))
             object.__setattr__(self, "kind", self.kind or self.out.parent.name)
@@ -108,6 +115,12 @@ class Task:
     def call_name(self) -> str:
         """`module:function` of the call."""
         return code_module.call_name(self.call)
+
+    def lookup(self) -> Lookup:
+        """What became of it: status, folder of the result, attempts and the last log."""
+        from cluster.store.lookup import lookup  # not above: workers have no use for it
+
+        return lookup(self.out, self.key)
 
 
 def resolve_call(name: str) -> Call:
@@ -124,3 +137,8 @@ def resolve_call(name: str) -> Call:
     if not callable(call):
         raise BadTask(f"{name} is a {type(call).__name__}, not a function")
     return call  # type: ignore[no-any-return]
+
+
+def display(name: str) -> str:
+    """A task's name on one line."""
+    return name if name.isprintable() else repr(name)[1:-1]

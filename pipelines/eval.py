@@ -10,8 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,17 @@ if __name__ == "__main__":
 from cluster import Task, is_published
 from cluster.task import canonical
 from ocvtp.errors import BadInput, Corrupt
-from ocvtp.evaluation.catalogue import benchmark as named
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
 from pipelines import tracking
-from pipelines.grid import PrunerCell, Setting, settings, vlm_folder
+from pipelines.grid import Cell, PrunerCell, settings, vlm_folder
 from pipelines.params.fitting import unreachable
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.summary import Result, metrics, score_rows, summary_rows
-from pipelines.tasks.answers import answers
+from pipelines.tasks.answers import answers, asked
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ def work(run: Stage) -> None:
     report.raise_if_failed()
 
 
-def _reachable(found: Sequence[Setting], vlms: Mapping[str, Entry]) -> list[Setting]:
+def _reachable(found: Sequence[Cell], vlms: Mapping[str, Entry]) -> list[Cell]:
     """Settings without those whose method cannot keep so few tokens there: tables have a dash for them."""
     kept = []
     for setting in found:
@@ -127,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _task(
     run: Stage,
-    setting: Setting,
+    setting: Cell,
     benchmark: str,
     vlm: Entry,
     pruners: Mapping[PrunerCell, Input],
@@ -137,29 +135,26 @@ def _task(
     pruner = pruners[setting.pruner] if setting.pruner else None
     spec = {
         **_of_setting(run, setting, vlm, pruner),
-        # Not the name alone: what benchmarks.yaml says of it, and whose code scores it.
         "benchmark": benchmark,
-        "task": json.loads(json.dumps(asdict(named(benchmark)))),
-        "lmms_eval": version("lmms-eval"),
+        **asked(benchmark),
         "data": None if data is None else data.files[benchmark],
         "masks": None if data is None else data.files[MASKS],
         "limit": evaluate.limit,
         "batch_size": evaluate.batch_size,
     }
-    at = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
+    inputs = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
     name = f"{vlm_folder(setting.vlm)} {setting.name} {benchmark}"
-    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, at)
+    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, inputs)
 
 
-def _of_setting(run: Stage, setting: Setting, vlm: Entry, pruner: Input | None) -> dict[str, Any]:
+def _of_setting(run: Stage, setting: Cell, vlm: Entry, pruner: Input | None) -> dict[str, Any]:
     """The part of a spec that all benchmarks share."""
     evaluate = run.params.evaluate
     # The count where all images have as many tokens, so that 0.333 and 48 of 144 are one and the same.
     keep = setting.tokens or setting.share if setting.keep is not None else None
     return {
         "vlm": setting.vlm,
-        "revision": vlm.revision,
-        "weights": vlm.weights,
+        "model": vlm.identity,
         "method": setting.method,
         "keep": keep,
         "seed": setting.seed,
@@ -178,7 +173,7 @@ def _weights(pruner: Input) -> dict[str, str]:
 # --- Output ----------------------------------------------------------------------------------------------------------
 
 
-def _write(run: Stage, tasks: Mapping[tuple[Setting, str], Task]) -> Iterator[Result]:
+def _write(run: Stage, tasks: Mapping[tuple[Cell, str], Task]) -> Iterator[Result]:
     """Copy what is published, and write the tables; yields the results."""
     place = run.root / outputs.RESULTS
     found = []
@@ -197,17 +192,17 @@ def _write(run: Stage, tasks: Mapping[tuple[Setting, str], Task]) -> Iterator[Re
 
 
 def _records(
-    run: Stage, wanted: Sequence[Setting], tasks: Mapping[tuple[Setting, str], Task], results: Sequence[Result]
+    run: Stage, wanted: Sequence[Cell], tasks: Mapping[tuple[Cell, str], Task], results: Sequence[Result]
 ) -> Iterator[Record]:
     """Of each setting with any result, for MLflow."""
-    by: dict[Setting, dict[str, Result]] = {}
+    by: dict[Cell, dict[str, Result]] = {}
     for result in results:
         by.setdefault(result.setting, {})[result.benchmark] = result
     vanilla = {setting.vlm: by.get(setting, {}) for setting in wanted if setting.keep is None}
     sets = {name: task.spec["data"] for (_, name), task in tasks.items()}
     for setting, found in by.items():
         task = tasks[setting, next(iter(found))]
-        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "at", "batch_size")}
+        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "batch_size")}
         identity = canonical({"setting": shared, "data": _data_identity(run, sets), "code": task.code})
         scores = {name: result.score["score"] for name, result in found.items()}
         relative = {name: found[name].relative_to(vanilla[setting.vlm].get(name)) for name in found}

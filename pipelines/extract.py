@@ -6,7 +6,6 @@ another layer costs only itself. Tokens stay in the store; the output lists thei
 
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import ClusterError, Task, adopt, is_published
+from cluster import ClusterError, Task, adopt, drop, is_published, set_aside
+from cluster import Corrupt as CorruptResult
+from cluster.store import verdicts
 from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import Entry, resolve
@@ -81,20 +82,19 @@ def _part(run: Stage, vlm: Entry, first: int, images: Sequence[dict[str, str]]) 
     extract = run.params.extract
     common = {
         "vlm": vlm.name,
-        "revision": vlm.revision,
-        "weights": vlm.weights,
+        "model": vlm.identity,
         "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
         "dtype": extract.dtype,
         "compute_dtype": extract.compute_dtype,
         "preprocessing": extract.preprocessing,
         "batch_size": extract.batch_size,
     }
-    at = {"images": [image["path"] for image in images]}
+    inputs = {"images": [image["path"] for image in images]}
     demand = run.params.cluster.resources.extract
 
     def make(kind: str, layers: list[int]) -> Task:
         name = f"{vlm.name} {first}, layer {', '.join(map(str, layers))}"
-        return run.task(kind, name, tokens, {**common, "layers": layers}, demand, at)
+        return run.task(kind, name, tokens, {**common, "layers": layers}, demand, inputs)
 
     layers = {layer: make("tokens", [layer]) for layer in wanted_layers(run.params)}
     return Part(layers, make("passes", sorted(layers)))
@@ -105,31 +105,35 @@ def _pass(run: Stage, part: Part) -> Task:
     layers = sorted(part.missing)
     if layers == part.whole.spec["layers"]:
         return part.whole
-    spec = {key: value for key, value in part.whole.spec.items() if key != "at"}
     name = f"{part.whole.name.split(',')[0]}, layer {', '.join(map(str, layers))}"
     demand = run.params.cluster.resources.extract
-    return run.task("passes", name, tokens, {**spec, "layers": layers}, demand, part.whole.spec["at"])
+    return run.task("passes", name, tokens, {**part.whole.spec, "layers": layers}, demand, part.whole.inputs)
 
 
 def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
     """Publish each layer of a pass as a result of its own, then drop the pass: the files are the same."""
-    run.set_damaged_aside(task.out for _, task in passes)
+    read = {}
     for part, task in passes:
         if not is_published(task.out):
             continue
         for layer in task.spec["layers"]:
-            out = part.layers[layer].out
+            source, out = task.out / f"layer_{layer}", part.layers[layer].out
+            if is_published(out):
+                continue  # adopted before, by a run that was cut off or that is at work beside this one
             try:
-                adopt(task.out / f"layer_{layer}", out)
-            except (ClusterError, OSError):
-                if not is_published(out):  # else another run adopted and dropped the pass meanwhile
+                before = verdicts.marks(source)
+                files = adopt(source, out).files  # has read every byte
+                read[out] = {file.path: (before[file.path], file.sha256) for file in files if file.path in before}
+            except (ClusterError, OSError) as error:
+                if is_published(out):  # another run adopted and dropped the pass meanwhile
+                    continue
+                if not isinstance(error, CorruptResult):
                     raise
-        doomed = task.out.with_name(f".{task.out.name}.dropped")
-        try:
-            task.out.rename(doomed)
-        except FileNotFoundError:
-            continue
-        shutil.rmtree(doomed)
+                log.warning("%s: it is made again", set_aside(task.out) or error)
+                break
+        else:
+            drop(task.out)
+    verdicts.remember_linked(read)
 
 
 def _shard(folder: Path) -> Shard:

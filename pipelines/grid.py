@@ -17,7 +17,8 @@ from ocvtp.methods import Entry as MethodEntry
 from ocvtp.methods.budget import Budget
 from pipelines.params import ablate
 from pipelines.params.ablate import Change, Changes
-from pipelines.params.load import Params
+from pipelines.params.fitting import tokens_kept
+from pipelines.params.model import Params
 
 VANILLA = "vanilla"
 
@@ -46,7 +47,7 @@ class PrunerCell:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Cell:
     """One way to run one VLM; None where the method has no such axis.
 
     Attributes:
@@ -109,11 +110,6 @@ class Setting:
         return "-".join(parts)
 
 
-def tokens_kept(keep: Budget, whole: int | None) -> int | None:
-    """Of an image of `whole` tokens; None where that depends on the image, of which `whole` is then None."""
-    return keep.count if whole is None else keep.tokens(whole)
-
-
 def budget_name(keep: Budget) -> str:
     """`48`, or `33.3pct`."""
     return str(keep.count) if keep.share is None else f"{100 * keep.share:.6g}pct"
@@ -153,7 +149,7 @@ class _Part:
 def pruner_cells(params: Params) -> list[PrunerCell]:
     """The pruners to train, in the order of the axes; those of `ablate` last."""
     grid = _Part(params.layer, params.loss, params.slots)
-    concerned = [change for change in params.ablate if _trains(change)]
+    concerned = [change for change in params.ablate.changes if _trains(change)]
     found = [
         PrunerCell(vlm, layer, loss, slots, seed, part.training)
         for part in (grid, *map(grid.changed, concerned))
@@ -164,11 +160,10 @@ def pruner_cells(params: Params) -> list[PrunerCell]:
 
 def layers(params: Params) -> list[int]:
     """The layers whose tokens are needed, those of `ablate` last."""
-    more = [value for path, value in params.ablate if path == "layer"]
-    return list(dict.fromkeys((*params.layer, *more)))
+    return list(dict.fromkeys((*params.layer, *params.ablate.layer)))
 
 
-def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping[str, int | None]) -> list[Setting]:
+def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping[str, int | None]) -> list[Cell]:
     """The settings to evaluate, each VLM's unpruned model first, those of `ablate` last.
 
     Args:
@@ -179,11 +174,11 @@ def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping
     grid = _Part(params.layer, params.loss, params.slots, params.top_k)
     found = []
     for vlm in params.vlm:
-        found.append(Setting(vlm, VANILLA, None, tokens[vlm], 1.0))
+        found.append(Cell(vlm, VANILLA, None, tokens[vlm], 1.0))
         make = partial(_of_method, params, vlm=vlm, whole=tokens[vlm])
         chosen = [methods[name] for name in params.method if name != VANILLA]
         found += [setting for method in chosen for setting in make(method, grid)]
-        for change in params.ablate:
+        for change in params.ablate.changes:
             concerned = [method for method in chosen if _concerns(change, method)]
             found += [setting for method in concerned for setting in make(method, grid.changed(change))]
     return found
@@ -203,7 +198,7 @@ def _concerns(change: Change, method: MethodEntry) -> bool:
     return method.trained
 
 
-def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, whole: int | None) -> Iterator[Setting]:
+def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, whole: int | None) -> Iterator[Cell]:
     """Budgets outermost, seeds innermost."""
     seeds = params.seed if method.random or method.trained else (None,)
     layers_ = part.layer if method.trained or "layer" in method.options else (None,)
@@ -219,4 +214,4 @@ def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, wh
         count = tokens_kept(keep, whole)
         share = keep.share if whole is None or count is None else count / whole
         options = tuple(sorted(given.items()))
-        yield Setting(vlm, method.name, keep, count, share, seed, layer, top_k, pruner, options, changes=part.changes)
+        yield Cell(vlm, method.name, keep, count, share, seed, layer, top_k, pruner, options, changes=part.changes)

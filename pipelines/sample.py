@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cluster import Manifest, Task
-from ocvtp.data.coco import Rejected, Selection, TooManyRejects, select_images
+from ocvtp.data.coco import ImageSample, Rejected, TooManyRejects, select_images
 from ocvtp.errors import BadInput
 from pipelines.params.crosscheck import SCENE_BENCHMARKS
 from pipelines.params.model import Demand
@@ -57,12 +57,12 @@ def _scenes(run: Stage) -> Iterator[Task]:
         yield run.task("scenes", f"scenes {first}", scenes, spec, _demand(run))
 
 
-def _copies(run: Stage, selection: Selection) -> Iterator[Task]:
-    at = {"folder": str(Path(run.params.sample.image_folder or "").resolve())}
+def _copies(run: Stage, selection: ImageSample) -> Iterator[Task]:
+    inputs = {"folder": str(Path(run.params.sample.image_folder or "").resolve())}
     for first in range(0, len(selection.records), CHUNK):
         records = selection.records[first : first + CHUNK]
         images = [{"id": record.id, "file": record.file, "sha256": record.sha256} for record in records]
-        yield run.task("images", f"images {first}", copies, {"images": images}, _demand(run), at)
+        yield run.task("images", f"images {first}", copies, {"images": images}, _demand(run), inputs)
 
 
 def _questions(run: Stage) -> Iterator[Task]:
@@ -79,7 +79,7 @@ def _demand(run: Stage) -> Demand:
 # --- A data set in COCO's format -------------------------------------------------------------------------------------
 
 
-def _select(run: Stage) -> Selection:
+def _select(run: Stage) -> ImageSample:
     """Draw images and decode each; too many damaged ones are listed in a file and end the stage."""
     sample = run.params.sample
     annotations, folder = Path(sample.annotations or ""), Path(sample.image_folder or "")

@@ -11,7 +11,7 @@ import numpy as np
 
 from ocvtp.evaluation.listing import SCORE, read_samples
 from ocvtp.evaluation.scores import Average, interval, relative_average
-from pipelines.grid import Setting
+from pipelines.grid import Cell
 
 Row = dict[str, Any]
 OURS = "oc-vtp"
@@ -21,14 +21,14 @@ OURS = "oc-vtp"
 class Result:
     """One setting on one benchmark: its score.json and its answers; `path` is where rows say that they are."""
 
-    setting: Setting
+    setting: Cell
     benchmark: str
     score: Row
     samples: Sequence[Mapping[str, Any]]
     path: str
 
     @classmethod
-    def read(cls, setting: Setting, benchmark: str, folder: Path, path: str) -> "Result":
+    def read(cls, setting: Cell, benchmark: str, folder: Path, path: str) -> "Result":
         """From a folder of the output."""
         return cls(setting, benchmark, json.loads((folder / SCORE).read_bytes()), read_samples(folder), path)
 
@@ -97,7 +97,7 @@ def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples
     """
     grid = _Grid(results)
     groups = [(group[0].setting, group) for group in grid.groups.values()]
-    averages: list[tuple[Setting, Average]] = []
+    averages: list[tuple[Cell, Average]] = []
     for setting, group in groups:
         vanilla = {name: result.samples for name, result in grid.vanilla.get(setting.vlm, {}).items()}
         runs = {name: [result.samples for result in group if result.benchmark == name] for name in benchmarks}
@@ -121,7 +121,7 @@ def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples
     return rows
 
 
-def _difference(setting: Setting, average: Average, averages: Sequence[tuple[Setting, Average]]) -> Row | None:
+def _difference(setting: Cell, average: Average, averages: Sequence[tuple[Cell, Average]]) -> Row | None:
     """Points of a setting of `ablate` to the one of the grid that differs in nothing else."""
     changed = {path for path, _ in setting.changes}
     for other, theirs in averages:
@@ -133,7 +133,7 @@ def _difference(setting: Setting, average: Average, averages: Sequence[tuple[Set
     return None
 
 
-def _against(setting: Setting, average: Average, averages: Sequence[tuple[Setting, Average]]) -> Row:
+def _against(setting: Cell, average: Average, averages: Sequence[tuple[Cell, Average]]) -> Row:
     """Points of OC-VTP to each other method of the grid, at its own budget, layer and top_k."""
     if setting.method != OURS or setting.changes:
         return {}

@@ -62,8 +62,8 @@ def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any]) -> Task:
         "pruner": train.pruner_config(meta.width, meta.grid).to_dict(),
         "train": train.config(cell.loss, cell.slots, cell.seed).to_dict(),
     }
-    at = {"shards": [shard["path"] for shard in listing["shards"]]}
-    return run.task("pruners", cell.folder, pruner, spec, run.params.cluster.resources.train, at)
+    inputs = {"shards": [shard["path"] for shard in listing["shards"]]}
+    return run.task("pruners", cell.folder, pruner, spec, run.params.cluster.resources.train, inputs)
 
 
 def _output(run: Stage, task: Task, folder: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
     folder = run.root / outputs.MODELS / cell.folder
     metrics = json.loads((folder / "metrics.json").read_bytes())
     train = run.params.train.changed(cell.changes)
-    options = {f"train.{key}": value for key, value in {**train.options, **train.pruner}.items()}
+    options = {f"train.{key}": value for key, value in {**train.given, **train.pruner.given}.items()}
     return Record(
         fingerprint=task.key,
         kind="pruner",

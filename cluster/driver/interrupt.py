@@ -26,7 +26,7 @@ class Signals:
 
 @contextlib.contextmanager
 def signals_caught() -> Iterator[Signals]:
-    """Note signals instead of being ended by them; handlers are put back afterwards.
+    """Note signals instead of being ended by them; handlers are restored afterwards.
 
     Only the main thread can do that: in any other, signals keep their effect.
     """
@@ -43,5 +43,5 @@ def signals_caught() -> Iterator[Signals]:
         yield seen
     finally:
         for number, handler in before.items():
-            # None: a handler that was not set from Python cannot be put back from Python either
+            # None: a handler that was not set from Python cannot be restored from Python either
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

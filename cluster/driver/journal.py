@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.host.process import Process
+from cluster.store.layout import ATTEMPTS, STATUS
 
 log = logging.getLogger(__name__)
 
 STATES = ("waiting", "running", "done", "skipped", "retried", "failed", "cancelled")
 SILENCE = 60.0  # seconds; a driver writes its status every second
-STATUS, ATTEMPTS = "status.json", "attempts.jsonl"
 
 
 @dataclass

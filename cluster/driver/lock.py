@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
-import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
 
 from cluster.config import OnLocked
 from cluster.errors import Locked
@@ -43,8 +43,8 @@ class Holder:
 
 
 def lock_path(folder: Path, label: str) -> Path:
-    """The lock file of a label."""
-    return folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label).lstrip('.') or '_'}.json"
+    """The lock file of a label, of no other one."""
+    return folder / f"{quote(label, safe=' ')}.json"
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -78,7 +78,7 @@ def run_lock(
     folder.mkdir(parents=True, exist_ok=True)
     path = lock_path(folder, label)
     told = False
-    while (handle := _try(path)) is None:
+    while (lock := _try(path)) is None:
         holder = read_holder(path)
         if on_locked == "refuse":
             raise Locked(f"{label!r} is held by {holder or 'another run'} ({path}): wait for it, or stop it")
@@ -89,47 +89,39 @@ def run_lock(
         time.sleep(PERIOD)
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        text = json.dumps({"process": Process.me().to_json(), "run": run_id, "since": since, "label": label})
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, text.encode(), 0)
+        path.write_text(json.dumps({"process": Process.me().to_json(), "run": run_id, "since": since, "label": label}))
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        _end(lock)
 
 
-def sweep_locks(folder: Path) -> list[Path]:
-    """Remove the lock files of dead owners."""
-    removed = []
+def sweep_locks(folder: Path) -> list[Holder | None]:
+    """Remove the lock files of dead owners; who holds the others."""
+    held = []
     for path in sorted(folder.glob("*.json")):
-        handle = _try(path)
-        if handle is not None:
-            path.unlink(missing_ok=True)
-            os.close(handle)
-            removed.append(path)
-    return removed
+        if (lock := _try(path)) is None:
+            held.append(read_holder(path))
+        else:
+            _end(lock)
+    return held
 
 
-def _try(path: Path) -> int | None:
-    """An open handle of the locked file; None if somebody else has it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+def _try(path: Path) -> FileLock | None:
+    """The lock, held; None if somebody else has it."""
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
-        if _flock(handle, path) and os.path.samestat(os.fstat(handle), path.stat()):
-            return handle
-    except FileNotFoundError:
-        pass  # its owner removed it while we waited: the next try makes a new one
-    os.close(handle)
-    return None
-
-
-def _flock(handle: int, path: Path) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
         holder = read_holder(path)
-        return holder is None or holder.process.alive() is False
-    return True
+        return lock if holder is None or holder.process.alive() is False else None
+    return lock
+
+
+def _end(lock: FileLock) -> None:
+    """Remove the file while we hold it, so that nobody can have locked it meanwhile, then let go."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()

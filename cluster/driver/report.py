@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.errors import TasksFailed
 from cluster.protocol import Cause
-from cluster.task import Task
+from cluster.task import Task, display
 
 TAIL_LINES, TAIL_BYTES = 6, 8192
 MOST_DESCRIBED = 20
@@ -87,8 +87,3 @@ def _describe(outcome: Outcome) -> Iterable[str]:
     yield from (f"      | {line}" for line in log_tail(outcome.log))
     if outcome.log is not None:
         yield f"      log: {outcome.log}"
-
-
-def display(name: str) -> str:
-    """A task's name on one line."""
-    return name if name.isprintable() else repr(name)[1:-1]

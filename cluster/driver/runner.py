@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +15,23 @@ from cluster.driver.interrupt import Signals, signals_caught
 from cluster.driver.journal import Board, Journal, Running
 from cluster.driver.lock import run_lock
 from cluster.driver.plan import Planned, check_tasks
-from cluster.driver.report import Outcome, Report, display
+from cluster.driver.report import Outcome, Report
 from cluster.driver.retry import ELSEWHERE, Policy, pause
 from cluster.driver.view import View
-from cluster.protocol import Cause, Context, Event, Executor, Job, check_executor, make_executor
-from cluster.store.layout import new_attempt
+from cluster.executors import EXECUTORS, check_executor
+from cluster.protocol import Cause, Context, Event, Executor, Job
+from cluster.results import Store
+from cluster.store.layout import new_attempt, temporaries
 from cluster.store.lease import Watch
 from cluster.store.leftovers import fence, has_progressed, sweep
 from cluster.store.publish import is_published
-from cluster.store.remote import Remote
-from cluster.store.store import Store
-from cluster.task import Resources, Task
+from cluster.task import Resources, Task, display
 
 log = logging.getLogger(__name__)
 
 POLL = 0.25  # seconds; also how long Ctrl-C may go unnoticed
-BUSY_PAUSE = 0.5  # seconds until we look again whether another run has finished our task; then twice as long, up to
-BUSY_LONGEST = 10.0
+LOOK_PAUSE = 0.5  # seconds until we look again whether another run has finished our task; then twice as long, up to
+LOOK_LONGEST = 10.0
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show what another machine published
 CANCEL_LIMIT = 30.0  # seconds an executor may take to end what was cancelled
 
@@ -70,27 +71,26 @@ def run(
     with (
         signals_caught() as signals,
         run_lock(store.locks, label, run_id, config.on_locked, signals.check),
-        closing(Remote(config.remote)) if config.remote else nullcontext() as remote,
     ):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
-        if remote is not None:
-            remote.fetch((one.out for one in planned if not one.published), check=signals.check)
-            planned = check_tasks(tasks)
-            remote.upload(one.out for one in planned if one.published)
         missing = [one for one in planned if not one.published]
         _sweep(planned, watch := Watch())
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
         if not missing:
             log.info("%s: all %d tasks were published before", label or "run", len(planned))
         else:
-            made = make_executor(executor, context) if isinstance(executor, str) else executor
+            made = _make_executor(executor, context) if isinstance(executor, str) else executor
             with closing(made) if isinstance(executor, str) else nullcontext():
                 made.check([one.task for one in missing])
-                _Run(missing, report, made, context, label, fail_fast, signals, watch, remote).go()
+                _Run(missing, report, made, context, label, fail_fast, signals, watch).go()
             _sweep(planned, watch)
-        if remote is not None:
-            remote.finish(signals.check)
         return report
+
+
+def _make_executor(name: str, context: Context) -> Executor:
+    module, _, attribute = EXECUTORS[name].partition(":")
+    factory: Callable[[Context], Executor] = getattr(importlib.import_module(module), attribute)
+    return factory(context)
 
 
 def _sweep(planned: list[Planned], watch: Watch) -> None:
@@ -114,7 +114,7 @@ class _Entry:
     causes: list[Cause] = field(default_factory=list)
     supersedes: set[str] = field(default_factory=set)
     avoid: set[str] = field(default_factory=set)  # nodes
-    busy: int = 0  # times that others were at work on it
+    look_pause: float = 0.0  # seconds between two looks at others who are at work on it; 0 if there are none
     log: Path | None = None
     detail: str = ""
 
@@ -139,11 +139,10 @@ class _Run:
         fail_fast: bool,
         signals: Signals,
         watch: Watch,
-        remote: Remote | None,
     ) -> None:
         config = context.config
         self._report, self._executor, self._context = report, executor, context
-        self._fail_fast, self._signals, self._watch, self._remote = fail_fast, signals, watch, remote
+        self._fail_fast, self._signals, self._watch = fail_fast, signals, watch
         self._policy = Policy(config.tries, config.preemptions)
         self._waiting = [_Entry(one, one.task.resources) for one in missing]
         self._flying: dict[str, tuple[_Entry, Job]] = {}
@@ -183,9 +182,7 @@ class _Run:
         if not ready:
             return
         self._waiting = [entry for entry in self._waiting if entry.ready_at > now]
-        for entry in [entry for entry in ready if entry.busy and is_published(entry.planned.out)]:
-            ready.remove(entry)
-            self._skip(entry)
+        self._look_at_others(ready)
         jobs = [self._job(entry) for entry in ready]
         self._flying.update({job.id: (entry, job) for entry, job in zip(ready, jobs, strict=True)})
         self._executor.submit(jobs)
@@ -198,6 +195,7 @@ class _Run:
             number=number,
             call=task.call_name,
             spec=task.spec,
+            inputs=task.inputs,
             out=entry.planned.out,
             key=task.key,
             kind=task.kind,
@@ -226,7 +224,7 @@ class _Run:
         running = self._board.running.get(job.id)
         self._board.end(job.id)
         if event.cause is Cause.BUSY:
-            self._wait_for_others(entry, event)
+            self._wait_for_others(entry)
             return
         cause, detail = self._settled(job, event)
         progressed = has_progressed(job.out, job.id)
@@ -245,12 +243,11 @@ class _Run:
             detail=detail,
             node=event.node,
             seconds=seconds,
+            log=job.log.name,
         )
         if cause is Cause.DONE:
             self._board.done += 1
             self._report.done.append(entry.outcome(cause))
-            if self._remote is not None:
-                self._remote.upload([job.out])
         elif cause is Cause.CANCELLED:
             self._give_up(entry)
         else:
@@ -270,16 +267,26 @@ class _Run:
                 return Cause.DONE, ""
         return Cause.LOST, f"it said that it published, but {job.out} cannot be seen from here"
 
-    def _wait_for_others(self, entry: _Entry, event: Event) -> None:
-        """Another run is at work on this task: look again later, fence attempts without a sign of life."""
-        if is_published(entry.planned.out):
-            self._skip(entry)
-            return
-        for attempt, (beat, patience) in (event.others or {}).items():
-            if patience > 0 and self._watch.expired(attempt, beat, patience):
-                entry.supersedes.add(attempt)
-        entry.ready_at = time.monotonic() + min(BUSY_PAUSE * 2**entry.busy, BUSY_LONGEST)
-        entry.busy += 1
+    def _look_at_others(self, ready: list[_Entry]) -> None:
+        """Take off `ready` what another run has published or is still at work on; the lease of the latter tells."""
+        looked = [entry for entry in ready if entry.look_pause]
+        found = [each for parent in {entry.planned.out.parent for entry in looked} for each in temporaries(parent)]
+        for entry in looked:
+            out = entry.planned.out
+            theirs = [(root, attempt) for root, name, attempt in found if (root.parent, name) == (out.parent, out.name)]
+            over = {attempt for root, attempt in theirs if self._watch.abandoned(root)}
+            entry.supersedes |= over
+            if is_published(out):
+                ready.remove(entry)
+                self._skip(entry)
+            elif len(over) < len(theirs):
+                ready.remove(entry)
+                self._wait_for_others(entry)
+
+    def _wait_for_others(self, entry: _Entry) -> None:
+        """Another run is at work on this task, or its turn did not come: look again later, ever more rarely."""
+        entry.look_pause = min(2 * entry.look_pause or LOOK_PAUSE, LOOK_LONGEST)
+        entry.ready_at = time.monotonic() + entry.look_pause
         self._waiting.append(entry)
 
     def _skip(self, entry: _Entry) -> None:

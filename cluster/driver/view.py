@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cluster.driver.journal import Board
-from cluster.driver.report import display
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from cluster.task import display
 
 PLAIN_PERIOD = 30.0
 MOST_ROWS = 12
@@ -41,29 +41,27 @@ class View:
     """Shows a board until the run ends."""
 
     def __init__(self, board: Board) -> None:
-        from rich.console import Console
-
-        self._board = board
+        self._board, self._last = board, time.monotonic()
         self._console = Console(stderr=True)
-        self._live: Any = None
-        self._last = time.monotonic()
-        self._shown = ""
+        columns = [*map(TextColumn, ("{task.description}", "{task.fields[note]}")), BarColumn(20), TimeElapsedColumn()]
+        # Not its redirection of stdout, which is the program's own.
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, redirect_stdout=False, auto_refresh=False,
+            disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._all = self._progress.add_task(escape(board.label) or "tasks", total=board.total, note="")
+        self._rows: dict[str, TaskID] = {}
 
     def __enter__(self) -> View:
-        from rich.live import Live
-
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
-            self._live.start()
-        else:
+        self._progress.start()
+        if self._progress.disable:
             self.note(f"{self._board.total} tasks, {self._board.skipped} published before")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._progress.stop()
         self.note(summary(self._board))
 
     def note(self, text: str) -> None:
@@ -72,33 +70,25 @@ class View:
         self._console.print(f"{prefix}{text}", markup=False, highlight=False, soft_wrap=True)
 
     def refresh(self) -> None:
-        """To be called often; on a terminal the view refreshes itself, elsewhere it writes a line rarely."""
-        now = time.monotonic()
-        if self._live is None and now - self._last >= PLAIN_PERIOD:
-            self._last = now
-            self.note(summary(self._board))
-
-    def render(self) -> RenderableType:
-        """The live view."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
+        """Show the board as it is now; to be called often. Without a terminal that is a line, and rare."""
         board = self._board
+        if self._progress.disable:
+            if time.monotonic() - self._last >= PLAIN_PERIOD:
+                self._last = time.monotonic()
+                self.note(summary(board))
+            return
+        for gone in self._rows.keys() - board.running.keys():
+            self._progress.remove_task(self._rows.pop(gone))
+        for job, running in board.running.items():
+            if job not in self._rows and len(self._rows) < MOST_ROWS:
+                again = f" (attempt {running.number})" if running.number > 1 else ""
+                self._rows[job] = self._progress.add_task(f"  {escape(display(running.name))}{again}", note="")
+            if job in self._rows:
+                self._progress.update(
+                    self._rows[job], completed=running.done, total=running.total or None, note=escape(running.note)
+                )
         finished = board.done + board.failed + board.cancelled + board.skipped
-        head = Table.grid(padding=(0, 1))
-        head.add_row(
-            Text(board.label or "tasks", style="bold"),
-            ProgressBar(total=max(board.total, 1), completed=finished, width=30),
-            Text(f"{finished}/{board.total}"),
-        )
-        rows = Table.grid(padding=(0, 1))
-        running = list(board.running.values())
-        for task in running[:MOST_ROWS]:
-            bar = ProgressBar(total=task.total, completed=task.done, width=20) if task.total else Text("")
-            again = f" (attempt {task.number})" if task.number > 1 else ""
-            seconds = clock(time.monotonic() - task.started)
-            rows.add_row(Text(f"  {display(task.name)}{again}"), bar, Text(seconds), Text(task.note, style="dim"))
-        more = [Text(f"  and {len(running) - MOST_ROWS} more", style="dim")] if len(running) > MOST_ROWS else []
-        return Group(head, Text(f"  {summary(board)}", style="dim"), rows, *more)
+        hidden = len(board.running) - len(self._rows)
+        note = f"{finished}/{board.total} {escape(summary(board))}{f', {hidden} not shown' if hidden else ''}"
+        self._progress.update(self._all, completed=finished, note=note)
+        self._progress.refresh()

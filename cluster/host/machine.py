@@ -12,6 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from cluster.host.process import ENDED
+
 GIB = 2**30
 _GPU_LINE = re.compile(r"^(?P<indent>\s*)(?:GPU|MIG).*\(UUID: (?P<uuid>[^)]+)\)")
 
@@ -57,7 +61,7 @@ def count_cpus() -> int:
 
 def total_memory_gb() -> float:
     """Memory of this machine, or of the tightest cgroup, in GiB."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [int(psutil.virtual_memory().total)]
     v1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
     for file in (*_cgroup_files("memory.max"), v1):
         with contextlib.suppress(OSError, ValueError):
@@ -93,13 +97,13 @@ def parse_gpus(listing: str) -> tuple[str, ...]:
 
 
 def group_members(groups: Iterable[int]) -> dict[int, list[int]]:
-    """The pids in each process group (Linux; empty elsewhere)."""
+    """The running processes of each process group."""
     members: dict[int, list[int]] = {group: [] for group in groups}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
-            if fields[0] not in (b"Z", b"X") and int(fields[2]) in members:
-                members[int(fields[2])].append(int(entry.name))
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            group = os.getpgid(pid)
+            if group in members and psutil.Process(pid).status() not in ENDED:
+                members[group].append(pid)
     return members
 
 
@@ -107,7 +111,7 @@ def memory_of(pids: Iterable[int]) -> float:
     """Memory in GiB that processes hold and nobody else could have back.
 
     Anonymous pages add up; shared memory is counted once; mapped files (libraries, Arrow shards) not at all,
-    since the kernel drops them when memory is short.
+    since the kernel drops them when memory is short. psutil does not tell these apart.
     """
     anonymous, shared = 0, 0
     for pid in pids:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 LINUX = sys.platform == "linux"
+ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 @cache
@@ -30,15 +32,13 @@ def domain() -> str:
 
 
 def start_time(pid: int) -> str | None:
-    """When `pid` started, as an opaque string; None if no such process runs (a zombie does not run)."""
-    if LINUX:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in (b"Z", b"X") else fields[19].decode()
-    out = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return out.stdout.strip() or None
+    """When `pid` started, in seconds since boot; "" if it has ended but is not reaped, None if it cannot be seen."""
+    try:
+        process = psutil.Process(pid)
+        # The difference is what the kernel counts: setting the clock moves both by the same.
+        return "" if process.status() in ENDED else f"{process.create_time() - psutil.boot_time():.2f}"
+    except psutil.Error:
+        return None
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Process:
     @classmethod
     def me(cls) -> Process:
         """The calling process."""
-        pid = os.getpid()
-        return cls(socket.gethostname(), pid, start_time(pid) or "", domain())
+        return cls(socket.gethostname(), os.getpid(), start_time(os.getpid()) or "unknown", domain())
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Process:
@@ -66,10 +65,19 @@ class Process:
         return asdict(self)
 
     def alive(self) -> bool | None:
-        """Whether it still runs; None if that cannot be seen from here (another host or container)."""
+        """Whether it still runs; None if that cannot be seen from here (another host, container or user)."""
         if self.domain != domain():
             return None
-        return start_time(self.pid) == self.started
+        started = start_time(self.pid)
+        if started is None:  # no such process, or, where /proc hides them (hidepid=2), one of another user
+            try:
+                os.kill(self.pid, 0)
+            except ProcessLookupError:
+                return False
+            except PermissionError:
+                return None
+            started = start_time(self.pid)  # it began, or was reaped, in between
+        return started == self.started
 
     def __str__(self) -> str:
         return f"{self.host}:{self.pid}"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import selectors
 import signal
+import socket
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from cluster import wire
 from cluster.errors import NotAvailable
-from cluster.host.machine import Machine, group_members, memory_of, oom_kills
+from cluster.host.machine import Machine, group_members, memory_of, oom_kills, visible_gpus
 from cluster.host.process import LINUX
-from cluster.local.process import Shape, WorkerProcess
-from cluster.protocol import Cause, Context, Event, Job
+from cluster.local.process import WorkerProcess
+from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.task import Resources, Task
-from cluster.worker.guard import Guardian
+from cluster.worker.environment import remove_if_empty
+from cluster.worker.guardian import Guardian
 
 log = logging.getLogger(__name__)
 
@@ -26,18 +30,19 @@ START_LIMIT = 180.0  # seconds a worker may take to come up
 START_FAILURES = 10  # workers in a row that die before they are ready: something is wrong with all of them
 MOST_INHERITED = 0.5  # of a task's memory may be taken by what its worker holds from earlier tasks
 GRACE = 2.0
+WORKER_LOGS = "workers"  # folder, in the logs of a run, of workers on other machines
+STOP_GRACE = 1.0  # seconds that a task has to write a checkpoint once its time is up
 
 
-class LocalExecutor:
+class Workers(Executor):
     """Runs jobs in worker processes of this machine."""
 
-    def __init__(self, context: Context) -> None:
-        self.machine = Machine.here(cpus=context.config.workers, memory_gb=context.config.memory_gb)
-        self._logs = context.logs
-        self._queues: dict[Resources, deque[Job]] = {}
+    def __init__(self, logs: Path, machine: Machine, stop_grace: float = STOP_GRACE) -> None:
+        super().__init__()
+        self.machine = machine
+        self._logs, self._stop_grace = logs, stop_grace
         self._workers: list[WorkerProcess] = []
         self._selector = selectors.DefaultSelector()
-        self._events: list[Event] = []
         self._guardian: Guardian | None = None
         self._unstarted: Counter[str] = Counter()  # workers that died with a job they had not begun
         self._count, self._start_failures, self._memory_looked = 0, 0, 0.0
@@ -67,38 +72,6 @@ class LocalExecutor:
                     f"{machine.memory_gb:.1f} to hand out: ask for less, or choose another executor"
                 )
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs."""
-        for job in jobs:
-            self._queues.setdefault(job.resources, deque()).append(job)
-
-    def poll(self, timeout: float) -> list[Event]:
-        """News; waits for some at most `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while True:
-            self._dispatch()
-            left = 0.0 if self._events else max(deadline - time.monotonic(), 0.0)
-            for key, _ in self._selector.select(min(left, TICK)):
-                self._read(key.data)
-            for worker in list(self._workers):
-                self._look_after(worker)
-            self._watch_memory()
-            self._dispatch()  # at once: a worker that has just become idle does not wait for the caller
-            if self._events or time.monotonic() >= deadline:
-                events, self._events = self._events, []
-                return events
-
-    def cancel(self, ids: Collection[str]) -> None:
-        """Drop these from the queue and kill those that run."""
-        wanted = set(ids)
-        for resources, queue in self._queues.items():
-            dropped = [job for job in queue if job.id in wanted]
-            self._queues[resources] = deque(job for job in queue if job.id not in wanted)
-            self._events += [Event(job.id, "ended", Cause.CANCELLED) for job in dropped]
-        for worker in self._workers:
-            if worker.job is not None and worker.job.id in wanted:
-                worker.kill(Cause.CANCELLED)
-
     def close(self) -> None:
         """End all workers, idle ones in peace."""
         self._queues.clear()
@@ -110,6 +83,20 @@ class LocalExecutor:
         if self._guardian is not None:
             self._guardian.close()
             self._guardian = None
+
+    def _cancel_running(self, ids: set[str]) -> None:
+        for worker in self._workers:
+            if worker.job is not None and worker.job.id in ids:
+                worker.kill(Cause.CANCELLED)
+
+    def _advance(self, timeout: float) -> None:
+        self._dispatch()
+        for key, _ in self._selector.select(min(timeout, TICK)):
+            self._read(key.data)
+        for worker in list(self._workers):
+            self._look_after(worker)
+        self._watch_memory()
+        self._dispatch()  # at once: a worker that has just become idle does not wait for the caller
 
     # Giving out work
 
@@ -136,7 +123,7 @@ class LocalExecutor:
         """An idle worker of the right shape, or a new one; None if its GPUs are taken."""
         wanted = (resources.cpus, resources.gpus)
         for worker in [worker for worker in self._workers if worker.idle]:
-            if (worker.shape.threads, len(worker.shape.gpus)) == wanted:
+            if (worker.threads, len(worker.gpus)) == wanted:
                 if memory_of([worker.pid]) < resources.memory_gb * MOST_INHERITED:
                     return worker
                 self._remove(worker)  # what earlier tasks left in memory would count against this one
@@ -144,31 +131,31 @@ class LocalExecutor:
         if gpus is None:
             return None
         # Idle workers of other shapes hold memory; those that would make more of them than cores give way.
-        shares = sum(min(worker.shape.threads, self.machine.cpus) for worker in self._workers)
+        shares = sum(min(worker.threads, self.machine.cpus) for worker in self._workers)
         for worker in [worker for worker in self._workers if worker.idle]:
             if shares + self._share(resources) > self.machine.cpus:
-                shares -= min(worker.shape.threads, self.machine.cpus)
+                shares -= min(worker.threads, self.machine.cpus)
                 self._remove(worker)
-        return self._start(Shape(resources.cpus, gpus))
+        return self._start(resources.cpus, gpus)
 
     def _free_gpus(self, count: int) -> tuple[str, ...] | None:
         """GPUs no worker holds. A worker holds its GPUs as long as it lives: CUDA keeps memory on them."""
         if count == 0:
             return ()
-        held = {gpu for worker in self._workers if not worker.idle for gpu in worker.shape.gpus}
+        held = {gpu for worker in self._workers if not worker.idle for gpu in worker.gpus}
         free = [gpu for gpu in self.machine.gpus if gpu not in held][:count]
         if len(free) < count:
             return None
-        for worker in [worker for worker in self._workers if set(worker.shape.gpus) & set(free)]:
+        for worker in [worker for worker in self._workers if set(worker.gpus) & set(free)]:
             self._remove(worker)
         return tuple(free)
 
-    def _start(self, shape: Shape) -> WorkerProcess:
+    def _start(self, threads: int, gpus: tuple[str, ...]) -> WorkerProcess:
         if self._guardian is None:
             self._guardian = Guardian()
         self._count += 1
         self._logs.mkdir(parents=True, exist_ok=True)
-        worker = WorkerProcess(shape, self._logs / f"worker-{self._count}.log")
+        worker = WorkerProcess(threads, gpus, self._logs / f"worker-{self._count}.log")
         self._guardian.tell("+", worker.pid)
         self._workers.append(worker)
         self._selector.register(worker.events, selectors.EVENT_READ, worker)
@@ -177,22 +164,17 @@ class LocalExecutor:
     # Following what runs
 
     def _read(self, worker: WorkerProcess) -> None:
-        for message in worker.read():
-            if "ready" in message:
+        for event in worker.read():
+            if event.kind == "ready":
                 worker.ready = True
                 self._start_failures = 0
-            else:
-                self._take(worker, wire.event_from_json(message["event"]))
+            elif worker.job is not None and worker.job.id == event.job:
+                if event.kind == "started":
+                    worker.job_started = time.monotonic()
+                elif event.kind == "ended":
+                    worker.job = None
+                self._events.append(event)
         worker.flush()
-
-    def _take(self, worker: WorkerProcess, event: Event) -> None:
-        if worker.job is None or worker.job.id != event.job:
-            return
-        if event.kind == "started":
-            worker.job_started = time.monotonic()
-        elif event.kind == "ended":
-            worker.job = None
-        self._events.append(event)
 
     def _look_after(self, worker: WorkerProcess) -> None:
         worker.flush()
@@ -204,7 +186,10 @@ class LocalExecutor:
             worker.kill(Cause.CRASHED, f"the worker did not come up within {START_LIMIT:.0f} s")
         elif worker.job is not None and worker.job_started is not None:
             minutes = worker.job.resources.minutes
-            if now - worker.job_started > minutes * 60:
+            if worker.stopping is None and now - worker.job_started > minutes * 60:
+                worker.stopping = now
+                worker.signal(signal.SIGUSR2)
+            elif worker.stopping is not None and now - worker.stopping > self._stop_grace:
                 worker.kill(Cause.TIMEOUT, f"took longer than {minutes:g} minutes")
 
     def _watch_memory(self) -> None:
@@ -256,3 +241,67 @@ class LocalExecutor:
             worker.close(GRACE)
             if self._guardian is not None:
                 self._guardian.tell("-", worker.pid)
+
+
+class LocalExecutor(Workers):
+    """Runs jobs on this machine, or on as much of it as the configuration says."""
+
+    def __init__(self, context: Context) -> None:
+        config = context.config
+        super().__init__(context.logs, Machine.here(cpus=config.workers, memory_gb=config.memory_gb))
+
+
+class Allotted(Workers):
+    """Runs one job after another, each with what a scheduler of other machines set aside for it here.
+
+    So memory, time limit, children, logs and the causes of an end are the same on Ray and SLURM as on one machine.
+    """
+
+    def __init__(self, logs: Path, stop_grace: float = STOP_GRACE) -> None:
+        super().__init__(logs / WORKER_LOGS / f"{socket.gethostname()}-{os.getpid()}", Machine(1, 1.0, ()), stop_grace)
+
+    def attempt(self, job: Job) -> Iterator[Event]:
+        """Run one attempt to its end, yielding its news; the last is of kind "ended". Given up, it is killed."""
+        asked = job.resources
+        gpus = visible_gpus() if asked.gpus else ()
+        if len(gpus) < asked.gpus:
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+            problem = (
+                f"{socket.gethostname()} has {len(gpus)} of {asked.gpus} GPU(s): CUDA_VISIBLE_DEVICES is {shown!r}"
+            )
+            yield Event(job.id, "ended", Cause.EXCEPTION, f"the node {problem}")
+            return
+        self.machine = Machine(asked.cpus, asked.memory_gb, gpus[: asked.gpus])
+        self.submit([job])
+        ended = False
+        try:
+            while not ended:
+                for event in self.poll(1.0):
+                    ended = event.kind == "ended"
+                    yield event
+        finally:
+            if not ended:
+                self.close()
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on to the worker that is at a job."""
+        for worker in self._workers:
+            if worker.job_started is not None:
+                worker.signal(number)
+
+    def close(self) -> None:
+        """End the worker."""
+        super().close()
+        with contextlib.suppress(OSError):  # it holds output of workers that belongs to no attempt
+            self._logs.rmdir()
+
+
+def remove_empty_logs(logs: Path) -> None:
+    """Remove logs of workers that hold nothing: schedulers give their owners no time to do so."""
+    folder = logs / WORKER_LOGS
+    for path in sorted(folder.rglob("*"), reverse=True):
+        remove_if_empty(path)
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -9,68 +9,32 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cluster import wire
-from cluster.fingerprint import dotted_name
 from cluster.host.machine import group_members
-from cluster.protocol import Cause, Job
+from cluster.protocol import Cause, Event, Job, Lines, encode
+from cluster.worker.environment import remove_if_empty, worker_environment, worker_path
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from cluster.local.worker import main; main(*map(int, sys.argv[2:]))"
 )
-_THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB", "BLIS")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a worker is made for: its thread count and its GPUs are fixed before it imports anything."""
-
-    threads: int
-    gpus: tuple[str, ...]
-
-
-def worker_environment(shape: Shape) -> dict[str, str]:
-    """Environment of a worker: threads as the task asked, so that results do not depend on the machine."""
-    threads = {f"{library}_NUM_THREADS": str(shape.threads) for library in _THREADS}
-    return {
-        "PYTHONHASHSEED": "0",
-        **os.environ,
-        **threads,
-        "CUDA_VISIBLE_DEVICES": ",".join(shape.gpus),
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def worker_path() -> list[str]:
-    """Our `sys.path`, with a script's folder inside a package replaced by the parent of the package."""
-    path = []
-    for entry in sys.path:
-        folder = Path(entry or ".").absolute()
-        if (folder / "__init__.py").exists():
-            folder = folder.resolve()
-            folder = folder.parents[len(dotted_name(folder / "__init__.py").split(".")) - 2]
-        if str(folder) not in path:
-            path.append(str(folder))
-    return path
 
 
 class WorkerProcess:
-    """A worker process and the job it is at."""
+    """A worker process and the job it is at. Its thread count and its GPUs are fixed before it imports anything."""
 
-    def __init__(self, shape: Shape, log: Path) -> None:
-        self.shape = shape
+    def __init__(self, threads: int, gpus: tuple[str, ...], log: Path) -> None:
+        self.threads, self.gpus = threads, gpus
         self.log = log
         self.ready = False
         self.started = time.monotonic()
         self.job: Job | None = None
         self.job_started: float | None = None  # when it said that it began
+        self.stopping: float | None = None  # since when it knows that its job's time is up
         self.oom_kills = 0  # of the machine when the job began
         self.killed: tuple[Cause, str] | None = None
-        self._lines, self._outbox = wire.Lines(), b""
+        self._lines, self._outbox = Lines(Event.from_json), b""
         commands, self._commands = os.pipe()
         self.events, events = os.pipe()
         try:
@@ -90,7 +54,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=worker_environment(self.shape),
+                env=worker_environment(self.threads, self.gpus),
                 pass_fds=(commands, events),
                 start_new_session=True,
             )
@@ -102,8 +66,8 @@ class WorkerProcess:
 
     def assign(self, job: Job) -> None:
         """Give it a job; it need not be ready yet."""
-        self.job, self.job_started = job, None
-        self._outbox += wire.encode(job.to_json())
+        self.job, self.job_started, self.stopping = job, None, None
+        self._outbox += encode(job)
         self.flush()
 
     def flush(self) -> None:
@@ -116,21 +80,25 @@ class WorkerProcess:
             except BrokenPipeError:  # it died: `poll` of the executor will see it
                 self._outbox = b""
 
-    def read(self) -> list[dict[str, Any]]:
-        """Messages that have come."""
-        messages: list[dict[str, Any]] = []
+    def read(self) -> list[Event]:
+        """News that have come."""
+        events: list[Event] = []
         while True:
             try:
                 data = os.read(self.events, 1 << 16)
             except BlockingIOError:
-                return messages
+                return events
             if not data:
-                return messages
-            messages.extend(self._lines.feed(data))
+                return events
+            events.extend(self._lines.feed(data))
 
     def exit_code(self) -> int | None:
         """None while it runs; minus the signal if one killed it."""
         return self._process.poll()
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, but not its children."""
+        self._process.send_signal(number)
 
     def kill(self, cause: Cause, detail: str = "") -> None:
         """Kill it and its children; why is remembered for when its end is noticed."""
@@ -166,6 +134,4 @@ class WorkerProcess:
         if self.events >= 0:
             os.close(self.events)
             self.events = -1
-        with contextlib.suppress(OSError):
-            if self.log.stat().st_size == 0:
-                self.log.unlink()
+        remove_if_empty(self.log)

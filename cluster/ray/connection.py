@@ -15,15 +15,14 @@ from typing import Any
 from cluster.errors import NotAvailable
 from cluster.host.machine import GIB, Machine
 from cluster.protocol import Context
-from cluster.ray.profile import Profile
-from cluster.ray.upload import check_size
+from cluster.ray.profile import RayProfile
 
 log = logging.getLogger(__name__)
 
 PACKAGE = re.compile(r"(?P<root>.*/_ray_pkg_[0-9a-f]+)(/.*)?", re.DOTALL)  # Ray's copy of a working dir
 
 
-def connect(context: Context, profile: Profile) -> tuple[Any, bool, str | None]:
+def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | None]:
     """(ray, whether the connection is ours, the folder that Ray copies to the nodes).
 
     As with `ray.init`: the address of the profile, else RAY_ADDRESS (a job that was submitted to a cluster has
@@ -40,7 +39,8 @@ def connect(context: Context, profile: Profile) -> tuple[Any, bool, str | None]:
         return ray, False, root
     runtime_env: dict[str, Any] | None = None
     if profile.working_dir is not None:
-        check_size(Path(profile.working_dir))
+        if not Path(profile.working_dir).is_dir():
+            raise NotAvailable(f"the working dir {profile.working_dir} is not a folder")
         runtime_env = {"working_dir": profile.working_dir}
     with _own_signal_handlers():
         _init(ray, context, address, runtime_env)
@@ -83,7 +83,7 @@ def _check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Put back the handlers that `ray.init` replaces: how signals end a run is decided by `run`."""
+    """Restore the handlers that `ray.init` replaces: how signals end a run is decided by `run`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -11,21 +11,20 @@ import contextlib
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import wire
-from cluster.driver.report import display
 from cluster.errors import NotAvailable
 from cluster.host.machine import GIB
-from cluster.protocol import Cause, Context, Event, Job
-from cluster.ray.boot import boot, code_path
+from cluster.local.executor import remove_empty_logs
+from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.ray.connection import PACKAGE, connect
-from cluster.ray.profile import Node, Profile, misfit
-from cluster.task import Resources, Task
+from cluster.ray.profile import Node, RayProfile, misfit
+from cluster.ray.remote import code_path, remote_function
+from cluster.task import Resources, Task, display
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +49,14 @@ class _Flight:
     verdict: tuple[Cause, str] | None = None  # why we ended it
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Runs jobs as tasks of a Ray cluster."""
 
     def __init__(self, context: Context) -> None:
+        super().__init__()
         self._context = context
-        self._profile = Profile.load(context.config.profile)
-        self._queues: dict[Resources, deque[Job]] = {}
+        self._profile = RayProfile.load(context.config.profile)
         self._flights: dict[Any, _Flight] = {}  # by stream
-        self._events: list[Event] = []
         self._looked, self._unplaced_since = 0.0, 0.0
         # Both now: where nodes share a disk, Ray may remove its copy of them for a moment, to make it anew.
         self._working_folder, self._code = str(Path.cwd()), code_path()
@@ -66,7 +64,7 @@ class RayExecutor:
         try:
             self._address = self._ray.get_runtime_context().gcs_address
             self._nodes = self._look()
-            self._remote = self._ray.remote(boot())
+            self._remote = self._ray.remote(remote_function())
             self._setup = self._make_setup(root)
             context.logs.mkdir(parents=True, exist_ok=True)
         except BaseException:
@@ -92,32 +90,14 @@ class RayExecutor:
             if problem:
                 raise NotAvailable(f"task {task.name!r} {problem} (Ray cluster at {self._address})")
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs."""
-        for job in jobs:
-            self._queues.setdefault(job.resources, deque()).append(job)
+    def _advance(self, timeout: float) -> None:
         self._launch()
+        self._collect(timeout)
+        self._watch()
 
-    def poll(self, timeout: float) -> list[Event]:
-        """News; waits for some at most `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while True:
-            self._collect(0.0 if self._events else max(deadline - time.monotonic(), 0.0))
-            self._watch()
-            self._launch()
-            if self._events or time.monotonic() >= deadline:
-                events, self._events = self._events, []
-                return events
-
-    def cancel(self, ids: Collection[str]) -> None:
-        """Drop these from the queue and kill those that Ray has."""
-        wanted = set(ids)
-        for resources, queue in self._queues.items():
-            dropped = [job for job in queue if job.id in wanted]
-            self._queues[resources] = deque(job for job in queue if job.id not in wanted)
-            self._events += [Event(job.id, "ended", Cause.CANCELLED) for job in dropped]
+    def _cancel_running(self, ids: set[str]) -> None:
         for flight in self._flights.values():
-            if flight.job.id in wanted:
+            if flight.job.id in ids:
                 self._end(flight, Cause.CANCELLED)
 
     def close(self) -> None:
@@ -131,17 +111,15 @@ class RayExecutor:
         self._flights.clear()
         if self._owned and self._ray.is_initialized():
             self._ray.shutdown()
-        _remove_empty(self._context.logs / "workers")
+        remove_empty_logs(self._context.logs)
 
     # Handing jobs to Ray
 
     def _launch(self) -> None:
         window = WINDOW + 2 * int(sum(node.cpus for node in self._nodes))
-        flying: dict[Resources, int] = {}
-        for flight in self._flights.values():
-            flying[flight.job.resources] = flying.get(flight.job.resources, 0) + 1
+        flying = Counter(flight.job.resources for flight in self._flights.values())
         for resources, queue in self._queues.items():
-            for _ in range(min(len(queue), window - flying.get(resources, 0))):
+            for _ in range(min(len(queue), window - flying[resources])):
                 self._hand_over(queue.popleft())
 
     def _hand_over(self, job: Job) -> None:
@@ -171,7 +149,6 @@ class RayExecutor:
     def _make_setup(self, root: str | None) -> tuple[dict[str, Any], list[str], str | None]:
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         setup = {
-            "run_id": self._context.run_id,
             "logs": str(self._context.logs),
             "folder": self._working_folder,
             "environment": environment | self._profile.environment,
@@ -194,18 +171,16 @@ class RayExecutor:
 
     def _take(self, flight: _Flight) -> None:
         try:
-            message = self._ray.get(next(flight.stream))
+            event = Event.from_json(self._ray.get(next(flight.stream)))
         except StopIteration:
-            self._ended(flight, *(flight.verdict or (Cause.LOST, "it ended without a word")))
+            self._ended(flight, *(flight.verdict or (Cause.LOST, "it ended and told no end")))
         except self._ray.exceptions.RayError as error:
             self._ended(flight, *(flight.verdict or self._diagnose(flight, error)))
         else:
-            event = wire.event_from_json(message["event"])
             if event.kind == "started":
-                flight.node, flight.started = message["node"], time.monotonic()
+                flight.node, flight.started = event.node, time.monotonic()
             elif event.kind == "ended":
                 del self._flights[flight.stream]
-                event = replace(event, node=message["node"])
             self._events.append(event)
 
     def _ended(self, flight: _Flight, cause: Cause, detail: str) -> None:
@@ -276,15 +251,3 @@ class RayExecutor:
 
     def _look(self) -> list[Node]:
         return [Node.of_ray(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove logs of local workers that hold nothing: Ray gave their owners no time to do so."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        with contextlib.suppress(OSError):
-            if path.is_dir():
-                path.rmdir()
-            elif path.stat().st_size == 0:
-                path.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()

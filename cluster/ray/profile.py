@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from cluster.errors import BadConfig
+from pydantic import Field
+
 from cluster.host.machine import GIB
-from cluster.profiles import load_profile, nearest
+from cluster.profiles import Profile
 from cluster.task import Resources
+from cluster.validation import Section, Text
 
-SCHEDULING = ("DEFAULT", "SPREAD")
-SIZES = ("cpus", "gpus", "memory_gb")
 ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a node's GPUs
 
 
@@ -35,7 +34,7 @@ class Node:
         memory = resources.get("memory", 0.0) / GIB
         return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory, extra)
 
-    def fits(self, asked: Resources, profile: Profile) -> bool:
+    def fits(self, asked: Resources, profile: RayProfile) -> bool:
         """Whether it could run such a task if it had nothing else to do."""
         if profile.accelerator_type and asked.gpus and ACCELERATOR + profile.accelerator_type not in self.extra:
             return False
@@ -48,29 +47,26 @@ class Node:
         return f"{self.cpus:g} core(s), {self.gpus:g} GPU(s), {self.memory_gb:.1f} GB of memory"
 
 
-@dataclass(frozen=True)
-class Profile:
-    """How to use a Ray cluster: a file of `cluster/ray/`."""
+class LargestNode(Section):
+    """Of a cluster that grows by itself. Without cores or memory no task would fit it."""
 
-    address: str | None = None
-    working_dir: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
-    resources: dict[str, float] = field(default_factory=dict)
-    accelerator_type: str | None = None
-    scheduling: str = "DEFAULT"
-    largest_node: dict[str, float] | None = None
-    patience_minutes: float = 10.0
+    cpus: float = Field(gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+    memory_gb: float = Field(gt=0)
 
-    @classmethod
-    def load(cls, name: str | None) -> Profile:
-        """The profile of that name or path; that of `default.yaml` if None.
 
-        Raises:
-            BadConfig: an unknown key or an impossible value.
-        """
-        values: dict[str, Any] = load_profile("ray", name or "default")
-        _check(values, f"Ray profile {name or 'default'}")
-        return cls(**{one.name: values[one.name] for one in fields(cls) if values.get(one.name) is not None})
+class RayProfile(Profile):
+    """How to use a Ray cluster: a file of `cluster/ray/`, where `default.yaml` explains each key."""
+
+    kind = "ray"
+    address: Text | None = None
+    working_dir: Text | None = None
+    environment: dict[str, str] = Field(default={})
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    accelerator_type: Text | None = None
+    scheduling: Literal["DEFAULT", "SPREAD"] = "DEFAULT"
+    largest_node: LargestNode | None = None
+    patience_minutes: float = Field(default=10.0, ge=0)
 
     @property
     def growth(self) -> list[Node]:
@@ -81,44 +77,10 @@ class Profile:
         extra = dict.fromkeys(self.resources, float("inf"))
         if self.accelerator_type:
             extra[ACCELERATOR + self.accelerator_type] = 1.0
-        return [Node(size.get("cpus", 0.0), size.get("gpus", 0.0), size.get("memory_gb", 0.0), extra)]
+        return [Node(size.cpus, size.gpus, size.memory_gb, extra)]
 
 
-def _check(values: Mapping[str, Any], where: str) -> None:
-    """Raise BadConfig for what the kinds of the default values do not tell."""
-    for key in ("address", "working_dir", "accelerator_type"):
-        if not (values[key] is None or (isinstance(values[key], str) and values[key])):
-            raise BadConfig(f"{where}: {key} is {values[key]!r}: a text is needed")
-    if values["scheduling"] not in SCHEDULING:
-        raise BadConfig(f"{where}: scheduling is {values['scheduling']!r}: {' or '.join(SCHEDULING)}")
-    if not 0 <= values["patience_minutes"] < math.inf:
-        raise BadConfig(f"{where}: patience_minutes is {values['patience_minutes']!r}: a number, at least 0")
-    for name, value in values["environment"].items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise BadConfig(f"{where}: environment.{name} is {value!r}: a text is needed (quote numbers)")
-    for name, value in values["resources"].items():
-        if not _is_amount(value) or value == 0:
-            raise BadConfig(f"{where}: resources.{name} is {value!r}: a number greater than zero")
-    size = values["largest_node"]
-    if size is None:
-        return
-    if not isinstance(size, dict) or not size:
-        raise BadConfig(f"{where}: largest_node is {size!r}: a mapping such as {{cpus: 32, gpus: 4, memory_gb: 200}}")
-    for name, value in size.items():
-        if name not in SIZES:
-            raise BadConfig(f"{where}: unknown key largest_node.{name}: {nearest(str(name), SIZES)}")
-        if not _is_amount(value):
-            raise BadConfig(f"{where}: largest_node.{name} is {value!r}: a number, at least 0")
-    for name in ("cpus", "memory_gb"):
-        if not size.get(name):
-            raise BadConfig(f"{where}: largest_node does not say how much {name} it has: no task would fit it")
-
-
-def _is_amount(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def misfit(asked: Resources, nodes: Sequence[Node], profile: Profile) -> str | None:
+def misfit(asked: Resources, nodes: Sequence[Node], profile: RayProfile) -> str | None:
     """Why no node can ever run such a task, as the rest of a sentence; None if one can."""
     if any(node.fits(asked, profile) for node in [*nodes, *profile.growth]):
         return None

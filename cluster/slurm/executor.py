@@ -1,93 +1,104 @@
-"""The SLURM executor: each attempt is one job, in arrays of jobs that ask for the same. The only module that imports
-submitit.
+"""The SLURM executor: attempts run in arrays of SLURM jobs. The only module that imports submitit.
 
-submitit writes and submits the scripts of the arrays. What each job is to do lies in one JSON file an array, and how it
-goes is read from files that the jobs write themselves (`cluster.slurm.worker`) and from squeue, once for all jobs at a
-time. So no pickle travels, and no job spends its time on submitit's. SLURM requeues nothing, `run` retries: a job that
-is started again by SLURM would be the same attempt twice.
+Jobs of an array ask for the same; each makes one attempt, or several short ones one after another (`tasks_per_job` of
+the profile). submitit writes and submits arrays; what each job is to do lies in one file an array, and how it goes is
+read from files that the jobs write (`cluster.slurm.worker`) and from squeue, once for all jobs at a time. SLURM
+requeues nothing, `run` retries: a job that is started again by SLURM would be the same attempt twice.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
-import sys
+import statistics
 import time
-from collections import deque
-from collections.abc import Collection, Sequence
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster import wire
 from cluster.errors import NotAvailable
-from cluster.local.process import Shape, worker_environment, worker_path
-from cluster.protocol import Cause, Context, Event, Job
+from cluster.local.executor import remove_empty_logs
+from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
 from cluster.slurm import queue as slurm_queue
-from cluster.slurm import worker
 from cluster.slurm.orphans import FOLDER, Ledger, job_name, reap
-from cluster.slurm.profile import Profile
-from cluster.slurm.queue import CAUSES, Away, State
-from cluster.slurm.worker import events_file, write_array
+from cluster.slurm.profile import SlurmProfile
+from cluster.slurm.queue import CAUSES, ControllerUnreachable, State
+from cluster.slurm.worker import events_file, run_jobs, write_array
 from cluster.task import Resources, Task
+from cluster.worker.environment import worker_path
 
 log = logging.getLogger(__name__)
 
 TICK = 0.25  # seconds between two looks at the files of attempts
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show what an attempt wrote last
 CLOSE_LIMIT = 20.0  # seconds that cancelled jobs have to leave the queue
+# With `tasks_per_job: auto`, of tasks with the same call and resources:
+FEW = 4  # so many need no packing
+SAMPLE = 2  # attempts that go first, each in a job of its own, to be measured
+SAMPLE_LIMIT = 20.0  # seconds that the others wait for that: longer tasks need no packing
+SHORTEST, LONGEST = 1.0, 10.0  # seconds of work to give to a job
+ALLOWANCE = 60.0  # seconds that the tasks of a pack may take in all, before the last one begins
 _UNHEARD = re.compile(r"timed out|Zero Bytes", re.IGNORECASE)  # it may have queued them all the same
 _HELD = re.compile(r"held|BadConstraints|PartitionDown|PartitionInactive", re.IGNORECASE)
 _MEMORY = re.compile(rb"exceeded (job |step )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 
-
-_Kind = tuple[Resources, tuple[str, ...]]  # what jobs of one array share: what they ask for, and nodes they avoid
+_Shape = tuple[Resources, tuple[str, ...], str]  # what jobs of one array share: resources, nodes they avoid, call
 
 
 @dataclass(eq=False)
-class _Flight:
+class _SlurmJob:
     """A job in the hands of SLURM."""
 
-    job: Job
     id: str
-    log: Path  # of srun, and of the process before its attempt
+    attempts: dict[str, Job]  # those that have not ended, in order, by their ids
+    shape: _Shape
+    events: Path
+    log: Path  # of srun, and of the process that starts the attempts
     submitted: float
-    lines: wire.Lines = field(default_factory=wire.Lines)
+    lines: Lines[Event] = field(default_factory=lambda: Lines(Event.from_json))
     read: int = 0  # bytes of its events
     gone: float | None = None  # when it was first seen to have ended, or not seen any more
     state: State | None = None
     node: str = ""
-    verdict: Cause | None = None  # why we ended it
+    cancelled: set[str] = field(default_factory=set)  # attempts that we cancelled
 
 
-class SlurmExecutor:
+class SlurmExecutor(Executor):
     """Runs jobs on a SLURM cluster."""
 
     def __init__(self, context: Context) -> None:
+        super().__init__()
         try:
             import submitit
         except ImportError as error:
             raise NotAvailable("submitit is not installed: pip install 'ocvtp[pipeline]'") from error
         self._submitit = submitit
-        self._profile = Profile.load(context.config.profile)
-        self._settings = slurm_queue.settings()
-        self._folder = context.logs / FOLDER
+        self._profile = SlurmProfile.load(context.config.profile)
+        self._logs, self._folder = context.logs, context.logs / FOLDER
         self._name = job_name(context.run_id)
-        self._queues: dict[_Kind, deque[Job]] = {}
-        self._flights: dict[str, _Flight] = {}  # by id of the SLURM job
+        self._jobs: dict[str, _SlurmJob] = {}  # by id
         self._known: set[str] = set()  # ids of all jobs that SLURM has taken
-        self._events: list[Event] = []
-        self._looked, self._away_since = 0.0, None
-        self._full_until, self._full_since, self._wave = 0.0, None, self._longest_array
+        self._looked = 0.0
+        self._unreachable_since: float | None = None
+        self._full_since: float | None = None
+        self._full_until = 0.0
+        self._seconds: dict[tuple[Resources, str], deque[float]] = defaultdict(lambda: deque(maxlen=100))
+        self._sampled: dict[tuple[Resources, str], float] = {}  # when the sample was submitted
+        self._single: set[_Shape] = set()  # SLURM refuses packs of those
+        self._reasons: set[str] = set()  # to wait, of which people know
         self._ledger = Ledger(self._folder)
-        self._ledger.open()
-        reap(self._ledger)
-        self._told: set[str] = set()  # reasons to wait of which people know
-
-    _away_since: float | None
-    _full_since: float | None
+        try:
+            self._settings = slurm_queue.settings()
+            self._ledger.open()
+            reap(self._ledger)
+        except ControllerUnreachable as error:
+            raise NotAvailable(f"SLURM does not answer: {error}") from error
+        self._wave = self._longest_array
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node with GPUs or without, less what each job has beside its task."""
@@ -106,221 +117,252 @@ class SlurmExecutor:
                     "partition in the profile"
                 )
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs."""
-        for job in jobs:
-            self._queues.setdefault((job.resources, job.avoid), deque()).append(job)
-        self._launch()
-
-    def poll(self, timeout: float) -> list[Event]:
-        """News; waits for some at most `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while True:
-            self._read()
-            self._look()
-            self._launch()
-            now = time.monotonic()
-            if self._events or now >= deadline:
-                events, self._events = self._events, []
-                return events
-            time.sleep(min(TICK, deadline - now))
-
-    def cancel(self, ids: Collection[str]) -> None:
-        """Drop these from the queue here, and cancel those that SLURM has."""
-        wanted = set(ids)
-        for kind, queue in self._queues.items():
-            dropped = [job for job in queue if job.id in wanted]
-            self._queues[kind] = deque(job for job in queue if job.id not in wanted)
-            self._events += [Event(job.id, "ended", Cause.CANCELLED) for job in dropped]
-        flights = [flight for flight in self._flights.values() if flight.job.id in wanted]
-        for flight in flights:
-            flight.verdict = flight.verdict or Cause.CANCELLED
-        slurm_queue.cancel(flight.id for flight in flights)
-        self._looked = 0.0
-
     def close(self) -> None:
         """Cancel what is left, and wait until it is gone."""
         self._queues.clear()
-        self.cancel([flight.job.id for flight in self._flights.values()])
+        self.cancel([attempt for job in self._jobs.values() for attempt in job.attempts])
         deadline = time.monotonic() + CLOSE_LIMIT
         while time.monotonic() < deadline and (left := self._left()):
             slurm_queue.cancel(left - self._known)  # such as sbatch queued without saying so
             self.poll(TICK)
-        self._flights.clear()
+        self._jobs.clear()
+        remove_empty_logs(self._logs)
 
     def _left(self) -> set[str]:
-        """Jobs of this run in the queue, also such as have said their last word."""
+        """Jobs of this run in the queue, also such as have told the end of all their attempts."""
         try:
             return {listed.id for listed in slurm_queue.queue(name=self._name) if listed.state.alive}
-        except Away as error:
+        except ControllerUnreachable as error:
             log.warning("%s", error)
             return set()
+
+    def _shape(self, job: Job) -> _Shape:
+        return job.resources, job.avoid, job.call
+
+    def _advance(self, timeout: float) -> None:
+        self._read()
+        self._look()
+        self._launch()
+        if not self._events:
+            time.sleep(min(TICK, timeout))
+
+    def _cancel_running(self, ids: set[str]) -> None:
+        jobs = [job for job in self._jobs.values() if ids & job.attempts.keys()]
+        for job in jobs:
+            job.cancelled |= ids & job.attempts.keys()
+        slurm_queue.cancel(job.id for job in jobs)
+        self._looked = 0.0
 
     # Handing jobs to SLURM
 
     def _launch(self) -> None:
-        for kind, queue in self._queues.items():
+        for shape, queue in self._queues.items():
             while queue and time.monotonic() >= self._full_until:
-                room = self._profile.max_jobs - len(self._flights)
-                wave = [queue.popleft() for _ in range(min(len(queue), room, self._wave))]
-                if not wave:
-                    return
-                if not self._hand_over(kind, wave):
-                    queue.extendleft(reversed(wave))
+                packs = self._next_packs(shape, queue)
+                if not packs:
+                    break
+                if not self._hand_over(shape, packs):
+                    queue.extendleft(job for pack in reversed(packs) for job in reversed(pack))
 
     @property
     def _longest_array(self) -> int:
         return max(1, int(self._settings.get("MaxArraySize", "1001")))
 
-    def _hand_over(self, kind: _Kind, jobs: Sequence[Job]) -> bool:
+    def _next_packs(self, shape: _Shape, queue: deque[Job]) -> list[list[Job]]:
+        """The attempts of each job of the next array, taken off the queue; none if they have to wait."""
+        room = min(self._profile.max_jobs - len(self._jobs), self._wave)
+        size = self._pack_size(shape, len(queue)) if room > 0 else 1
+        if size == 0:
+            kind, now = (shape[0], shape[2]), time.monotonic()
+            if kind not in self._sampled:
+                self._sampled[kind], room = now, min(room, SAMPLE)
+            elif now - self._sampled[kind] < SAMPLE_LIMIT:
+                return []
+            size = 1
+        count = min(room, math.ceil(len(queue) / size))
+        return [[queue.popleft() for _ in range(min(size, len(queue)))] for _ in range(count)]
+
+    def _pack_size(self, shape: _Shape, waiting: int) -> int:
+        """How many attempts one job makes, one after another; 0 if that is to be measured first."""
+        asked, avoid, call = shape
+        if avoid or shape in self._single:
+            return 1
+        if self._profile.tasks_per_job != "auto":
+            return int(self._profile.tasks_per_job)
+        measured = self._seconds[asked, call]
+        if not measured:
+            return 1 if waiting <= FEW else 0
+        seconds = max(statistics.median(measured), 1e-3)
+        idle = slurm_queue.idle_cpus(self._profile.partition) // asked.cpus
+        even = math.ceil(waiting / max(1, min(idle, self._profile.array_parallelism)))
+        return max(1, min(max(even, int(SHORTEST / seconds)), int(LONGEST / seconds)))
+
+    def _hand_over(self, shape: _Shape, packs: Sequence[Sequence[Job]]) -> bool:
         """Submit an array; False if the queue takes no more just now. What it never takes has ended."""
-        resources, profile = kind[0], self._elsewhere(*kind)
+        asked, longest = shape[0], max(map(len, packs))
+        allowance = 0.0 if longest == 1 else (longest - 1) * asked.minutes * 60
+        if self._profile.tasks_per_job == "auto":
+            allowance = min(allowance, ALLOWANCE)
+        profile = self._elsewhere(*shape[:2])
         executor = self._submitit.SlurmExecutor(folder=self._folder / "submitit")
-        executor.update_parameters(**profile.parameters(resources), job_name=self._name, setup=self._setup(resources))
-        executor.folder.mkdir(parents=True, exist_ok=True)
-        executor.parameters["map_count"] = len(jobs)  # as submitit's own map_array has it
-        array = write_array(self._folder, jobs, self._profile.signal_seconds)
+        executor.update_parameters(
+            **profile.parameters(replace(asked, minutes=asked.minutes + allowance / 60)),
+            job_name=self._name, setup=self._setup(asked),
+        )  # fmt: skip
+        array = str(write_array(self._folder, packs, self._profile.signal_seconds, allowance))
         try:
             with slurm_queue.undisturbed():
-                first = executor._submit_command(shlex.join([sys.executable, "-u", "-m", worker.__name__, str(array)]))
+                handles = executor.map_array(run_jobs, [array] * len(packs), range(len(packs)))
         except Exception as error:  # submitit has several for what sbatch says
-            return self._refused(jobs, " ".join(str(error).split())[-500:])
+            return self._refused(shape, packs, " ".join(str(error).split())[-500:])
         now = time.monotonic()
         self._full_since, self._wave = None, min(2 * self._wave, self._longest_array)
-        for index, job in enumerate(jobs):
-            one = self._submitit.SlurmJob(executor.folder, f"{first.job_id}_{index}", [0])
-            self._flights[one.job_id] = _Flight(job, one.job_id, Path(one.paths.stderr), now)
-            self._known.add(one.job_id)
-            self._ledger.note(one.job_id, job.id, job.out)
+        for handle, pack in zip(handles, packs, strict=True):
+            attempts, events = {job.id: job for job in pack}, events_file(self._folder, pack)
+            one = _SlurmJob(handle.job_id, attempts, shape, events, Path(handle.paths.stderr), now)
+            self._jobs[one.id] = one
+            self._known.add(one.id)
+            for job in pack:
+                self._ledger.note(one.id, job.id, job.out)
         self._looked = now
         return True
 
-    def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> Profile:
+    def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> SlurmProfile:
         """The profile, without nodes to avoid if another one that is up can run such jobs."""
         if not avoid:
             return self._profile
         without = [*([self._profile.exclude] if self._profile.exclude else []), *avoid]
         try:
-            away = slurm_queue.unusable_nodes(self._profile.partition)
-        except Away:
+            down = slurm_queue.unusable_nodes(self._profile.partition)
+        except ControllerUnreachable:
             return self._profile
-        others = replace(self._profile, exclude=",".join([*without, *away]))
+        others = self._profile.model_copy(update={"exclude": ",".join([*without, *down])})
         if slurm_queue.objection(others.test_arguments(asked)):
             return self._profile
-        return replace(self._profile, exclude=",".join(without))
+        return self._profile.model_copy(update={"exclude": ",".join(without)})
 
-    def _refused(self, jobs: Sequence[Job], message: str) -> bool:
+    def _refused(self, shape: _Shape, packs: Sequence[Sequence[Job]], message: str) -> bool:
         """Later and fewer at once where a limit is reached, for as long as our own jobs hold it or patience lasts."""
         now = time.monotonic()
-        self._full_since = None if self._flights else self._full_since or now
+        self._full_since = None if self._jobs else self._full_since or now
         patient = self._full_since is None or now - self._full_since < self._profile.patience_minutes * 60
         if patient and slurm_queue.takes_later(message):
-            self._wave = max(1, len(jobs) // 2)
+            self._wave = max(1, len(packs) // 2)
             self._full_until = now + max(self._profile.poll_seconds, 1.0)
             log.info("SLURM takes no more jobs just now: %s", message)
             return False
+        if max(map(len, packs)) > 1 and not _UNHEARD.search(message):
+            log.warning("SLURM takes no jobs of several tasks, so each gets its own: %s", message)
+            self._single.add(shape)
+            return False
         cause = Cause.LOST if _UNHEARD.search(message) else Cause.EXCEPTION
-        self._events += [Event(job.id, "ended", cause, f"SLURM does not take the job: {message}") for job in jobs]
+        detail = f"SLURM does not take the job: {message}"
+        self._events += [Event(job.id, "ended", cause, detail) for pack in packs for job in pack]
         return True
 
-    def _setup(self, resources: Resources) -> list[str]:
-        """Lines of the job script: the code and the environment that a local worker would have."""
-        environment = worker_environment(Shape(resources.cpus, ()))
-        names = [name for name in environment if name.endswith("_NUM_THREADS")] + ["PYTHONHASHSEED", "PYTHONUNBUFFERED"]
-        values = {name: environment[name] for name in names}
-        values |= {"PYTHONPATH": os.pathsep.join(worker_path()), "SRUN_CPUS_PER_TASK": str(resources.cpus)}
-        if not resources.gpus:
-            values["CUDA_VISIBLE_DEVICES"] = ""
+    def _setup(self, asked: Resources) -> list[str]:
+        """Lines of the job script: where our code is, and what srun does not take from sbatch."""
+        values = {"PYTHONPATH": os.pathsep.join(worker_path()), "SRUN_CPUS_PER_TASK": str(asked.cpus)}
         return [*(f"export {name}={shlex.quote(value)}" for name, value in values.items()), *self._profile.setup]
 
     # Following what runs
 
     def _read(self) -> None:
-        """What attempts say."""
-        for flight in list(self._flights.values()):
+        """What the jobs tell of their attempts."""
+        for job in list(self._jobs.values()):
             try:
-                with events_file(self._folder, flight.job.id).open("rb") as file:
-                    file.seek(flight.read)
+                with job.events.open("rb") as file:
+                    file.seek(job.read)
                     data = file.read()
             except OSError:
                 continue
-            flight.read += len(data)
-            for message in flight.lines.feed(data):
-                event = wire.event_from_json(message["event"])
+            job.read += len(data)
+            for event in job.lines.feed(data):
+                if event.job not in job.attempts:
+                    continue
+                job.node = event.node or job.node
                 if event.kind == "ended":
-                    self._ended(flight, flight.verdict or event.cause or Cause.LOST, event.detail, event)
-                    break
-                flight.node = event.node or flight.node
-                self._events.append(event)
+                    self._end(job, event)
+                else:
+                    self._events.append(event)
 
     def _look(self) -> None:
-        """What SLURM says."""
+        """What SLURM tells of the jobs."""
         now = time.monotonic()
-        if not self._flights or now - self._looked < self._profile.poll_seconds:
+        if now - self._looked < self._profile.poll_seconds:
             return
         self._looked = now
+        self._ledger.renew()
+        if not self._jobs:
+            return
         try:
             states = {listed.id: listed.state for listed in slurm_queue.queue(name=self._name)}
-            self._away_since = None
-        except Away as error:
+            self._unreachable_since = None
+        except ControllerUnreachable as error:
             self._wait_for_controller(now, str(error))
             return
-        missing = [one for one in self._flights if one not in states]
+        missing = [one for one in self._jobs if one not in states]
         if missing and self._settings.get("AccountingStorageType", "").endswith("slurmdbd"):
             try:
                 states |= slurm_queue.accounted(missing)
-            except Away as error:
+            except ControllerUnreachable as error:
                 log.info("%s", error)
-        for flight in list(self._flights.values()):
-            self._judge(flight, states.get(flight.id), now)
+        for job in list(self._jobs.values()):
+            if job.id in self._jobs:  # judging another one may have read the end of this one
+                self._judge(job, states.get(job.id), now)
 
     def _wait_for_controller(self, now: float, message: str) -> None:
-        if self._away_since is None:
-            self._away_since = now
+        if self._unreachable_since is None:
+            self._unreachable_since = now
             log.warning("SLURM does not answer, jobs go on meanwhile: %s", message)
-        elif now - self._away_since > self._profile.patience_minutes * 60:
-            for flight in list(self._flights.values()):
-                self._ended(flight, flight.verdict or Cause.LOST, f"SLURM has not answered for long: {message}")
+        elif now - self._unreachable_since > self._profile.patience_minutes * 60:
+            for job in list(self._jobs.values()):
+                self._end_all(job, Cause.LOST, f"SLURM has not answered for long: {message}")
 
-    def _judge(self, flight: _Flight, state: State | None, now: float) -> None:
-        """An end that the attempt itself has not spoken of, once its words have had time to become visible."""
-        flight.state = state or flight.state
-        flight.node = (state.node if state else "") or flight.node
+    def _judge(self, job: _SlurmJob, state: State | None, now: float) -> None:
+        """End the attempts of a job that is over, once what it told last has had time to become visible."""
+        job.state = state or job.state
+        job.node = (state.node if state else "") or job.node
         if state is not None and state.alive:
-            flight.gone = None
-            self._tell(flight, state)
+            job.gone = None
+            self._warn_if_held(job, state)
             return
-        if flight.gone is None:
-            flight.gone = now
+        job.gone = job.gone or now
         if state is None:
             # Right after sbatch squeue may not list it yet, and one that ended may be forgotten at once.
-            if now - max(flight.gone, flight.submitted) >= self._profile.lost_seconds or flight.verdict:
-                last = f", last seen {flight.state.state}" if flight.state else ""
-                self._ended(flight, flight.verdict or Cause.LOST, f"SLURM knows no job {flight.id} any more{last}")
-        elif flight.verdict or state.state != "COMPLETED" or now - flight.gone >= VISIBLE_WITHIN:
+            if now - max(job.gone, job.submitted) >= self._profile.lost_seconds or job.cancelled:
+                last = f", last seen {job.state.state}" if job.state else ""
+                self._end_all(job, Cause.LOST, f"SLURM knows no job {job.id} any more{last}")
+        elif job.cancelled or state.state != "COMPLETED" or now - job.gone >= VISIBLE_WITHIN:
             self._read()
-            if flight.id in self._flights:
-                cause = flight.verdict or self._cause(flight, state)
+            if job.id in self._jobs:
+                cause = CAUSES.get(state.state, Cause.LOST)
+                if cause is Cause.CRASHED and _MEMORY.search(_tail(job.log)):
+                    cause = Cause.OOM
                 where = f" on {state.node}" if state.node else ""
-                self._ended(flight, cause, f"SLURM job {flight.id}{where} is {state.state}{_last_words(flight.log)}")
+                self._end_all(job, cause, f"SLURM job {job.id}{where} is {state.state}{_last_line(job.log)}")
 
-    def _tell(self, flight: _Flight, state: State) -> None:
-        """Say once of each reason that jobs wait until a person does something."""
-        if state.state == "PENDING" and _HELD.search(state.reason) and state.reason not in self._told:
-            self._told.add(state.reason)
+    def _warn_if_held(self, job: _SlurmJob, state: State) -> None:
+        """Warn once of each reason that jobs wait until a person does something."""
+        if state.state == "PENDING" and _HELD.search(state.reason) and state.reason not in self._reasons:
+            self._reasons.add(state.reason)
             log.warning("SLURM job %s waits and will not start by itself: %s (see `scontrol show job %s`)",
-                        flight.id, state.reason, flight.id)  # fmt: skip
+                        job.id, state.reason, job.id)  # fmt: skip
 
-    def _cause(self, flight: _Flight, state: State) -> Cause:
-        cause = CAUSES.get(state.state, Cause.LOST)
-        if cause is Cause.CRASHED and _MEMORY.search(_tail(flight.log)):
-            return Cause.OOM
-        return cause
+    def _end_all(self, job: _SlurmJob, cause: Cause, detail: str) -> None:
+        """A job is over: so is the attempt it was at. The others had not begun, and are free to start elsewhere."""
+        for attempt in list(job.attempts):
+            self._end(job, Event(attempt, "ended", cause, detail))
+            cause = Cause.BUSY
 
-    def _ended(self, flight: _Flight, cause: Cause, detail: str, event: Event | None = None) -> None:
-        del self._flights[flight.id]
-        others = event.others if event else None
-        self._events.append(Event(flight.job.id, "ended", cause, detail, others=others, node=flight.node))
+    def _end(self, job: _SlurmJob, event: Event) -> None:
+        del job.attempts[event.job]
+        if event.cause is Cause.DONE and event.seconds is not None:
+            self._seconds[job.shape[0], job.shape[2]].append(event.seconds)
+        cause = Cause.CANCELLED if event.job in job.cancelled else event.cause
+        self._events.append(replace(event, cause=cause, node=job.node))
+        if not job.attempts:
+            del self._jobs[job.id]
 
 
 def _tail(path: Path) -> bytes:
@@ -330,7 +372,7 @@ def _tail(path: Path) -> bytes:
         return b""
 
 
-def _last_words(path: Path) -> str:
+def _last_line(path: Path) -> str:
     lines = [line for line in _tail(path).decode(errors="replace").splitlines() if line.strip()]
     own = [line for line in lines if not line.startswith("srun:")]  # says more than that it exited with 1
     return f": {json.dumps((own or lines)[-1][:200])}" if lines else ""

@@ -1,21 +1,21 @@
 """Jobs that a driver left behind when it was killed: the next run on the same store cancels them, and fences them.
 
 Each run notes in its folder of logs who drives it, and which job runs which attempt. Jobs are named after their run.
-Whether a driver on another login node is dead, its status tells, which it writes every second.
+Whether a driver on another login node is dead, the time of its file tells, which it renews.
 """
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import logging
+import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.driver.journal import STATUS
 from cluster.host.process import Process
 from cluster.slurm import queue as slurm_queue
 from cluster.store.leftovers import fence
@@ -45,17 +45,15 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / DRIVER).write_text(json.dumps(Process.me().to_json()))
 
+    def renew(self) -> None:
+        """Say that the driver is alive."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / DRIVER)
+
     def note(self, job: str, attempt: str, out: Path) -> None:
         """Say which job runs an attempt."""
         with (self.folder / ATTEMPTS).open("a") as file:
             file.write(json.dumps({"job": job, "attempt": attempt, "out": str(out)}) + "\n")
-
-    def driver(self) -> Process | None:
-        """Who drives the run; None if nobody can say."""
-        try:
-            return Process.from_json(json.loads((self.folder / DRIVER).read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     def abandoned(self, now: float) -> bool:
         """Whether its driver is dead. Should it live all the same, its cancelled jobs come again, and nothing is lost.
@@ -63,44 +61,36 @@ class Ledger:
         Args:
             now: a time by the clock of the file system.
         """
-        driver = self.driver()
-        alive = driver.alive() if driver is not None else True
-        return alive is False or (alive is None and now - self._seen() > SILENCE)
+        try:
+            alive = Process.from_json(json.loads((self.folder / DRIVER).read_bytes())).alive()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # nobody can say
+        return alive is False or (alive is None and now - self.seen() > SILENCE)
 
-    def opened(self) -> float:
-        """When its driver began, by the clock of the file system."""
+    def seen(self) -> float:
+        """When its driver last gave a sign of life, by the clock of the file system."""
         return (self.folder / DRIVER).stat().st_mtime
 
-    def _seen(self) -> float:
-        try:
-            return max(self.opened(), (self.folder.parent / STATUS).stat().st_mtime)
-        except OSError:
-            return self.opened()
-
-    def attempts(self) -> Iterator[tuple[str, str, Path]]:
-        """(job, attempt, out) of all that was noted."""
-        try:
-            lines = (self.folder / ATTEMPTS).read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
-            try:
+    def fence(self, jobs: set[str]) -> None:
+        """Fence the attempts of these jobs."""
+        notes = self.folder / ATTEMPTS
+        for line in notes.read_text().splitlines() if notes.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # its driver was killed while it wrote the line
                 found = json.loads(line)
-                yield str(found["job"]), str(found["attempt"]), Path(found["out"])
-            except (ValueError, KeyError, TypeError):  # its driver was killed while it wrote the line
-                continue
+                if found["job"] in jobs:
+                    fence(Path(found["out"]), str(found["attempt"]))
 
 
-def reap(own: Ledger) -> list[str]:
+def reap(own: Ledger) -> None:
     """Cancel jobs of runs on this store whose drivers are dead, and fence their attempts.
 
     Args:
         own: of the run that begins now, opened.
 
-    Returns:
-        The ids of the jobs.
+    Raises:
+        ControllerUnreachable: the controller does not answer.
     """
-    logs, now = own.folder.parent.parent, own.opened()
+    logs, now = own.folder.parent.parent, own.seen()
     ledgers: dict[str, Ledger] = {}
     orphans: set[str] = set()
     for listed in slurm_queue.queue(user=getpass.getuser()):
@@ -111,22 +101,14 @@ def reap(own: Ledger) -> list[str]:
         if ledger.abandoned(now):
             orphans.add(listed.id)
     if not orphans:
-        return []
+        return
     log.warning("cancelling %d SLURM jobs that a killed driver left behind", len(orphans))
     slurm_queue.cancel(orphans)
-    _wait(orphans)
-    for ledger in ledgers.values():
-        for job, attempt, out in ledger.attempts():
-            if job in orphans:
-                fence(out, attempt)
-    return sorted(orphans)
-
-
-def _wait(jobs: set[str]) -> None:
     deadline = time.monotonic() + LIMIT
-    while time.monotonic() < deadline:
-        alive = {listed.id for listed in slurm_queue.queue(user=getpass.getuser()) if listed.state.alive}
-        if not alive & jobs:
-            return
+    while orphans & {listed.id for listed in slurm_queue.queue(user=getpass.getuser()) if listed.state.alive}:
+        if time.monotonic() > deadline:
+            log.warning("some cancelled SLURM jobs have not left the queue; they can publish nothing")
+            break
         time.sleep(0.5)
-    log.warning("%d cancelled SLURM jobs have not left the queue; they can publish nothing", len(jobs))
+    for ledger in ledgers.values():
+        ledger.fence(orphans)

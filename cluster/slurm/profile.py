@@ -1,64 +1,48 @@
-"""How to use a SLURM cluster: a profile as a dataclass, and what sbatch is asked for a task."""
+"""How to use a SLURM cluster: a profile, and what sbatch is asked for a task."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from cluster.errors import BadConfig
-from cluster.profiles import load_profile
+from pydantic import AfterValidator, Field
+
+from cluster.profiles import Profile
 from cluster.task import Resources
+from cluster.validation import Text
 
 _PLAIN = ("partition", "account", "qos", "constraint", "exclude")
 _OURS = {"array", "job-name", "output", "error", "time", "mem", "cpus-per-task", "gres", "signal", "requeue",
          "no-requeue", "comment", "ntasks", "nodes"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Profile:
-    """A file of `cluster/slurm/`, where each key is explained."""
+def _theirs(options: dict[str, Any]) -> dict[str, Any]:
+    for key in options:
+        if key.replace("_", "-") in _OURS:
+            raise ValueError(f"{key} is set for each task, and not here")
+    return options
 
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
-    exclude: str | None
-    gres: str
-    array_parallelism: int
-    max_jobs: int
-    spare_memory_gb: float
-    signal_seconds: float
-    poll_seconds: float
-    lost_seconds: float
-    patience_minutes: float
-    setup: list[str]
-    sbatch: dict[str, Any]
 
-    @classmethod
-    def load(cls, name: str | None) -> Profile:
-        """The profile of that name or path.
+class SlurmProfile(Profile):
+    """A file of `cluster/slurm/`, where `default.yaml` explains each key."""
 
-        Raises:
-            BadConfig: an unknown key or an impossible value.
-        """
-        values = load_profile("slurm", name)
-        where = f"SLURM profile {name or 'default'}"
-        for key in _PLAIN:
-            if values[key] is not None and not isinstance(values[key], str):
-                raise BadConfig(f"{where}: {key} is {values[key]!r}: a text is needed")
-        for key in ("array_parallelism", "max_jobs"):
-            if not isinstance(values[key], int) or values[key] < 1:
-                raise BadConfig(f"{where}: {key} is {values[key]!r}: a whole number, at least 1")
-        for key in ("poll_seconds", "lost_seconds", "patience_minutes", "signal_seconds", "spare_memory_gb"):
-            if not 0 <= values[key] < math.inf:
-                raise BadConfig(f"{where}: {key} is {values[key]!r}: a number, at least 0")
-        if not all(isinstance(line, str) for line in values["setup"]):
-            raise BadConfig(f"{where}: setup is {values['setup']!r}: a list of lines is needed")
-        for key in values["sbatch"]:
-            if str(key).replace("_", "-") in _OURS:
-                raise BadConfig(f"{where}: sbatch.{key} is set by ocvtp itself, for each task")
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+    kind = "slurm"
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
+    exclude: Text | None = None
+    gres: Text = "gpu"
+    array_parallelism: int = Field(default=256, ge=1)
+    max_jobs: int = Field(default=1000, ge=1)
+    tasks_per_job: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    spare_memory_gb: float = Field(default=0.5, ge=0)
+    signal_seconds: float = Field(default=90.0, ge=0)
+    poll_seconds: float = Field(default=2.0, ge=0)
+    lost_seconds: float = Field(default=30.0, ge=0)
+    patience_minutes: float = Field(default=30.0, ge=0)
+    setup: list[str] = Field(default=[])
+    sbatch: Annotated[dict[str, Any], AfterValidator(_theirs)] = Field(default={})
 
     def memory_mb(self, asked: Resources) -> int:
         """Of a job."""
@@ -70,7 +54,7 @@ class Profile:
 
     def parameters(self, asked: Resources) -> dict[str, Any]:
         """Of submitit's `SlurmExecutor`, for jobs that ask for as much."""
-        extra: dict[str, Any] = {str(key).replace("_", "-"): value for key, value in self.sbatch.items()}
+        extra: dict[str, Any] = {key.replace("_", "-"): value for key, value in self.sbatch.items()}
         extra["no-requeue"] = True  # `run` retries, under another attempt
         found: dict[str, Any] = {key: getattr(self, key) for key in _PLAIN if getattr(self, key) is not None}
         if asked.gpus:
@@ -93,7 +77,7 @@ class Profile:
         if asked.gpus:
             found.append(f"--gres={self.gres}:{asked.gpus}")
         for key, value in self.sbatch.items():
-            flag = f"--{str(key).replace('_', '-')}"
+            flag = f"--{key.replace('_', '-')}"
             found.append(flag if value is True else f"{flag}={value}")
         return [
             *found, f"--time={self.minutes(asked)}", f"--mem={self.memory_mb(asked)}M", "--nodes=1", "--ntasks=1",

@@ -15,7 +15,7 @@ from cluster.protocol import Cause
 
 log = logging.getLogger(__name__)
 
-LIMIT = 60.0  # seconds a command may take: a controller that is away keeps it waiting
+LIMIT = 60.0  # seconds a command may take: an unreachable controller keeps it waiting
 AT_ONCE = 500  # ids in one command
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING",
          "STAGE_OUT", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}  # fmt: skip
@@ -38,7 +38,7 @@ _REASON = re.compile(r"\b(?:QOS|Assoc)\w+")
 _LATER = re.compile(r"Submit|MaxJobs|GrpJobs|MaxJobCount|temporarily unable|unable to contact", re.IGNORECASE)
 
 
-class Away(Exception):
+class ControllerUnreachable(Exception):
     """The controller does not answer."""
 
 
@@ -85,9 +85,9 @@ def _run(command: Sequence[str]) -> str:
     except FileNotFoundError as error:
         raise NotAvailable(f"there is no {command[0]} on this machine: is it one of a SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
-        raise Away(f"{command[0]} did not answer within {LIMIT:.0f} s") from error
+        raise ControllerUnreachable(f"{command[0]} did not answer within {LIMIT:.0f} s") from error
     if done.returncode:
-        raise Away(f"{command[0]}: {' '.join(done.stderr.split())[-300:]}")
+        raise ControllerUnreachable(f"{command[0]}: {' '.join(done.stderr.split())[-300:]}")
     return done.stdout
 
 
@@ -95,7 +95,7 @@ def queue(*, name: str | None = None, user: str | None = None) -> list[Listed]:
     """Jobs in the queue, those that ended not long ago included.
 
     Raises:
-        Away: the controller does not answer.
+        ControllerUnreachable: the controller does not answer.
     """
     # One line for each element of an array: ranges come with steps, and are cut short where they are long.
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%N|%r"]
@@ -113,7 +113,7 @@ def accounted(ids: Collection[str]) -> dict[str, State]:
     """What the accounting says of jobs that the queue has forgotten.
 
     Raises:
-        Away: there is no accounting, or it does not answer.
+        ControllerUnreachable: there is no accounting, or it does not answer.
     """
     command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList",
                f"--jobs={','.join(sorted(ids))}"]  # fmt: skip
@@ -136,7 +136,7 @@ def cancel(ids: Iterable[str]) -> None:
         for how in (["--state=PENDING"], ["--signal=KILL"], []):
             try:
                 _run(["scancel", "--quiet", *how, *some])
-            except Away as error:
+            except ControllerUnreachable as error:
                 log.warning("%s", error)
 
 
@@ -144,22 +144,26 @@ def settings() -> dict[str, str]:
     """`scontrol show config`.
 
     Raises:
-        NotAvailable: the controller does not answer.
+        ControllerUnreachable: the controller does not answer.
     """
-    try:
-        lines = _run(["scontrol", "show", "config"]).splitlines()
-    except Away as error:
-        raise NotAvailable(f"SLURM does not answer: {error}") from error
-    pairs = (line.partition("=") for line in lines if "=" in line)
+    pairs = (line.partition("=") for line in _run(["scontrol", "show", "config"]).splitlines() if "=" in line)
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def idle_cpus(partition: str | None) -> int:
+    """Cores without work now; 0 if SLURM does not say."""
+    try:
+        lines = _run(["sinfo", "--noheader", "--format=%C", *_of(partition)]).split()  # allocated/idle/other/total
+        return sum(int(line.split("/")[1]) for line in lines)
+    except (ControllerUnreachable, ValueError, IndexError):
+        return 0
 
 
 def largest_memory_gb(partition: str | None, *, gpus: bool = False) -> float | None:
     """Of a node, or of one with GPUs; None if SLURM does not say."""
-    where = [f"--partition={partition}"] if partition else []
     try:
-        lines = _run(["sinfo", "--noheader", "--format=%m|%G", *where]).splitlines()
-    except (Away, NotAvailable):
+        lines = _run(["sinfo", "--noheader", "--format=%m|%G", *_of(partition)]).splitlines()
+    except (ControllerUnreachable, NotAvailable):
         return None
     found = [line.strip().split("|", 1) for line in lines if "|" in line]
     numbers = [float(memory.rstrip("+")) for memory, gres in found if "gpu" in gres or not gpus]
@@ -170,11 +174,15 @@ def unusable_nodes(partition: str | None) -> list[str]:
     """Nodes that start no job now, however long it waits for those at work.
 
     Raises:
-        Away: the controller does not answer.
+        ControllerUnreachable: the controller does not answer.
     """
-    where = [f"--partition={partition}"] if partition else []
-    lines = (line.split("|") for line in _run(["sinfo", "--Node", "--noheader", "--format=%N|%t", *where]).splitlines())
-    return sorted({name for name, state in lines if state.endswith("*") or not state.startswith(_USABLE)})
+    lines = _run(["sinfo", "--Node", "--noheader", "--format=%N|%t", *_of(partition)]).splitlines()
+    nodes = (line.split("|") for line in lines)
+    return sorted({name for name, state in nodes if state.endswith("*") or not state.startswith(_USABLE)})
+
+
+def _of(partition: str | None) -> list[str]:
+    return [f"--partition={partition}"] if partition else []
 
 
 def takes_later(refusal: str) -> bool:

@@ -1,129 +1,93 @@
-"""One attempt inside a SLURM job. What it says goes to a file of its own, named by the attempt and never by a job id.
+"""What a SLURM job does: one attempt after another, each in a local worker beside it.
 
-SLURM tells a job to stop with SIGUSR2 before its time is over and with SIGTERM when it is preempted or cancelled: the
-task then stops where it next says how far it is. A thread ends an attempt that outgrows its memory or its time, should
-SLURM not; SIGKILL is left to SLURM.
+News go to a file that is named by the first attempt and never by a job id: a wiped cluster gives those out again.
+SLURM tells a job to stop with SIGUSR2 before its time is over and with SIGTERM when it is preempted: the task then
+stops where it next says how far it is.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
-from cluster import wire
-from cluster.host.machine import group_members, memory_of
-from cluster.local.worker import output_to
-from cluster.protocol import Cause, Event, Job
-from cluster.worker.attempt import perform, stop, stopped_by
-from cluster.worker.guard import Guardian
+from cluster.local.executor import Allotted
+from cluster.local.worker import STOPPED_BY
+from cluster.protocol import Cause, Event, Job, encode
 
-TICK = 0.5  # seconds between two looks at memory and time
 PERIOD = 2.0  # seconds between two lines of progress: many jobs write to one file system
 VISIBLE_TRIES = 60  # seconds a shared file system may take to show the file of an array
 
 
-def events_file(folder: Path, attempt: str) -> Path:
-    """Where an attempt says how it goes."""
-    return folder / f"{attempt}.events"
+def events_file(folder: Path, jobs: Sequence[Job]) -> Path:
+    """Where a SLURM job tells how its attempts go."""
+    return folder / f"{jobs[0].id}.events"
 
 
-class _Teller:
-    """Writes events, each a line in one write."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._lock, self._ended, self._last = threading.Lock(), False, 0.0
-
-    def __call__(self, event: Event) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if self._ended or (event.kind == "progress" and now - self._last < PERIOD):
-                return
-            self._ended = event.kind == "ended"
-            self._last = now if event.kind == "progress" else self._last
-            os.write(self._handle, wire.encode({"event": wire.event_to_json(event)}))
-            if self._ended:
-                os.fsync(self._handle)
-
-
-def write_array(folder: Path, jobs: Sequence[Job], grace: float) -> Path:
-    """What an array of jobs is to do, in a file of its own.
+def write_array(folder: Path, packs: Sequence[Sequence[Job]], grace: float, allowance: float) -> Path:
+    """What the jobs of an array are to do, a line each.
 
     Args:
-        folder: for it and for event files.
-        jobs: by index in the array.
+        folder: for it and for event files; in the folder of the run's logs.
+        packs: the attempts of each job of the array, in order.
         grace: seconds that a task has to stop after it was told to because its time is over.
+        allowance: seconds after its start in which a job may begin another attempt.
     """
-    path = folder / f"{jobs[0].id}.array"
-    path.write_text(json.dumps({"jobs": [job.to_json() for job in jobs], "grace": grace}))
+    path = folder / f"{packs[0][0].id}.array"
+    lines = [
+        json.dumps({"jobs": [job.to_json() for job in pack], "grace": grace, "allowance": allowance}) for pack in packs
+    ]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def main(array: str) -> None:
-    """Do what the array's file says of this job of it."""
+def run_jobs(array: str, index: int) -> None:
+    """Do what the array's file says of one job of it."""
     path = Path(array)
     for _ in range(VISIBLE_TRIES):
         if path.exists():
             break
         time.sleep(1)
-    found = json.loads(path.read_text())
-    run(Job.from_json(found["jobs"][int(os.environ["SLURM_ARRAY_TASK_ID"])]), path.parent, found["grace"])
+    with path.open() as file:
+        found = json.loads(next(itertools.islice(file, index, None)))
+    jobs = [Job.from_json(job) for job in found["jobs"]]
+    executor = Allotted(path.parent.parent, found["grace"])
+    signals: list[int] = []
 
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        executor.signal(number)
 
-def run(job: Job, folder: Path, grace: float) -> None:
-    """Run one attempt, and say how it goes in `folder`."""
-    if os.getpgrp() != os.getpid():
-        os.setpgrp()
-    stopped_by(
-        {
-            signal.SIGUSR2: (Cause.TIMEOUT, "SLURM says that its time is nearly over"),
-            signal.SIGTERM: (Cause.PREEMPTED, "SLURM takes its node away"),
-        }
-    )
+    for number in STOPPED_BY:
+        signal.signal(number, pass_on)
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    tell = _Teller(events_file(folder, job.id))
-    tell(Event(job.id, "started", node=os.environ.get("SLURMD_NODENAME", "")))
-    threading.Thread(target=_watch, args=(job, tell, grace), name="limits", daemon=True).start()
-    guardian = Guardian()  # should this process be killed: not every SLURM finds the children of a dead one
-    guardian.tell("+", os.getpgrp())
+    handle = os.open(events_file(path.parent, jobs), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    node, told = os.environ.get("SLURMD_NODENAME", ""), 0.0
+
+    def write(event: Event) -> None:
+        nonlocal told
+        if event.kind == "progress":
+            if time.monotonic() - told < PERIOD:
+                return
+            told = time.monotonic()
+        os.write(handle, encode(replace(event, node=node)))  # a line in one write
+        if event.kind == "ended":
+            os.fsync(handle)
+
+    end = time.monotonic() + found["allowance"]
     try:
-        with output_to(job.log):
-            ended = perform(job, tell)
-        tell(ended)
+        for job in jobs:
+            started = time.monotonic()
+            if signals or (job is not jobs[0] and started > end):
+                write(Event(job.id, "ended", Cause.BUSY, "its SLURM job had no time left for it"))
+                continue
+            for event in executor.attempt(job):
+                write(replace(event, seconds=time.monotonic() - started if event.kind == "ended" else None))
     finally:
-        guardian.tell("-", os.getpgrp())
-        guardian.close()
-
-
-def _watch(job: Job, tell: _Teller, grace: float) -> None:
-    """End what outgrows its memory or its time."""
-    started = time.monotonic()
-    asked, group = job.resources, os.getpgrp()
-    while True:
-        time.sleep(TICK)
-        used = memory_of(group_members([group])[group])
-        if used > asked.memory_gb:
-            _die(job, tell, Cause.OOM, f"used {used:.2f} GB of memory, {asked.memory_gb:g} were asked for")
-        over = time.monotonic() - started - asked.minutes * 60
-        if over > 0:
-            detail = f"took longer than {asked.minutes:g} minutes"
-            stop(Cause.TIMEOUT, detail)
-            if over > grace:
-                _die(job, tell, Cause.TIMEOUT, detail)
-
-
-def _die(job: Job, tell: _Teller, cause: Cause, detail: str) -> None:
-    tell(Event(job.id, "ended", cause, detail))
-    os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        executor.close()

@@ -3,20 +3,25 @@
 <parent>/<name>                     the published folder
 <parent>/.<name>.tmp-<attempt>/     one attempt: owner.json, result/ (what the call writes), resume/
 <parent>/.<name>.corrupt-<random>/  a published folder that no longer agreed with its manifest
+<parent>/.<name>.dropped-<random>/  a published folder that is being removed
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import uuid
 from pathlib import Path
+from typing import Literal
 
 from cluster.errors import BadTask
+from cluster.store.faults import GONE, patient
 
+LOGS, LOCKS, VERDICTS = "logs", "locks", "verdicts"  # folders of the store that hold no results
+STATUS, ATTEMPTS = "status.json", "attempts.jsonl"  # of a run, in its folder of the logs
 RESULT, RESUME = "result", "resume"
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<attempt>[0-9a-f]{32})", re.DOTALL)
+PUT_ASIDE = re.compile(r"\.(?P<name>.+)\.(?:corrupt|dropped)(?:-[0-9a-f]{8})?", re.DOTALL)
 LONGEST_NAME = 180  # bytes of a folder name, so that the names beside it stay within the usual 255
 
 
@@ -42,12 +47,25 @@ def temporary(out: Path, attempt: str) -> Path:
     return out.parent / f".{out.name}.tmp-{attempt}"
 
 
+def aside(out: Path, why: Literal["corrupt", "dropped"]) -> Path:
+    """A fresh name for a published folder that is to be one no longer."""
+    return out.parent / f".{out.name}.{why}-{uuid.uuid4().hex[:8]}"
+
+
 def temporaries(parent: Path, name: str | None = None) -> list[tuple[Path, str, str]]:
     """(folder, name of its target, attempt) of every temporary in `parent`, or of those of one target."""
-    found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(parent) as entries:
-        for entry in entries:
-            match = TEMPORARY.fullmatch(entry.name)
-            if match and name in (None, match["name"]):
-                found.append((parent / entry.name, match["name"], match["attempt"]))
-    return sorted(found)
+    matches = [(entry, TEMPORARY.fullmatch(entry)) for entry in _names(parent)]
+    return [(parent / entry, m["name"], m["attempt"]) for entry, m in matches if m and name in (None, m["name"])]
+
+
+def put_aside(parent: Path) -> list[Path]:
+    """Published folders in `parent` that were found corrupt, or whose removal was cut short."""
+    return [parent / entry for entry in _names(parent) if PUT_ASIDE.fullmatch(entry)]
+
+
+@patient
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except GONE:
+        return []

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cluster.host.process import Process
+from cluster.store.faults import GONE, patient
 
 OWNER_FILE = "owner.json"
 # A folder without a readable owner file is one whose maker was stopped between two system calls, or is just
@@ -28,47 +27,28 @@ class Owner:
 
     process: Process
     lease: float
-    beat: int = 0
+    beat: int = 0  # of a claim that is not decided yet; from 1 on it is at work
     released: bool = False  # its process ended the attempt, though it may go on serving other tasks
     resume_at_start: str = ""  # signature of `resume/` when the attempt began
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Owner:
-        """Read what `to_json` wrote; KeyError, TypeError or ValueError if it is something else."""
-        return cls(
-            Process.from_json(data["process"]),
-            float(data["lease"]),
-            int(data["beat"]),
-            bool(data["released"]),
-            str(data["resume_at_start"]),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of the owner file."""
-        return {
-            "process": self.process.to_json(),
-            "lease": self.lease,
-            "beat": self.beat,
-            "released": self.released,
-            "resume_at_start": self.resume_at_start,
-        }
 
     def alive(self) -> bool | None:
         """Whether its attempt still runs; None if only its beat can tell."""
         return False if self.released else self.process.alive()
 
 
+@patient
 def read_owner(root: Path) -> Owner | None:
-    """The owner of a temporary folder; None if there is no readable owner file."""
+    """The owner of a temporary folder; None if there is no owner file, or a half written one."""
     try:
-        return Owner.from_json(json.loads((root / OWNER_FILE).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):
+        data = json.loads((root / OWNER_FILE).read_bytes())
+        return Owner(**{**data, "process": Process.from_json(data["process"])})
+    except (*GONE, PermissionError, ValueError, KeyError, TypeError):
         return None
 
 
 def create_owner(root: Path, owner: Owner) -> None:
     """Write the first owner file of a folder nobody else uses yet."""
-    (root / OWNER_FILE).write_text(json.dumps(owner.to_json()))
+    (root / OWNER_FILE).write_text(json.dumps(asdict(owner)))
 
 
 def replace_owner(root: Path, owner: Owner) -> None:
@@ -78,7 +58,7 @@ def replace_owner(root: Path, owner: Owner) -> None:
         FileNotFoundError: the folder was taken away: the lease is lost.
     """
     fresh = root / f"{OWNER_FILE}.new"
-    fresh.write_text(json.dumps(owner.to_json()))
+    fresh.write_text(json.dumps(asdict(owner)))
     fresh.replace(root / OWNER_FILE)
 
 

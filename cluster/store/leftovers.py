@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from cluster.store.faults import GONE, patient
 from cluster.store.layout import RESULT, RESUME, new_attempt, temporaries, temporary
 from cluster.store.lease import OWNER_FILE, Watch, read_owner, release
 
@@ -42,6 +43,7 @@ def signature(folder: Path) -> str:
     return digest.hexdigest() if files else ""
 
 
+@patient
 def has_progressed(out: Path, attempt: str) -> bool:
     """Whether a dead attempt left something new in its `resume/`."""
     root = temporary(out, attempt)
@@ -49,6 +51,7 @@ def has_progressed(out: Path, attempt: str) -> bool:
     return owner is not None and resume is not None and signature(resume) != owner.resume_at_start
 
 
+@patient
 def discard(root: Path) -> None:
     """Clean up after an attempt that is over: all of it, or all but a `resume/` that holds something."""
     try:
@@ -59,8 +62,8 @@ def discard(root: Path) -> None:
         release(root)
         if resume.parent != root:
             resume.rename(root / RESUME)
-        _remove_tree(root / RESULT)
-    except FileNotFoundError:
+        remove_tree(root / RESULT)
+    except GONE:
         return  # somebody else fenced or swept it
 
 
@@ -68,13 +71,14 @@ def fence(out: Path, attempt: str) -> None:
     """Clean up after an attempt elsewhere, which from here on can never publish, even if it still runs."""
     target = temporary(out, new_attempt())
     try:
-        temporary(out, attempt).rename(target)
-    except FileNotFoundError:
+        patient(os.rename)(temporary(out, attempt), target)
+    except GONE:
         return
     discard(target)
 
 
-def _remove_tree(path: Path) -> None:
+def remove_tree(path: Path) -> None:
+    """Remove a folder; a warning if that cannot be done."""
     for _ in range(5):  # children of a killed worker may still be writing for an instant
         shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
@@ -99,14 +103,15 @@ def remove(root: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         for path in list(root.iterdir()):
             if path.is_dir() and not path.is_symlink():
-                _remove_tree(path)
+                remove_tree(path)
             elif path.name != OWNER_FILE:
                 path.unlink(missing_ok=True)
         (root / OWNER_FILE).unlink(missing_ok=True)
         if not remove_empty(root):
-            _remove_tree(root)
+            remove_tree(root)
 
 
+@patient
 def sweep(parent: Path, watch: Watch, *, published: Collection[str] = (), resume_too: bool = False) -> list[Path]:
     """Remove the temporaries in `parent` that nobody works in.
 

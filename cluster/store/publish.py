@@ -16,16 +16,18 @@ import os
 import shutil
 import stat
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cluster.errors import BadTask, Corrupt, Fenced
-from cluster.store.layout import RESUME, check_out, new_attempt
+from cluster.errors import BadTask, Corrupt, Fenced, StoreUnavailable
+from cluster.store import verdicts
+from cluster.store.faults import GONE, is_transient, patient
+from cluster.store.layout import RESUME, aside, check_out, new_attempt
 from cluster.store.lease import Watch
+from cluster.store.leftovers import remove_tree
 from cluster.store.workspace import Busy, Workspace
 
 log = logging.getLogger(__name__)
@@ -69,11 +71,13 @@ class Manifest:
         return json.dumps(data, sort_keys=True, indent=1) + "\n"
 
     @classmethod
+    @patient
     def read(cls, folder: Path) -> Manifest:
         """Manifest of a published folder.
 
         Raises:
-            Corrupt: there is none, or it cannot be read.
+            Corrupt: there is none, or it is not one.
+            StoreUnavailable: it cannot be read.
         """
         path = folder / MANIFEST
         try:
@@ -82,44 +86,68 @@ class Manifest:
                 raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
             about = About(**{name: data[name] for name in ("key", "kind", "call", "spec", "code", "part")})
             files = tuple(File(str(f["path"]), str(f["sha256"]), int(f["bytes"])) for f in data["files"])
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except GONE as error:
             raise Corrupt(f"{folder} holds no {MANIFEST}: it was never published as a whole") from error
         except (ValueError, KeyError, TypeError) as error:
             raise Corrupt(f"{path} is not a manifest: {error!r}") from error
         return cls(about, files)
 
 
+@patient
 def is_published(folder: Path) -> bool:
     """Whether a result is there: one look-up. `verify` reads every byte."""
-    return (folder / MANIFEST).is_file()
+    try:
+        return stat.S_ISREG((Path(folder) / MANIFEST).stat().st_mode)
+    except GONE:
+        return False
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, *, remembered: bool = False) -> Manifest:
     """Compare every file of a published folder with its manifest.
 
     Files that the manifest does not list are no part of the result: they are ignored, with a warning.
 
+    Args:
+        folder: of a store.
+        remembered: leave out files that were read once and that nobody touched since (`cluster.store.verdicts`), and
+            remember those that are read now.
+
     Raises:
         Corrupt: naming the first file that is missing, of another size or of other content.
+        StoreUnavailable: a file cannot be read.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
+    known = verdicts.recall(folder) if remembered else {}
+    whole = {}
     for file in manifest.files:
-        path = folder / safe(file.path, folder)
-        try:
-            size, is_regular = path.lstat().st_size, stat.S_ISREG(path.lstat().st_mode)
-        except FileNotFoundError as error:
-            raise Corrupt(f"{path} is missing, its manifest lists it") from error
-        if not is_regular:
-            raise Corrupt(f"{path} is not a regular file")
-        if size != file.bytes:
-            raise Corrupt(f"{path} has {size} bytes, its manifest says {file.bytes}")
-        if _sha256(path) != file.sha256:
-            raise Corrupt(f"{path} has other content than its manifest says (SHA-256 differs)")
-    strays = {path for path, _ in _walk(folder)} - {file.path for file in manifest.files} - {MANIFEST}
+        verdict = _verify_file(folder / safe(file.path, folder), file, known.get(file.path))
+        if verdict is not None:
+            whole[file.path] = verdict
+    if remembered and whole != known:
+        verdicts.remember(folder, whole)
+    strays = {path for path, _ in _files(folder)} - {file.path for file in manifest.files} - {MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
     return manifest
+
+
+@patient
+def _verify_file(path: Path, file: File, known: verdicts.Verdict | None) -> verdicts.Verdict | None:
+    """What to remember of a file that is whole; None if its next change might not show."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise Corrupt(f"{path} is not a regular file")
+        if found.st_size != file.bytes:
+            raise Corrupt(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
+        verdict = verdicts.mark(found), file.sha256
+        settled = verdicts.settled(verdict[0])
+        if known != verdict and _sha256(path) != file.sha256:
+            raise Corrupt(f"{path} has other content than its manifest says (SHA-256 differs)")
+    except GONE as error:
+        raise Corrupt(f"{path} is missing, its manifest lists it") from error
+    return verdict if settled else None
 
 
 def safe(path: str, folder: Path) -> Path:
@@ -139,18 +167,25 @@ def _fail(error: OSError) -> None:
     raise error  # without it, os.walk leaves out in silence what it cannot read
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative path with `/`, path) of every file, without following links."""
-    for root, _, names in os.walk(folder, onerror=_fail):
-        for name in names:
-            path = Path(root) / name
-            yield path.relative_to(folder).as_posix(), path
+@patient
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """(relative path with `/`, path) of every file, sorted. Links are files, those to folders too: none is followed."""
+    found = []
+    for root, folders, names in os.walk(folder, onerror=_fail):
+        for path in [Path(root) / name for name in names + folders]:
+            if path.name in names or path.is_symlink():
+                found.append((path.relative_to(folder).as_posix(), path))
+    return sorted(found)
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    handle = patient(os.open)(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if is_transient(error):  # never twice: the kernel says once that it lost what was written
+            raise StoreUnavailable(f"{path} cannot be forced to disk: {error}") from error
+        raise
     finally:
         os.close(handle)
 
@@ -158,18 +193,18 @@ def _fsync(path: Path) -> None:
 def _seal(folder: Path, about: About) -> Manifest:
     """Write the manifest of `folder`, and force all that is in it to disk."""
     files = []
-    for name, path in sorted(_walk(folder)):
+    for name, path in _files(folder):
         if name == MANIFEST:
             raise BadTask(f"the call wrote a file named {MANIFEST}: that name is the store's, use another")
         if not stat.S_ISREG(path.lstat().st_mode):
             raise BadTask(f"the call left {name}, which is not a regular file: a result holds files only")
-        files.append(File(name, _sha256(path), path.stat().st_size))
+        files.append(File(name, patient(_sha256)(path), path.stat().st_size))
     if not files:
         raise BadTask("the call returned but wrote no file into its folder")
     manifest = Manifest(about, tuple(files))
-    (folder / MANIFEST).write_text(manifest.to_text())
-    everything = [path for _, path in _walk(folder)]
-    everything += [Path(root) for root, _, _ in os.walk(folder, onerror=_fail)]
+    patient((folder / MANIFEST).write_text)(manifest.to_text())
+    paths = {folder / MANIFEST, *(path for _, path in _files(folder))}
+    everything = paths | {parent for path in paths for parent in path.parents if parent.is_relative_to(folder)}
     # Beside each other: the file system commits what waits in one go, instead of once a file.
     with ThreadPoolExecutor(min(len(everything), FSYNC_THREADS)) as pool:
         list(pool.map(_fsync, everything))
@@ -188,20 +223,35 @@ def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] |
         BadTask: the call wrote nothing, or something that is not a file.
         Corrupt: the files are not the expected ones; nothing was published.
         Fenced: the attempt lost its lease; nothing was published.
-        OSError: the disk is full or broken; nothing was published.
+        StoreUnavailable: the file system failed for longer than it was waited for.
+        OSError: the disk is full; nothing was published.
     """
+    try:
+        return _publish(workspace, about, expected)
+    except OSError as error:
+        if is_transient(error):
+            raise StoreUnavailable(f"{workspace.out} cannot be published: {error}") from error
+        raise
+
+
+def _publish(workspace: Workspace, about: About, expected: Mapping[str, str] | None) -> bool:
     workspace.check()
     folder, out = workspace.folder, workspace.out
     with contextlib.suppress(FileNotFoundError):
-        (folder / RESUME).rename(workspace.root / RESUME)
+        patient(os.rename)(folder / RESUME, workspace.root / RESUME)
     try:
         manifest = _seal(folder, about)
     except FileNotFoundError:
         workspace.check()  # the folder was taken away while we read it
         raise
-    for file in manifest.files if expected is not None else ():
-        if expected and expected.get(file.path) != file.sha256:
-            raise Corrupt(f"{file.path} for {out} has other content than its manifest says (SHA-256 differs)")
+    found = {file.path: file.sha256 for file in manifest.files}
+    wanted = found if expected is None else expected
+    for path, sha256 in sorted(found.items() ^ wanted.items()):
+        if path in found and path in wanted:
+            raise Corrupt(f"{path} for {out} has other content than its manifest says (SHA-256 differs)")
+        raise Corrupt(
+            f"{path} (SHA-256 {sha256}) for {out} is {'missing' if path in wanted else 'not in its manifest'}"
+        )
     workspace.check()
     won = _move_into_place(workspace, about)
     _fsync(out.parent)
@@ -215,32 +265,82 @@ def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] |
 
 def _move_into_place(workspace: Workspace, about: About) -> bool:
     folder, out = workspace.folder, workspace.out
+    ours = patient(os.stat)(folder)
     while True:
         try:
-            folder.rename(out)  # fails if the target holds anything, and if we were fenced
+            patient(os.rename)(folder, out)  # fails if the target holds anything, and if we were fenced
         except FileNotFoundError as error:
+            if is_same(out, ours):  # a rename that was said to have failed
+                return True
             workspace.lost = True
             raise Fenced(f"another attempt took over {out}: this result is dropped") from error
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            try:
-                theirs = verify(out)
-            except Corrupt as corrupt:
-                with contextlib.suppress(FileNotFoundError):  # another attempt was faster
-                    log.warning("%s: moved to %s", corrupt, quarantine(out))
+            if (corrupt := set_aside(out)) is not None:
+                log.warning("%s", corrupt)
                 continue
-            if theirs.about.key != about.key:
+            if (theirs := Manifest.read(out)).about.key != about.key:
                 raise BadTask(f"{out} holds the result of another task: {theirs.about.key}") from error
             return False
         return True
 
 
-def quarantine(folder: Path) -> Path:
-    """Move a corrupt published folder aside, so that its task is planned again; returns where it lies now."""
-    target = folder.parent / f".{folder.name}.corrupt-{uuid.uuid4().hex[:8]}"
-    folder.rename(target)
-    return target
+def is_same(path: Path, known: os.stat_result | None) -> bool:
+    """Whether `path` is still what was seen before."""
+    try:
+        return known is not None and os.path.samestat(patient(os.lstat)(path), known)
+    except GONE:
+        return False
+
+
+def set_aside(folder: Path, *, remembered: bool = False) -> Corrupt | None:
+    """Verify a published folder as `verify` does; move it away if it is damaged, so that its task is planned again.
+
+    Another run may do the same at the same time, and publish it anew: what it published is left, or put back.
+
+    Returns:
+        What is wrong with it, and where it lies now if it was this call that moved it; None if it is sound.
+    """
+    while True:
+        try:
+            seen = patient(os.lstat)(folder)
+            verify(folder, remembered=remembered)
+        except GONE:
+            return Corrupt(f"{folder} is not there")
+        except Corrupt as corrupt:
+            if not is_same(folder, seen):
+                continue
+            target = aside(folder, "corrupt")
+            try:
+                patient(os.rename)(folder, target)
+            except GONE:
+                continue
+            if is_same(target, seen):
+                return Corrupt(f"{corrupt}; moved to {target}")
+            _put_back(target, folder)
+        else:
+            return None
+
+
+def _put_back(target: Path, folder: Path) -> None:
+    """Undo the renaming of a result that was published in the instant before."""
+    try:
+        patient(os.rename)(target, folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        drop(target)  # yet another run has published an equal one
+
+
+def drop(folder: Path) -> None:
+    """Remove a published folder, or one put aside: gone for readers at once, however long removing takes."""
+    doomed = aside(folder, "dropped")
+    try:
+        patient(os.rename)(folder, doomed)
+    except GONE:
+        return  # another run was faster
+    remove_tree(doomed)
 
 
 def adopt(src_subfolder: Path, out: Path) -> Manifest:
@@ -298,7 +398,7 @@ def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target, follow_symlinks=False)
-    except FileNotFoundError as error:
+    except GONE as error:
         raise Corrupt(f"{source} is missing, its manifest lists it") from error
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):

@@ -10,17 +10,21 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.errors import Fenced
+from cluster.errors import Fenced, StoreUnavailable
 from cluster.host.process import Process
+from cluster.store.faults import GONE, patient
 from cluster.store.layout import RESULT, RESUME, new_attempt, temporaries, temporary
 from cluster.store.lease import UNOWNED_PATIENCE, Owner, Watch, create_owner, read_owner, replace_owner
 from cluster.store.leftovers import discard, files_in, remove, remove_empty, resume_of, signature
 
 log = logging.getLogger(__name__)
+
+DECISION = 1.0  # seconds to wait for another claim of the same instant
 
 
 @dataclass(frozen=True)
@@ -57,21 +61,25 @@ class Workspace:
         self._pin: int | None = None
 
     @classmethod
+    @patient
     def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Workspace:
         """Open a workspace: fence dead attempts, and those in `supersedes`, and take over their `resume/`.
+
+        Of several that claim at once one at most gets it.
 
         Raises:
             Busy: others are at work, or may be; nothing was changed.
             Fenced: another attempt took over before this one had begun.
+            StoreUnavailable: the file system failed for longer than it was waited for.
         """
         self = cls(out, attempt, Owner(Process.me(), lease))
-        stale = _stale(out, supersedes)
         while not self._begin():
-            stale = _stale(out, supersedes)
+            pass
         try:
-            self.folder.mkdir()
+            stale = self._decide(supersedes)
+            self.folder.mkdir(exist_ok=True)
             _take_over(stale, self)
-            self._owner = replace(self._owner, resume_at_start=signature(self.folder / RESUME))
+            self._owner = replace(self._owner, beat=1, resume_at_start=signature(self.folder / RESUME))
             replace_owner(self.root, self._owner)
         except BaseException as error:
             try:
@@ -82,11 +90,28 @@ class Workspace:
             raise
         return self
 
+    def _decide(self, supersedes: Collection[str]) -> list[Path]:
+        """Attempts that are over, once it is sure that no other is at work; raises Busy if one is.
+
+        Our folder was made before we look, so of two claims at least one sees the other. The one of the lower name
+        waits until the other has decided, and the other gives way.
+        """
+        deadline = time.monotonic() + DECISION
+        while True:
+            stale, others, undecided = _look(self.out, self.attempt, supersedes)
+            if others or any(one.attempt < self.attempt for one in undecided):
+                raise Busy(others + undecided)
+            if not undecided:
+                return stale
+            if time.monotonic() > deadline:
+                raise Busy(undecided)
+            time.sleep(0.01)
+
     def _begin(self) -> bool:
         """Make the folder and say whose it is; False if it was swept in between, since nobody's was empty."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.root.mkdir()
+            self.root.mkdir(exist_ok=True)  # of a try that the file system failed: the name is ours alone
             self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
             create_owner(self.root, self._owner)
         except FileNotFoundError:
@@ -103,9 +128,9 @@ class Workspace:
         try:
             self.check()
             replace_owner(self.root, self._owner)
-        except (Fenced, FileNotFoundError):
+        except (Fenced, *GONE):
             self.lost = True
-        except OSError as error:  # a full disk must not end an attempt that writes nothing just now
+        except (OSError, StoreUnavailable) as error:  # must not end an attempt that writes nothing just now
             log.warning("cannot renew the lease of %s: %s", self.root, error)
         return not self.lost
 
@@ -131,13 +156,17 @@ class Workspace:
 
         A call that makes its folders as it needs them may have made the fenced one again: that one does not
         count.
+
+        Raises:
+            Fenced: the folder is gone, or another one.
+            StoreUnavailable: whether it is cannot be told.
         """
         try:
-            same = self._pin is not None and os.path.samestat(os.fstat(self._pin), self.root.stat())
-        except OSError:
-            same = False
-        if self.lost or not same:
+            here = patient(os.stat)(self.root)
+            self.lost |= self._pin is None or not os.path.samestat(patient(os.fstat)(self._pin), here)
+        except GONE:
             self.lost = True
+        if self.lost:
             raise Fenced(f"another attempt took over {self.out}: this one (of {self._owner.process}) must end")
 
     def discard(self) -> None:
@@ -151,26 +180,25 @@ class Workspace:
             self._pin = None
 
 
-def _stale(out: Path, supersedes: Collection[str]) -> list[Path]:
-    """Temporaries of attempts that are over; raises Busy if there are others."""
-    stale, others = [], []
+def _look(out: Path, me: str, supersedes: Collection[str]) -> tuple[list[Path], list[Other], list[Other]]:
+    """The other attempts: the folders of those that are over, those at work, and those that have not decided yet."""
+    stale: list[Path] = []
+    others: list[Other] = []
+    undecided: list[Other] = []
     for root, _, attempt in temporaries(out.parent, out.name):
-        if attempt in supersedes:
-            stale.append(root)
+        if attempt == me:
             continue
         owner = read_owner(root)
-        if owner is None:
-            if not remove_empty(root):
-                others.append(Other(attempt, -1, UNOWNED_PATIENCE))
-            continue
-        alive = owner.alive()
-        if alive is False:
+        alive = None if owner is None else owner.alive()
+        if attempt in supersedes or alive is False:
             stale.append(root)
+        elif owner is None:
+            if not remove_empty(root):
+                undecided.append(Other(attempt, -1, UNOWNED_PATIENCE))
         else:
-            others.append(Other(attempt, owner.beat, 0.0 if alive else owner.lease))
-    if others:
-        raise Busy(others)
-    return stale
+            found = Other(attempt, owner.beat, 0.0 if alive else owner.lease)
+            (others if owner.beat else undecided).append(found)
+    return stale, others, undecided
 
 
 def _take_over(stale: list[Path], workspace: Workspace) -> None:
@@ -181,7 +209,7 @@ def _take_over(stale: list[Path], workspace: Workspace) -> None:
         try:
             root.rename(target)
             replace_owner(target, replace(workspace._owner, released=True))
-        except FileNotFoundError:
+        except GONE:
             continue  # ended, published or was swept in the meantime
         fenced.append(target)
     kept = [found for root in fenced if (found := resume_of(root)) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 
 from cluster import fingerprint as code_module
-from cluster.errors import BadTask, Fenced, Stopped
+from cluster.errors import BadTask, Fenced, Stopped, StoreUnavailable
 from cluster.protocol import Cause, Event, Job
 from cluster.store.publish import About, is_published, publish
 from cluster.store.workspace import Busy, Workspace
@@ -81,10 +82,7 @@ def perform(job: Job, report: Report) -> Event:
             return _ended(job, Cause.BUSY, "published by another run")
         workspace = Workspace.claim(job.out, job.id, supersedes=job.supersedes, lease=job.lease)
     except Busy as busy:
-        others = {other.attempt: (other.beat, other.patience) for other in busy.others}
-        return Event(job.id, "ended", Cause.BUSY, str(busy), others=others)
-    except Fenced as error:
-        return _ended(job, Cause.LOST, str(error))
+        return _ended(job, Cause.BUSY, str(busy))
     except Exception as error:
         return _failed(job, error)
     try:
@@ -94,21 +92,19 @@ def perform(job: Job, report: Report) -> Event:
         return _failed(job, error)
     finally:
         _Current.report = _Current.stop = None
-        workspace.discard()
+        with contextlib.suppress(OSError, StoreUnavailable):  # the driver, or the next attempt, cleans up
+            workspace.discard()
 
 
 def _work(job: Job, workspace: Workspace, report: Report) -> Event:
     _Current.report = _throttled(job, workspace, report)
     try:
-        _load(job)(job.spec, workspace.folder)
+        _load(job)(job.spec, workspace.folder, *([job.inputs] if job.inputs else []))
         _Current.report = None  # what is done is published, stop or no stop
         publish(workspace, About(job.key, job.kind, job.call, job.spec, job.code))
     except MemoryError as error:
         traceback.print_exc()
         return _ended(job, Cause.OOM, _line(error))
-    except Fenced as error:
-        log.error("%s", error)
-        return _ended(job, Cause.LOST, str(error))
     except Stopped as stopped:
         cause, detail = _Current.stop or (Cause.PREEMPTED, str(stopped))
         log.warning("stopped: %s", detail)
@@ -152,6 +148,9 @@ def _line(error: BaseException) -> str:
 
 
 def _failed(job: Job, error: BaseException) -> Event:
+    if isinstance(error, Fenced | StoreUnavailable):
+        log.error("%s", error)
+        return _ended(job, Cause.LOST if isinstance(error, Fenced) else Cause.NODE, _line(error))
     traceback.print_exception(error)
     return _ended(job, Cause.EXCEPTION, _line(error))
 

@@ -1,7 +1,7 @@
-"""Kills what workers leave behind if their driver is killed: their children, which no signal would reach.
+"""A process that kills what is left of a driver's workers, and of their children, should the driver be killed.
 
-Run as a script of its own, on purpose without any import of this package: it must be small and start at once.
-On stdin come lines `+<process group>` and `-<process group>`; when stdin closes, the groups left are killed.
+Run as a script, without any import of this package: it must be small and start at once. On stdin come lines
+`+<process group>` and `-<process group>`; when stdin closes, the groups left are killed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,35 @@ import signal
 import sys
 
 
+class Guardian:
+    """The driver's side."""
+
+    def __init__(self) -> None:
+        import subprocess  # not above: the script has no use for it
+
+        read, self._pipe = os.pipe()
+        self._process = subprocess.Popen([sys.executable, "-I", "-S", __file__], stdin=read)
+        os.close(read)
+
+    def tell(self, sign: str, group: int) -> None:
+        """`+`: kill this group if the driver dies; `-`: it is gone."""
+        with contextlib.suppress(OSError):  # it is gone; workers watch the driver themselves, too
+            os.write(self._pipe, f"{sign}{group}\n".encode())
+
+    def close(self) -> None:
+        """Let it end."""
+        os.close(self._pipe)
+        self._process.wait()
+
+
 def main() -> None:
     """Follow the driver until it closes the pipe, by itself or by dying."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # Nobody's child, in a session of its own: schedulers and terminals signal the children and groups of a driver.
+    if os.fork():
+        os._exit(0)
+    os.setsid()
     groups: set[int] = set()
     for line in sys.stdin.buffer:
         if line.endswith(b"\n"):

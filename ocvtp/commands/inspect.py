@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ocvtp.commands import common, model
+from ocvtp.commands import common, pruned_vlm
 from ocvtp.errors import BadInput
 
 _TITLES = {
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _subject(args: argparse.Namespace) -> Any:
     from ocvtp.inspection.measure import Subject
 
-    device = model.device(args.device)
+    device = pruned_vlm.device(args.device)
     if args.tower is not None:
         from ocvtp.inspection.towers import load as tower
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ocvtp.commands import common, model
+from ocvtp.commands import common, pruned_vlm
 
 
 def add(subparsers: Any) -> None:
@@ -13,7 +13,7 @@ def add(subparsers: Any) -> None:
         subparsers, "latency", run, "measure how fast a pruned VLM answers",
         "Methods take turns, so that a slow minute of the machine hits all. Medians with quartiles.",
     )  # fmt: skip
-    model.add_arguments(parser)
+    pruned_vlm.add_arguments(parser)
     parser.add_argument("--image", type=Path, default=None, help="an image (default: a synthetic scene)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the answer (default: 16)")
     parser.add_argument("--repeats", type=int, default=10, help="measured runs of each method (default: 10)")
@@ -23,18 +23,18 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    image = model.read_image(args.image) if args.image else _scene()
+    image = pruned_vlm.read_image(args.image) if args.image else _scene()
 
     from ocvtp import vlms
     from ocvtp.efficiency.latency import measure
 
-    vlm = vlms.load(args.vlm, device=model.device(args.device))
-    cases: dict[str, Any] = {"vanilla": lambda: model.pruned(vlm, "vanilla", 1.0, None)}
+    vlm = vlms.load(args.vlm, device=pruned_vlm.device(args.device))
+    cases: dict[str, Any] = {"vanilla": lambda: pruned_vlm.pruned(vlm, "vanilla", 1.0, None)}
     for keep in args.keep:
         for method in args.methods:
             if method != "vanilla":
-                cases[f"{method}, keep {keep:g}"] = lambda m=method, k=keep: model.pruned(vlm, m, k, args.pruner)
-    inputs = dict(model.inputs(vlm, image, args.prompt))
+                cases[f"{method}, keep {keep:g}"] = lambda m=method, k=keep: pruned_vlm.pruned(vlm, m, k, args.pruner)
+    inputs = dict(pruned_vlm.inputs(vlm, image, args.prompt))
     times = measure(vlm.model, inputs, cases, new_tokens=args.new_tokens, repeats=args.repeats, warmup=args.warmup)
     if args.json:
         common.print_json({"vlm": args.vlm, "cases": {name: case.as_dict() for name, case in times.items()}})

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from ocvtp.commands import common, model
+from ocvtp.commands import common, pruned_vlm
 from ocvtp.errors import BadInput
 
 
@@ -16,7 +16,7 @@ def add(subparsers: Any) -> None:
                         "A row for each budget, a column for each method, and one for its slots if it has any: there "
                         "each token has the colour of the slot that attends to it most.")  # fmt: skip
     parser.add_argument("image", type=Path, help="a JPEG, PNG, WebP, ... file")
-    model.add_arguments(parser)
+    pruned_vlm.add_arguments(parser)
     parser.add_argument("--out", type=Path, default=None, help="the PNG to write (default: IMAGE-kept.png, here)")
     common.add_json(parser)
 
@@ -26,14 +26,14 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"{args.image.stem}-kept.png")
     if not out.absolute().parent.is_dir():
         raise BadInput(f"{out} cannot be written: the folder {out.absolute().parent} does not exist")
-    image = model.read_image(args.image)
+    image = pruned_vlm.read_image(args.image)
 
     from ocvtp import figures, vlms
 
-    vlm = vlms.load(args.vlm, device=model.device(args.device))
+    vlm = vlms.load(args.vlm, device=pruned_vlm.device(args.device))
     family = vlms.family_of(vlm.model)
     image = family.prepare(vlm.processor, image)
-    inputs = model.inputs(vlm, image, args.prompt)
+    inputs = pruned_vlm.inputs(vlm, image, args.prompt)
     images = family.images(inputs)
     assert images is not None  # noqa: S101 - the processor was given one
     maps = family.maps(images, 0)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pruned(vlm: Any, method: str, keep: int | float, pruner: str | None, inputs: Any) -> tuple[list[int] | None, Any]:
     """Numbers of the kept tokens, and the attention of slots over all of them, if there are slots; None: all stay."""
-    with model.pruned(vlm, method, keep, pruner) as handle:
+    with pruned_vlm.pruned(vlm, method, keep, pruner) as handle:
         vlm.model.generate(**inputs, max_new_tokens=1, do_sample=False)
         if handle is None:
             return None, None

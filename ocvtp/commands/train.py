@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ocvtp.pruner.config import PrunerConfig
     from ocvtp.pruner.provenance import TrainedFor
     from ocvtp.pruner.training import ranks
-    from ocvtp.pruner.training.config import TrainConfig
+    from ocvtp.pruner.training.train_config import TrainConfig
     from ocvtp.tokens.loader import TokenDataset
 
     config = _made(TrainConfig, options)

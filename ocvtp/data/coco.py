@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ocvtp.data.images import BadImage, UnsafePath, check_name, open_image, read_image_file, safe_join
+from ocvtp.data.decoding import BadImage, UnsafePath, check_name, open_image, read_image_file, safe_join
 from ocvtp.errors import BadInput
 
 _SHOWN = 5
@@ -46,7 +46,7 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Selection:
+class ImageSample:
     """Sound images in the order in which they were drawn, and the rejected ones among them."""
 
     records: tuple[Accepted, ...]
@@ -132,7 +132,7 @@ def select_images(
     max_reject_rate: float = 0.001,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Selection:
+) -> ImageSample:
     """Draw `n` sound images; each rejected one is replaced by the next in the seed's order.
 
     Args:
@@ -186,7 +186,7 @@ def select_images(
                 f" above max_reject_rate {max_reject_rate}; first: {_describe(rejects)}",
                 tuple(rejects),
             )
-    return Selection(tuple(records), tuple(rejects))
+    return ImageSample(tuple(records), tuple(rejects))
 
 
 def _describe(rejects: list[Rejected]) -> str:

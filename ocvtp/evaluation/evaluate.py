@@ -14,13 +14,13 @@ from typing import Any
 from ocvtp.data.coverage import Covered
 from ocvtp.errors import Corrupt
 from ocvtp.evaluation import listing, preflight, scores
-from ocvtp.evaluation.catalogue import Benchmark
-from ocvtp.evaluation.catalogue import benchmark as named
+from ocvtp.evaluation.benchmarks import Benchmark
+from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.generate import Answerer
 from ocvtp.evaluation.objects import add_objects
-from ocvtp.evaluation.setting import Setting, forget, pruner_fingerprint, ready
+from ocvtp.evaluation.setting import EvaluationSetting, forget, pruner_fingerprint, ready
 
-__all__ = ["Setting", "evaluate", "forget"]
+__all__ = ["EvaluationSetting", "evaluate", "forget"]
 _PACKAGES = ("ocvtp", "torch", "transformers", "tokenizers", "lmms-eval", "datasets", "numpy", "pillow", "torchvision")
 _TOLERANCE = 1e-5
 """Between lmms-eval's number and ours, relative: MMMU rounds its own to five digits."""
@@ -29,7 +29,7 @@ _ALONE = threading.Lock()
 
 
 def evaluate(
-    setting: Setting,
+    setting: EvaluationSetting,
     benchmark: str,
     data: Path | None,
     out: Path,
@@ -63,7 +63,7 @@ def evaluate(
     path = None if data is None else preflight.locate(entry, data)
     rows = preflight.unseen(entry, limit) if path is None else preflight.check(entry, path, limit)
     fingerprint = pruner_fingerprint(setting.pruner)
-    from ocvtp.evaluation.lmms.run import ask
+    from ocvtp.evaluation.lmms.ask import ask
     from ocvtp.evaluation.lmms.tasks import package
 
     package()
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _made_by(
-    setting: Setting, answerer: Answerer, image_tokens: Sequence[int], fingerprint: str | None
+    setting: EvaluationSetting, answerer: Answerer, image_tokens: Sequence[int], fingerprint: str | None
 ) -> dict[str, Any]:
     vlm, name = answerer.vlm, setting.vlm
     budgets = set(image_tokens)

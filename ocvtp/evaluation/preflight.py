@@ -13,8 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ocvtp.errors import BadInput
-from ocvtp.evaluation.catalogue import Benchmark
-from ocvtp.evaluation.units import unit_of
+from ocvtp.evaluation.benchmarks import Benchmark
 
 
 def locate(benchmark: Benchmark, data: Path) -> Path:
@@ -47,7 +46,7 @@ def check(benchmark: Benchmark, path: Path, limit: int | None = None) -> int:
     if not rows:
         raise BadInput(f"{path} has no rows")
     _check_answers(benchmark, path, rows)
-    units = [unit_of(row, index, benchmark) for index, row in enumerate(rows)]
+    units = [benchmark.unit_of(row, index) for index, row in enumerate(rows)]
     if benchmark.paired:
         _check_groups(benchmark, path, rows, units)
     return whole_units(benchmark, units, limit)

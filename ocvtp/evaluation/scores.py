@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocvtp.errors import BadInput
-from ocvtp.evaluation.catalogue import Benchmark
-from ocvtp.evaluation.catalogue import benchmark as named
+from ocvtp.evaluation.benchmarks import Benchmark
+from ocvtp.evaluation.benchmarks import benchmark as named
 
 Samples = Sequence[Mapping[str, Any]]
 Floats = NDArray[np.float64]

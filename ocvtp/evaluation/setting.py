@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Setting:
+class EvaluationSetting:
     """One way to run one VLM.
 
     Attributes:
@@ -52,7 +52,7 @@ class Setting:
 
 
 @contextmanager
-def ready(setting: Setting, device: str = "cpu", *, shared: bool = True) -> Iterator[Answerer]:
+def ready(setting: EvaluationSetting, device: str = "cpu", *, shared: bool = True) -> Iterator[Answerer]:
     """The VLM of a setting, pruned as it says within the `with`.
 
     Args:

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from ocvtp.data.coverage import Covered
-from ocvtp.data.images import open_image
+from ocvtp.data.decoding import open_image
 from ocvtp.errors import BadInput
 from ocvtp.inspection.objects import Picture, objects
 from ocvtp.methods import Budget, Look, Method, entry_of, options_of
+from ocvtp.pruner.seeding import derive
 from ocvtp.pruning.choosing import looks
-from ocvtp.pruning.seeds import seeds_of
 from ocvtp.selection import prototype_error, span_error
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Map
@@ -179,7 +179,13 @@ def measure(
         for (_, keep, seed, method), total in zip(cells, sums, strict=True):
             own = None if type(method).look is not Method.look else vision
             for look in looks(
-                family, method, Budget.parse(keep), images, seeds_of(seed, names), [[]] * len(some), vision=own
+                family,
+                method,
+                Budget.parse(keep),
+                images,
+                [derive(seed, name) for name in names],
+                [[]] * len(some),
+                vision=own,
             ):
                 _add(total, method, look, vision, reference, hit)
         if progress is not None:

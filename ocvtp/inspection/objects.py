@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ocvtp.data.coverage import SMALL_TOKENS, Objects
-from ocvtp.data.images import UnsafePath, safe_join
+from ocvtp.data.decoding import UnsafePath, safe_join
 from ocvtp.data.masks import Mask, decode_mask
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.vlms.images import Map

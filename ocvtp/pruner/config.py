@@ -46,7 +46,7 @@ BY_BEHAVIOUR: Final[Mapping[str, tuple[Any, Any]]] = {
     "fill": ("slot_mass", "attention"),  # needs no attention weights of the tower
     "surplus": ("attention", "hash"),  # which pick goes if there is one too many
 }
-"""Where the behaviours differ in the model and in its use; `training.config` has the same for training."""
+"""Where the behaviours differ in the model and in its use; `training.train_config` has the same for training."""
 
 
 @dataclass(frozen=True)

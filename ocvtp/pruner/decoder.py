@@ -1,6 +1,7 @@
 """Eq. 9: decoders rebuild the tokens from the slots. Training needs one, pruning does not.
 
-Letters: B images, N tokens, C token width, K slots, D slot width.
+Letters: B images, N tokens, C token width, K slots, D slot width, H and W the sides
+of the table of positions.
 """
 
 from abc import ABC, abstractmethod
@@ -9,11 +10,12 @@ from itertools import pairwise
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ocvtp.errors import BadInput
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.layout import Layout
-from ocvtp.pruner.positions import Positions
+from ocvtp.pruner.layout import TokenLayout
 from ocvtp.pruner.seeding import generator as seeded
 from ocvtp.pruner.transformer import Transformer
 
@@ -21,11 +23,51 @@ MODES: Final = ("random", "fixed", "all")
 """How a decoder is to look at the tokens: as in training, the same way each time, or at all of them."""
 
 
+class Positions(nn.Module):
+    """A learnt table [1, H * W, C] over the grid of the config.
+
+    With `positions="grid"` another grid reads it between its entries (bilinear, both taken to cover the same image);
+    on its own grid the entries are used as they are. With `positions="table"` there is no other grid.
+    """
+
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        self.grid = config.grid
+        self.resample = config.positions == "grid"
+        self.table = nn.Parameter(torch.empty(1, config.grid_tokens, config.token_dim))
+        nn.init.trunc_normal_(self.table, std=1.0)
+
+    def forward(self, layout: TokenLayout) -> Tensor:
+        """Positions [B, N, C], or [1, N, C] if all images lie on one grid; anything where there is no token.
+
+        Raises:
+            BadInput: a grid that a table without resampling does not have.
+        """
+        if set(layout.grids) == {self.grid} or not self.resample:
+            if layout.tokens != self.table.shape[1]:
+                raise BadInput(
+                    f"{layout.tokens} tokens, but a table of {self.table.shape[1]} positions: use positions='grid'"
+                )
+            return self.table
+        rows = {grid: self._read(grid) for grid in dict.fromkeys(layout.grids)}
+        if len(rows) == 1:
+            return next(iter(rows.values()))[None]
+        padded = {grid: F.pad(row_NC, (0, 0, 0, layout.tokens - len(row_NC))) for grid, row_NC in rows.items()}
+        return torch.stack([padded[grid] for grid in layout.grids])
+
+    def _read(self, grid: tuple[int, int]) -> Tensor:
+        """The table at another grid, [h * w, C]."""
+        if grid == self.grid:
+            return self.table[0]
+        table_1CHW = self.table.transpose(1, 2).reshape(1, -1, *self.grid)
+        return F.interpolate(table_1CHW, grid, mode="bilinear", align_corners=False).flatten(2)[0].T
+
+
 class Decoder(nn.Module, ABC):
     """Rebuilds tokens [B, N, C] from slots [B, K, D] and whatever its plan lets it see of the tokens."""
 
     @abstractmethod
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """What this call may see, drawn for one of `MODES`; `random` draws from the generator (on the CPU)."""
 
     @abstractmethod
@@ -34,7 +76,7 @@ class Decoder(nn.Module, ABC):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The rebuilt tokens."""
@@ -69,7 +111,7 @@ class RandomAR(Decoder):
         self.mask_token = nn.Parameter(torch.randn(1, 1, config.token_dim) / config.token_dim**0.5)
         self.transformer = Transformer(config)
 
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """Visible tokens [B, N] (or [1, N]), True where visible; None if all are."""
         if mode == "all":
             return None
@@ -96,7 +138,7 @@ class RandomAR(Decoder):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The rebuilt tokens, of those that were seen as well."""
@@ -120,7 +162,7 @@ class MixtureMLP(Decoder):
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden, config.token_dim + 1))
 
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """It never sees a token."""
         return None
 
@@ -129,7 +171,7 @@ class MixtureMLP(Decoder):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The mixture of the slots' predictions."""
@@ -158,7 +200,7 @@ class OrderedAR(Decoder):
         self.begin = nn.Parameter(torch.randn(self.orders, config.token_dim) / config.token_dim**0.5)
         self.transformer = Transformer(config)
 
-    def plan(self, layout: Layout, mode: str, generator: torch.Generator | None) -> Tensor | None:
+    def plan(self, layout: TokenLayout, mode: str, generator: torch.Generator | None) -> Tensor | None:
         """The number of each image's order, [B]."""
         if mode != "random":
             return torch.zeros(layout.batch, dtype=torch.long, device=layout.device)
@@ -169,7 +211,7 @@ class OrderedAR(Decoder):
         tokens_BNC: Tensor,
         slots_BKD: Tensor,
         plan: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         slot_mask_BK: Tensor | None = None,
     ) -> Tensor:
         """The rebuilt tokens, each from the slots and the true tokens before it."""

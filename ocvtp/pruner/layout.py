@@ -18,7 +18,7 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """The places of a batch of tokens.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout:
 
 def layout(
     tokens_BNC: Tensor, mask_BN: Tensor | None, grid: Grid | Sequence[Grid] | None, config: PrunerConfig
-) -> Layout:
+) -> TokenLayout:
     """The layout of a batch.
 
     Args:
@@ -67,7 +67,7 @@ def layout(
     largest = max(height * width for height, width in grids)
     if largest != tokens or (mask_BN is None and any(height * width != tokens for height, width in grids)):
         raise BadInput(f"grids {_show(grids)} do not make the batch's {tokens} tokens (smaller images need a mask)")
-    return Layout(batch, tokens, mask_BN, grids, tokens_BNC.device)
+    return TokenLayout(batch, tokens, mask_BN, grids, tokens_BNC.device)
 
 
 def _grids(grid: Any) -> tuple[Grid, ...]:

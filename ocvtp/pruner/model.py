@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.errors import BadInput
-from ocvtp.pruner import checks
+from ocvtp.pruner import checks, pretrained, reference
 from ocvtp.pruner.config import PrunerConfig, check_whole
 from ocvtp.pruner.decoder import DECODER_MODULES, MODES, Decoder
-from ocvtp.pruner.layout import Grid, Layout, layout
+from ocvtp.pruner.layout import Grid, TokenLayout, layout
 from ocvtp.pruner.provenance import TrainedFor
-from ocvtp.pruner.queries import QUERY_MODULES, FromTokens
 from ocvtp.pruner.seeding import batch_noise, slot_noise
 from ocvtp.pruner.seeding import generator as seeded
 from ocvtp.pruner.select import Selection, choose, everything
-from ocvtp.pruner.slots import Projection, SlotAttention
+from ocvtp.pruner.slots import QUERY_MODULES, FromTokens, Projection, SlotAttention
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,7 @@ class OCPruner(nn.Module):
 
     def save_pretrained(self, folder: Path | str, *, include_decoder: bool = True) -> None:
         """Write config.json and model.safetensors; without the decoder nine tenths smaller, and it still prunes."""
-        from ocvtp.pruner.pretrained import save
-
-        save(self, Path(folder), include_decoder=include_decoder)
+        pretrained.save(self, Path(folder), include_decoder=include_decoder)
 
     @classmethod
     def from_pretrained(
@@ -228,23 +225,20 @@ class OCPruner(nn.Module):
             Corrupt: a file is damaged or half-written.
             Incompatible: weights that do not fit the config; all names and shapes that differ are listed.
         """
-        from ocvtp.pruner.pretrained import load
-
-        return load(name, decoder=decoder, device=device, revision=revision)
+        pruner = pretrained.load(cls, name, decoder=decoder, device=device, revision=revision)
+        # The buffer of fixed noise is not saved: begin it anew.
+        pruner._noise_KD = torch.empty(0, pruner.config.slot_dim, device=pruner.device, dtype=pruner.dtype)
+        return pruner
 
     @classmethod
     def from_reference_checkpoint(cls, path: Path | str, config: PrunerConfig | None = None) -> "OCPruner":
         """Read the authors' `weights.pth`: see `ocvtp.pruner.reference.load`."""
-        from ocvtp.pruner.reference import load
-
-        return load(path, config)
+        return reference.load(cls, path, config)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the config and of the weights that prune: equal if and only if it prunes alike."""
-        from ocvtp.pruner.pretrained import fingerprint
-
-        return fingerprint(self)
+        return pretrained.fingerprint(self)
 
     def _tokens(self, tokens: Tensor, mask: Tensor | None, check_values: bool | None) -> tuple[Tensor, Tensor | None]:
         """Checked tokens in the type of the weights, zero where there is none, and the mask."""
@@ -316,7 +310,7 @@ class OCPruner(nn.Module):
         return self._noise_KD[:slots]
 
     def _plan(
-        self, decoder: Decoder, where: Layout, decode: str | Tensor, generator: torch.Generator | None
+        self, decoder: Decoder, where: TokenLayout, decode: str | Tensor, generator: torch.Generator | None
     ) -> Tensor | None:
         if isinstance(decode, Tensor):
             return decode.to(self.device)

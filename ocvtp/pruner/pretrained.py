@@ -2,28 +2,39 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
-from ocvtp.pruner.atomic import write
 from ocvtp.pruner.config import PrunerConfig, from_dict
-from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.provenance import TrainedFor
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 KIND: Final = "ocvtp-pruner"
 _DECODER: Final = "decoder."
+Module = TypeVar("Module", bound=nn.Module)
 
 
-def save(pruner: OCPruner, folder: Path, *, include_decoder: bool = True) -> None:
+class Saved(Protocol):
+    """What is saved of a pruner."""
+
+    config: PrunerConfig
+    trained_for: TrainedFor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its weights by name."""
+
+
+def save(pruner: Saved, folder: Path, *, include_decoder: bool = True) -> None:
     """Write both files, each whole or not at all; equal pruners make equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.state_dict().items()}
     config = pruner.config
@@ -31,13 +42,20 @@ def save(pruner: OCPruner, folder: Path, *, include_decoder: bool = True) -> Non
         config = replace(config, decoder=None)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_DECODER)}
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
+    write_whole(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
     record = {"model_type": KIND, **config.to_dict(), **pruner.trained_for.to_dict()}
-    write(folder / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
+    write_whole(folder / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def load(name: Path | str, *, decoder: bool, device: torch.device | str, revision: str | None) -> OCPruner:
-    """Read both files; see `OCPruner.from_pretrained`."""
+def load(
+    make: Callable[[PrunerConfig, TrainedFor], Module],
+    name: Path | str,
+    *,
+    decoder: bool,
+    device: torch.device | str,
+    revision: str | None,
+) -> Module:
+    """Read both files into what `make` makes; see `OCPruner.from_pretrained`."""
     folder = _folder(name, revision)
     config, trained_for = read_config(folder / CONFIG)
     path = folder / WEIGHTS
@@ -45,12 +63,10 @@ def load(name: Path | str, *, decoder: bool, device: torch.device | str, revisio
     if not decoder:
         config = replace(config, decoder=None)
     with torch.device("meta"):
-        pruner = OCPruner(config, trained_for)
+        pruner = make(config, trained_for)
     check_tensors(str(path), tensors, {key: tuple(t.shape) for key, t in pruner.state_dict().items()})
     pruner = pruner.to_empty(device=device)
     pruner.load_state_dict(tensors)
-    # The buffer of fixed noise is not saved: begin it anew.
-    pruner._noise_KD = torch.empty(0, config.slot_dim, device=device)
     return pruner.to(next(iter(tensors.values())).dtype).eval()
 
 
@@ -109,15 +125,29 @@ def check_tensors(where: str, found: dict[str, Tensor], wanted: dict[str, tuple[
         raise Incompatible(f"{where} does not fit this pruner:\n  " + "\n  ".join(wrong))
 
 
-def fingerprint(pruner: OCPruner) -> str:
+def fingerprint(pruner: Saved) -> str:
     """SHA-256 over the config and the weights, without the decoder's."""
     config: dict[str, Any] = replace(pruner.config, decoder=None).to_dict()
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(pruner.state_dict().items()):
         if not name.startswith(_DECODER):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step: whoever looks sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _folder(name: Path | str, revision: str | None) -> Path:

@@ -1,6 +1,7 @@
 """The authors' checkpoints: their names and shapes, and the way to ours and back."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,8 +10,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.model import OCPruner
-from ocvtp.pruner.pretrained import check_tensors
+from ocvtp.pruner.pretrained import Module, Saved, check_tensors
 
 NAMES: Final = {
     # Ours: theirs, by their beginnings.
@@ -45,10 +45,11 @@ def reference_config(**options: Any) -> PrunerConfig:
     return PrunerConfig(**{"token_dim": 1024, "behaviour": "reference", **options})
 
 
-def load(path: Path | str, config: PrunerConfig | None = None) -> OCPruner:
+def load(make: Callable[[PrunerConfig], Module], path: Path | str, config: PrunerConfig | None = None) -> Module:
     """A pruner from the authors' `weights.pth`, in evaluation mode; no code in the file is run.
 
     Args:
+        make: makes the pruner.
         path: a state dict of 69 tensors, or the pruner's 25 alone (it then has no decoder), by itself or as
             `state_dict` of a dict.
         config: of a pruner of another size; the authors' unless given.
@@ -63,14 +64,14 @@ def load(path: Path | str, config: PrunerConfig | None = None) -> OCPruner:
     if not any(name.startswith(_DECODER) for name in tensors):
         config = PrunerConfig.from_dict({**config.to_dict(), "decoder": None})
     with torch.device("meta"):
-        shapes = {their_name(name): tuple(t.shape) for name, t in OCPruner(config).state_dict().items()}
+        shapes = {their_name(name): tuple(t.shape) for name, t in make(config).state_dict().items()}
     check_tensors(str(path), tensors, shapes)
-    pruner = OCPruner(config)
+    pruner = make(config)
     pruner.load_state_dict({name: tensors[their_name(name)] for name in pruner.state_dict()})
     return pruner.eval()
 
 
-def state_dict(pruner: OCPruner) -> dict[str, Tensor]:
+def state_dict(pruner: Saved) -> dict[str, Tensor]:
     """The weights of a pruner under the authors' names."""
     if pruner.config.decoder not in ("random_ar", None) or pruner.config.queries != "shared_gaussian":
         raise BadInput("the authors' code has one decoder, random_ar, and one kind of queries, shared_gaussian")

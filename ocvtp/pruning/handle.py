@@ -8,6 +8,7 @@ form (`Handle.last_columns` says of which columns).
 Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, q new columns.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Entry, Keep, Method, entry_of, options_of
 from ocvtp.methods.inside import Inside
+from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
 from ocvtp.pruning.choosing import Choice, choose, slots
 from ocvtp.pruning.forward import Forward, Looked
 from ocvtp.pruning.prefix import Prefix
-from ocvtp.pruning.seeds import name_of, seeds_of
 from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.vlms.families import family_of
 from ocvtp.vlms.family import Family
@@ -259,10 +260,19 @@ class Handle:
         if not self._random:
             return [0] * len(images)
         if names is None:
-            names = [name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
+            names = [_name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
         elif len(names) != len(images):
             raise BadInput(f"{len(names)} names of samples for {len(images)} images: one for each is needed")
-        return seeds_of(self.seed, names)
+        return [derive(self.seed, name) for name in names]  # not from batch, order or machine
+
+
+def _name_of(pixels: Tensor) -> str:
+    """A name for a picture that the caller gave none, from its pixels.
+
+    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same.
+    """
+    rounded = pixels.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
+    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
 
 
 def _texts(ids_BL: Tensor, mask_BL: Tensor | None, placeholder: int) -> list[list[int]]:

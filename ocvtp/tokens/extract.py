@@ -4,7 +4,7 @@ Letters: B images of a batch, N tokens of an image (the CLS token is none of the
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.data.images import BadImage, open_image, read_image_file
+from ocvtp.data.decoding import BadImage, open_image, read_image_file
 from ocvtp.errors import BadInput
 from ocvtp.tokens.manifest import DTYPES, Shard, ShardMeta
-from ocvtp.tokens.prefetch import prefetch
+from ocvtp.tokens.read_ahead import read_ahead
 from ocvtp.tokens.rows import TokenRow
-from ocvtp.tokens.space import ensure_space
-from ocvtp.tokens.writer import ShardWriter
+from ocvtp.tokens.writer import ShardWriter, ensure_space
 from ocvtp.vlms.hidden_states import resolve_layers
 
 
@@ -111,7 +110,8 @@ def extract_tokens(
         layer: ShardWriter(folder / f"layer_{layer}", _meta(vlm, layer, index, dtype, preprocessing))
         for layer, index in indices.items()
     }
-    batches = prefetch(_decoded(records, batch_size), 1)
+    starts = range(0, len(records), batch_size)
+    batches = read_ahead(_decoded, (records[start : start + batch_size] for start in starts), 1)
     done = 0
     with ExitStack() as stack, torch.inference_mode():
         stack.callback(batches.close)
@@ -165,12 +165,8 @@ def _meta(vlm: Tower, layer: int, index: int, dtype: str, preprocessing: str) ->
     )
 
 
-def _decoded(
-    records: Sequence[ImageRecord], batch_size: int
-) -> Iterator[tuple[Sequence[ImageRecord], list[Image.Image]]]:
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        yield batch, [_open(record) for record in batch]
+def _decoded(batch: Sequence[ImageRecord]) -> tuple[Sequence[ImageRecord], list[Image.Image]]:
+    return batch, [_open(record) for record in batch]
 
 
 def _open(record: ImageRecord) -> Image.Image:

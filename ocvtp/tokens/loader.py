@@ -1,12 +1,11 @@
-"""Tokens for training: any row of any shard, in memory when they fit, else read ahead from memory-mapped files.
+"""Tokens for training: any row of any shard, in memory when they fit, else from memory-mapped files.
 
 Letters: B images of a batch, N tokens (of the largest image of the batch), C width of a token.
 """
 
 import hashlib
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.tokens.manifest import Shard, ShardMeta, check_agreement, read_layer_listing
-from ocvtp.tokens.prefetch import prefetch
-from ocvtp.tokens.shards import TokenRow, open_shard
+from ocvtp.tokens.reader import open_shard
+from ocvtp.tokens.rows import TokenRow
 
 MEMORY_BUDGET: Final = 2 * 2**30
 """Bytes of tokens that are held in memory by default."""
@@ -115,28 +114,6 @@ class TokenDataset:
         mask_BN = torch.arange(shape[1]) < torch.tensor(counts)[:, None]
         return TokenBatch(tokens_BNC, mask_BN, grids)
 
-    def batches(
-        self, indices: Iterable[int], batch_size: int, *, drop_last: bool = False, ahead: int = 2
-    ) -> Generator[TokenBatch]:
-        """Batches over `indices` in their order (any iterable, endless ones too).
-
-        Args:
-            indices: which rows.
-            batch_size: images a batch.
-            drop_last: leave out a last batch that is smaller.
-            ahead: batches that a thread reads in advance; none if all tokens are in memory.
-        """
-        if batch_size < 1:
-            raise BadInput(f"batch_size is {batch_size}: at least one image is needed")
-
-        def make() -> Iterator[TokenBatch]:
-            rest = iter(indices)
-            while chosen := list(islice(rest, batch_size)):
-                if len(chosen) == batch_size or not drop_last:
-                    yield self.batch(chosen)
-
-        return prefetch(make(), 0 if self.in_memory else ahead)
-
     def split(self, validation_share: float, seed: int) -> tuple[list[int], list[int]]:
         """Rows for training and for validation.
 
@@ -160,11 +137,6 @@ class TokenDataset:
                 raise BadInput("one image cannot be split: validation_share needs at least two, or 0")
             count = min(max(count, 1), len(self) - 1)
         return order[count:], order[:count]
-
-    def verify(self) -> None:
-        """Compare every shard with its manifest and every row with its checksum; `Corrupt` names the first."""
-        for shard in self._shards:
-            shard.verify()
 
     def _row(self, index: int) -> NDArray[np.uint8]:
         if not self.in_memory:

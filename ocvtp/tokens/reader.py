@@ -3,7 +3,6 @@
 Letters: N tokens of an image, C width of a token.
 """
 
-import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from ocvtp.errors import BadInput, Corrupt, Incompatible
-from ocvtp.tokens.manifest import Shard, ShardManifest
+from ocvtp.errors import Corrupt, Incompatible
+from ocvtp.tokens.manifest import ShardManifest
 from ocvtp.tokens.rows import SCHEMA, TokenRow, file_sha256, note_of, row_crc32
-
-_log = logging.getLogger(__name__)
 
 
 class OpenShard:
@@ -95,19 +92,6 @@ def open_shard(folder: Path | str, manifest: ShardManifest) -> OpenShard:
         raise Corrupt(f"shard {path} has {table.num_rows} rows, its manifest says {manifest.rows}")
     _check_note(schema, manifest, path)
     return shard
-
-
-def find_shards(folder: Path | str) -> list[Shard]:
-    """The shards of a folder by their manifests, by name; other files are ignored with a warning."""
-    folder = Path(folder)
-    shards = [(folder, ShardManifest.read(path)) for path in sorted(folder.glob("*.arrow.json"))]
-    known = {name for _, manifest in shards for name in (manifest.file, f"{manifest.file}.json")}
-    strays = sorted(path.name for path in folder.iterdir() if path.name not in known) if shards else []
-    if strays:
-        _log.warning("%s holds files that belong to no shard, they are ignored: %s", folder, strays[:5])
-    if not shards:
-        raise BadInput(f"{folder} holds no token shards (no *.arrow.json)")
-    return shards
 
 
 def _check_note(schema: Any, manifest: ShardManifest, path: Path) -> None:

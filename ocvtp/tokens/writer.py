@@ -3,24 +3,55 @@
 Letters: N tokens of an image, C width of a token.
 """
 
+import errno
+import hashlib
+import io
 import os
+import shutil
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 import pyarrow as pa
 import torch
 
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.tokens.manifest import FORMAT, ShardManifest, ShardMeta, is_grid
-from ocvtp.tokens.rows import SCHEMA, TokenRow, file_sha256, manifest_path, note_of, row_crc32
-from ocvtp.tokens.space import ensure_space, explain_full_disk
+from ocvtp.tokens.rows import SCHEMA, TokenRow, manifest_path, note_of, row_crc32
 
 BATCH_BYTES: Final = 8 * 2**20
 """Size from which rows are written as one Arrow record batch."""
+
+MARGIN = 1.1
+"""Free space asked for, over the bytes that will be written."""
+
+
+class DiskFull(NotAvailable):
+    """There is no room for what is to be written. Nothing half-written is left."""
+
+
+def ensure_space(folder: Path, need: int) -> None:
+    """`DiskFull` unless the disk of `folder` (which exists) has room for `need` bytes and a tenth more."""
+    wanted, free = int(need * MARGIN), shutil.disk_usage(folder).free
+    if free < wanted:
+        raise DiskFull(
+            f"{folder}: {wanted} bytes are needed, {free} are free on that disk: make room or choose another folder"
+        )
+
+
+@contextmanager
+def explain_full_disk(path: Path, written: int | None = None) -> Iterator[None]:
+    """Turn the operating system's "no space left" (or "quota exceeded") into `DiskFull` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        size = "" if written is None else f" for {written} bytes more"
+        raise DiskFull(f"{path}: the disk is full, no room{size}; the partial file was removed") from error
 
 
 def write_shard(
@@ -79,7 +110,9 @@ class ShardWriter:
         note = {"ocvtp.format": str(FORMAT), "ocvtp.meta": note_of(self.meta)}
         with explain_full_disk(self.path):
             self._file = self._temporary.open("wb")
-            self._sink = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), SCHEMA.with_metadata(note))
+            self._digest = hashlib.sha256()
+            sink = pa.PythonFile(_Hashing(self._file, self._digest), mode="w")
+            self._sink = pa.ipc.new_file(sink, SCHEMA.with_metadata(note))
         return self
 
     def add(self, row: TokenRow) -> None:
@@ -124,7 +157,7 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             size = self._temporary.stat().st_size
-            self.manifest = ShardManifest(self.path.name, file_sha256(self._temporary), size, len(self._ids), self.meta)
+            self.manifest = ShardManifest(self.path.name, self._digest.hexdigest(), size, len(self._ids), self.meta)
             notes = self._temporary.with_name(self._temporary.name + ".json")
             try:
                 notes.write_text(self.manifest.to_text())
@@ -132,6 +165,22 @@ class ShardWriter:
                 notes.replace(manifest_path(self.path))
             finally:
                 notes.unlink(missing_ok=True)
+
+
+class _Hashing(io.RawIOBase):
+    """Digests what is written to a file on its way: Arrow writes from the beginning to the end."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: Any) -> int:
+        """As of a file."""
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
 
 
 def _check_row(row: TokenRow, meta: ShardMeta) -> bytes:

@@ -5,7 +5,7 @@ Letters: N tokens of an image without CLS, C tower width.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -20,7 +20,10 @@ from ocvtp.vlms.families import family_class
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Grid
 
+DATA_IN_SPECS = ("catalog.yaml",)
+"""Keys hold the entry of the VLM (`Entry.identity`), not the whole catalogue (`cluster.fingerprint`)."""
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+"""What loading reads of a model; below the folder, only `additional_chat_templates/` is looked into."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Entry:
         facts: of the tower.
         budgets: the paper's: tokens an image, or shares where the number of tokens varies.
         settings: entries of the config that are other than in its files.
+        files: SHA-256 of each file that loading reads; empty where a commit on the hub stands for them.
     """
 
     name: str
@@ -46,12 +50,23 @@ class Entry:
     facts: Facts
     budgets: tuple[int | float, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text_tower(self) -> str | None:
         """The whole CLIP whose vision tower this VLM has, as ID@COMMIT of the hub; None if the catalogue names none."""
         named: str | None = catalog().get(self.name, {}).get("text_tower")
         return named
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that determines what the VLM computes, as JSON."""
+        return {
+            "revision": self.revision,
+            "files": dict(self.files),
+            "settings": dict(self.settings),
+            "text_tower": self.text_tower,
+        }
 
     @property
     def tokens(self) -> int | None:
@@ -119,6 +134,7 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Entry:
         facts=_facts(family_class(architecture, name), folder, written, settings),
         budgets=tuple(known.get("budgets", ())),
         settings=settings,
+        files={} if commit else _sums(folder),
     )
 
 
@@ -220,14 +236,19 @@ def weights_of(model: Any, *, read: bool) -> str | None:
 
 def _weights_digest(folder: Path) -> str:
     """SHA-256 of the weights in a folder: of names and digests of its files."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
+    sums = _sums(folder, ("*.safetensors",))
+    if not sums:
         raise NotAvailable(f"{folder} holds no *.safetensors: save the model with `save_pretrained`")
-    digest = hashlib.sha256()
-    for path in paths:
-        state = path.stat()
-        digest.update(f"{path.name} {_file_digest(path, state.st_size, state.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sums.items()).encode()).hexdigest()
+
+
+def _sums(folder: Path, patterns: Iterable[str] = (*_FILES, "additional_chat_templates/*.jinja")) -> dict[str, str]:
+    """SHA-256 of the files of a folder that match, by name."""
+    found = {path: path.stat() for pattern in patterns for path in folder.glob(pattern)}
+    return {
+        path.relative_to(folder).as_posix(): _file_digest(path, state.st_size, state.st_mtime_ns)
+        for path, state in sorted(found.items())
+    }
 
 
 @cache

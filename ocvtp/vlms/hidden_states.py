@@ -32,11 +32,6 @@ def resolve_layer(layer: int, depth: int, *, vlm: str = "the tower") -> int:
     return layer if layer > 0 else depth + 1 + layer
 
 
-def block_index(tower_layer: int) -> int:
-    """The index, counted from 0, of the encoder block whose output `hidden_states[tower_layer]` is."""
-    return tower_layer - 1
-
-
 def resolve_layers(layers: Iterable[int], depth: int, *, vlm: str = "the tower") -> dict[int, int]:
     """Each layer as asked for and its index into `hidden_states`, in the order given; `BadInput` if there is none."""
     resolved = {layer: resolve_layer(layer, depth, vlm=vlm) for layer in layers}

@@ -6,71 +6,80 @@ adds to the grid of the other entries the same grid with `loss: mse`, with `laye
 their product. A value that the grid has already adds nothing.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
-from pipelines.params.schema import Check, Problems, Wrong, choice, many, show, whole
+from pydantic import AfterValidator, ConfigDict, Field
+
+from cluster.validation import Section, show
+from pipelines.params.schema import Layer, Loss, Many, Positive, Slots
 
 Change = tuple[str, Any]
 """The dotted path of an entry of params.yaml, and another value of it."""
 Changes = tuple[Change, ...]
-LOSSES = ("aw_mse", "mse", "span")
-AXES: Mapping[str, Check] = {
-    "layer": whole(-1000, 1000),
-    "loss": choice(*LOSSES),
-    "slots": lambda value: slots(value),
-    "top_k": whole(1),
-}
+AXES = ("layer", "loss", "slots", "top_k")
 """The axes that can be ablated; `keep`, `method`, `benchmark`, `seed` and `vlm` take lists of their own."""
 TRAIN, OPTIONS = "train.", "evaluate.options."
 """Where the other entries that can be ablated lie."""
 
 
-def slots(value: Any) -> tuple[int, ...]:
-    """A check: slot counts in ascending order, each once."""
-    if not isinstance(value, list):
-        raise Wrong(f"{show(value)} is not a list of slot counts, such as [16, 32, 48]")
-    counts: tuple[int, ...] = many(whole(1))(value)
-    if list(counts) != sorted(counts):
-        raise Wrong(f"{list(counts)} is not in ascending order: {sorted(counts)}")
-    return counts
+def _single(value: Any) -> Any:
+    if isinstance(value, list | dict):
+        raise ValueError(f"{show(value)} is not a single value")
+    return value
 
 
-def read_ablate(value: Any, problems: Problems, path: str) -> Changes:
-    """Read the section: nested mappings that end in lists of values."""
-    if value is None:
-        return ()
-    if not isinstance(value, Mapping):
-        problems.add(path, f"{show(value)} is not a mapping of entries to lists of values")
-        return ()
-    return tuple(dict.fromkeys(_changes(value, "", problems, path)))
+Values = Many[Annotated[Any, AfterValidator(_single)]]
 
 
-def _changes(data: Mapping[str, Any], above: str, problems: Problems, path: str) -> Iterator[Change]:
+class TrainValues(Section):
+    """Of options of `TrainConfig` and `PrunerConfig`, which check them."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Values] = Field(init=False)
+    pruner: dict[str, Values] = Field(default={})
+
+
+class EvaluateValues(Section):
+    """Of options of methods: method -> option -> values."""
+
+    options: dict[str, dict[str, Values]] = Field(default={})
+
+
+class Ablate(Section):
+    """Values to try of each entry."""
+
+    layer: Many[Layer] = ()
+    loss: Many[Loss] = ()
+    slots: Many[Slots] = ()
+    top_k: Many[Positive] = ()
+    train: TrainValues = TrainValues()
+    evaluate: EvaluateValues = EvaluateValues()
+
+    @classmethod
+    def of(cls, changes: Iterable[Change]) -> "Ablate":
+        """The inverse of `changes`."""
+        data: dict[str, Any] = {}
+        for path, value in changes:
+            *above, key = path.split(".")
+            place = data
+            for name in above:
+                place = place.setdefault(name, {})
+            place.setdefault(key, []).append(value)
+        return cls.model_validate(data)
+
+    @property
+    def changes(self) -> Changes:
+        """Each value with the path of its entry."""
+        return tuple(_leaves(self.model_dump()))
+
+
+def _leaves(data: Mapping[str, Any], above: str = "") -> Iterator[Change]:
     for key, value in data.items():
-        name = f"{above}{key}"
         if isinstance(value, Mapping):
-            yield from _changes(value, f"{name}.", problems, path)
-        elif name not in AXES and not name.startswith((TRAIN, OPTIONS)):
-            legal = f"{', '.join(AXES)}, or what lies in train or evaluate.options"
-            problems.add(f"{path}.{name}", f"cannot be ablated (legal: {legal})")
-        elif not isinstance(value, list):
-            problems.add(f"{path}.{name}", f"{show(value)} is not a list of values to try")
+            yield from _leaves(value, f"{above}{key}.")
         else:
-            yield from _values(name, value, problems, f"{path}.{name}")
-
-
-def _values(name: str, values: list[Any], problems: Problems, path: str) -> Iterator[Change]:
-    for index, value in enumerate(values):
-        try:
-            if name in AXES:
-                yield name, AXES[name](value)
-            elif isinstance(value, list | Mapping):
-                raise Wrong(f"{show(value)} is not a single value")
-            else:
-                yield name, value
-        except Wrong as wrong:
-            problems.add(f"{path}[{index}]{wrong.at}", wrong.text)
+            yield from ((f"{above}{key}", item) for item in value)
 
 
 def word(change: Change) -> str:

@@ -1,27 +1,22 @@
 """What is wrong between entries of params.yaml, or between them and what there is: methods, benchmarks, VLMs.
 
-`pipelines.params.schema` has checked each entry by itself; an entry that failed there holds its default here, so that
+`pipelines.params.model` has checked each entry by itself; an entry that failed there holds its default here, so that
 one mistake is not reported twice.
 """
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
+from cluster.validation import Problems, nearest, read, show
 from ocvtp.errors import BadInput, OcvtpError
-from ocvtp.evaluation.catalogue import benchmarks
+from ocvtp.evaluation.benchmarks import benchmarks
 from ocvtp.methods import REGISTRY
-from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.vlms import Entry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
-from pipelines.grid import tokens_kept
-from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Change, Changes
-from pipelines.params.fitting import lacking
-from pipelines.params.load import Params
-from pipelines.params.model import PRUNER
-from pipelines.params.schema import Problems, nearest, show
+from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Ablate, Change
+from pipelines.params.fitting import lacking, tokens_kept
+from pipelines.params.model import Params, Train
 
 log = logging.getLogger(__name__)
 SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
@@ -32,7 +27,7 @@ ALL = "all"
 def crosscheck(params: Params, problems: Problems) -> Params:
     """Note everything that does not fit; returns the params with `method: all` spelt out."""
     named = params.method != (ALL,)
-    params = replace(params, method=_methods(params.method, problems), ablate=_new(params))
+    params = params.model_copy(update={"method": _methods(params.method, problems), "ablate": _new(params)})
     _benchmarks(params, problems)
     _options(params, problems)
     _trainings(params, problems)
@@ -41,7 +36,7 @@ def crosscheck(params: Params, problems: Problems) -> Params:
     params = _fitting(params, entries, problems, named=named)
     for entry in entries:
         _layers("layer", params.layer, entry, problems)
-        _layers("ablate.layer", [value for path, value in params.ablate if path == "layer"], entry, problems)
+        _layers("ablate.layer", params.ablate.layer, entry, problems)
         _budgets(params, entry, problems)
     return params
 
@@ -82,7 +77,7 @@ def _fitting(params: Params, entries: Sequence[Entry], problems: Problems, *, na
             fitting.append(name)
         else:
             log.warning("method: all is without %s, which %s", name, reasons[0])
-    return replace(params, method=tuple(fitting))
+    return params.model_copy(update={"method": tuple(fitting)})
 
 
 def _benchmarks(params: Params, problems: Problems) -> None:
@@ -100,17 +95,16 @@ def _benchmarks(params: Params, problems: Problems) -> None:
             )
 
 
-def _new(params: Params) -> Changes:
+def _new(params: Params) -> Ablate:
     """What `ablate` changes without what the grid has already."""
-    train = params.train
 
     def there(change: Change) -> bool:
         path, value = change
         if path in AXES:
             return value in getattr(params, path)
-        return path.startswith(TRAIN) and train.changed((change,)) == train
+        return path.startswith(TRAIN) and params.train.with_changes((change,)) == params.train.with_changes(())
 
-    return tuple(change for change in params.ablate if not there(change))
+    return Ablate.of(change for change in params.ablate.changes if not there(change))
 
 
 def _options(params: Params, problems: Problems) -> None:
@@ -118,7 +112,7 @@ def _options(params: Params, problems: Problems) -> None:
     for name, options in params.evaluate.options.items():
         for option in options:
             _option(f"evaluate.options.{name}.{option}", name, option, params, problems)
-    for path in dict.fromkeys(path for path, _ in params.ablate if path.startswith(OPTIONS)):
+    for path in dict.fromkeys(path for path, _ in params.ablate.changes if path.startswith(OPTIONS)):
         name, _, option = path.removeprefix(OPTIONS).partition(".")
         _option(f"ablate.{path}", name, option, params, problems)
 
@@ -136,23 +130,9 @@ def _option(path: str, method: str, option: str, params: Params, problems: Probl
 
 def _trainings(params: Params, problems: Problems) -> None:
     """What is ablated of the section `train`, by the library's own checks."""
-    for path, value in params.ablate:
-        if not path.startswith(TRAIN):
-            continue
-        where = f"ablate.{path}"
-        key = path.removeprefix(TRAIN).removeprefix(PRUNER)
-        config = PrunerConfig if path.startswith(TRAIN + PRUNER) else TrainConfig
-        given = ("token_dim", "grid", "loss", "slots", "seed", *(["behaviour"] if config is PrunerConfig else []))
-        legal = [item.name for item in fields(config) if item.name not in given]
-        if key not in legal:
-            problems.add(where, f"unknown key{nearest(key, legal)}")
-            continue
-        train = params.train.changed(((path, value),))
-        try:
-            train.config(params.loss[0], params.slots[0], params.seed[0])
-            train.pruner_config(64, None)
-        except (BadInput, TypeError) as error:
-            problems.add(where, f"{show(value)}: {error}")
+    for change in params.ablate.changes:
+        if change[0].startswith(TRAIN):
+            read(Train, params.train.with_changes((change,)), problems, f"ablate.{TRAIN[:-1]}")
 
 
 def _sample(params: Params, problems: Problems) -> None:
@@ -215,6 +195,4 @@ def _values(params: Params, axis: str) -> Iterator[tuple[str, Any]]:
     values = getattr(params, axis)
     for index, value in enumerate(values):
         yield _at(axis, values, index), value
-    for path, value in params.ablate:
-        if path == axis:
-            yield f"ablate.{axis}", value
+    yield from ((f"ablate.{axis}", value) for value in getattr(params.ablate, axis))

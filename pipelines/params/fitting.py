@@ -6,6 +6,7 @@ from typing import Any
 from ocvtp.errors import BadInput
 from ocvtp.methods import Entry as Method
 from ocvtp.methods import options_of
+from ocvtp.methods.budget import Budget
 from ocvtp.vlms import Entry
 
 
@@ -41,3 +42,8 @@ def unreachable(method: Method, vlm: Entry, keep: int | None, options: Mapping[s
     except BadInput as error:
         return str(error)
     return None
+
+
+def tokens_kept(keep: Budget, whole: int | None) -> int | None:
+    """Of an image of `whole` tokens; None where that depends on the image, of which `whole` is then None."""
+    return keep.count if whole is None else keep.tokens(whole)

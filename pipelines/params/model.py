@@ -1,226 +1,235 @@
-"""The sections of params.yaml: what is in each, and what is legal.
+"""params.yaml: every entry, what is legal in it, and which stage reads it.
 
-The sections `train` and `cluster` hold options of the library's `TrainConfig` and `PrunerConfig` and of the package
-`cluster`, which check them themselves: an option that they gain is legal here at once.
+`READS` is the one table of which stage depends on which entry: `Params.seen_by` hands a stage its own entries only, and
+dvc.yaml must list the same ones. The section `train` holds options of the library's `TrainConfig` and `PrunerConfig`,
+which check them themselves: an option that they gain is legal here at once.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal, cast
 
-from cluster import ClusterConfig, ClusterError
-from ocvtp.errors import BadInput
+from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator, model_validator
+
+from cluster import ClusterConfig
+from cluster.validation import Section, Text
+from ocvtp.methods.budget import Budget
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.pruner.training.config import TrainConfig
-from pipelines.params.ablate import TRAIN, Changes
-from pipelines.params.schema import (
-    Problems,
-    Wrong,
-    choice,
-    either,
-    entry,
-    flag,
-    nearest,
-    nested,
-    number,
-    optional,
-    read,
-    show,
-    text,
-    whole,
-)
+from ocvtp.pruner.training.train_config import TrainConfig
+from pipelines.params.ablate import TRAIN, Ablate, Change
+from pipelines.params.schema import Axis, Dtype, Keep, Layer, Loss, Natural, Positive, Seed, SlotsAxis
 
+READS: Mapping[str, tuple[str, ...]] = {
+    "sample": ("sample",),
+    "extract": ("vlm", "layer", "ablate", "extract"),
+    "train": ("vlm", "layer", "loss", "slots", "seed", "ablate", "train"),
+    "evaluate": (
+        "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
+    ),
+    "efficiency": ("vlm", "top_k", "keep", "method", "train", "evaluate", "efficiency"),
+    "report": (),
+}  # fmt: skip
+"""Which entries of params.yaml each stage depends on, as in dvc.yaml."""
+WHERE_AND_HOW = ("cluster", "mlflow")
+"""Sections that change where and how work runs, never what comes out: every stage reads them, none depends on them."""
 PRUNER = "pruner."
-DTYPES = ("float32", "bfloat16", "float16")
+OR_NULL = BeforeValidator(lambda value: {} if value is None else value)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Section):
     """Which images train the pruners, and which questions are asked."""
 
-    source: str = entry("scenes", choice("scenes", "coco"))
-    images: int = entry(2048, whole(1))
-    seed: int = entry(0, whole(0))
-    annotations: str | None = entry(None, optional(text))
-    image_folder: str | None = entry(None, optional(text))
-    max_reject_rate: float = entry(0.001, number(0, 1))
-    questions: int = entry(320, whole(0))
+    source: Literal["scenes", "coco"] = "scenes"
+    images: Positive = 2048
+    seed: Natural = 0
+    annotations: Text | None = None
+    image_folder: Text | None = None
+    max_reject_rate: float = Field(default=0.001, ge=0, le=1)
+    questions: Natural = 320
 
 
-@dataclass(frozen=True)
-class Extract:
+class Extract(Section):
     """How vision tokens are computed and stored."""
 
-    dtype: str = entry("float16", choice(*DTYPES))
-    compute_dtype: str = entry("float32", choice(*DTYPES))
-    preprocessing: str = entry("pad", choice("pad", "squash"))
-    shard_images: int = entry(256, whole(1, 100_000))
-    batch_size: int = entry(64, whole(1))
+    dtype: Dtype = "float16"
+    compute_dtype: Dtype = "float32"
+    preprocessing: Literal["pad", "squash"] = "pad"
+    shard_images: int = Field(default=256, ge=1, le=100_000)
+    batch_size: Positive = 64
 
 
-@dataclass(frozen=True)
-class Train:
-    """How a pruner is trained: entries of `TrainConfig`, and of `PrunerConfig` under `pruner`.
+class _Options(Section):
+    """Options of a config of the library."""
 
-    These two check them; what is left out or "auto" follows `behaviour`.
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that the file gives, none of its sections."""
+        present = (name for name in type(self).model_fields if name in self.model_fields_set)
+        return {name: value for name in present if not isinstance(value := getattr(self, name), Section)}
+
+
+def _options_of(config: Any, **known: Any) -> type[_Options]:
+    """A section with the fields of a config, which checks them: one by one, then together.
+
+    Args:
+        config: a dataclass that raises what is wrong with its values.
+        known: its fields that come from elsewhere, with values to check the others beside.
     """
 
-    options: dict[str, Any] = field(default_factory=dict)
-    pruner: dict[str, Any] = field(default_factory=dict)
+    def check(options: Mapping[str, Any]) -> None:
+        try:
+            config(**known, **options)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
-    def changed(self, changes: Changes) -> "Train":
-        """With other values of some entries."""
-        options, pruner = dict(self.options), dict(self.pruner)
+    def one(cls: type[Section], value: Any, about: ValidationInfo) -> Any:
+        check({str(about.field_name): value})
+        return value
+
+    def together(self: _Options) -> _Options:
+        check(self.given)
+        return self
+
+    names = [item.name for item in fields(config) if item.name not in known]
+    validators: dict[str, Any] = {
+        "one": field_validator(*names)(one),
+        "together": model_validator(mode="after")(together),
+    }
+    options: dict[str, Any] = dict.fromkeys(names, (Any, None))
+    return create_model(config.__name__, __base__=_Options, __validators__=validators, **options)
+
+
+_PrunerOptions: Any = _options_of(PrunerConfig, token_dim=64, grid=(24, 24), behaviour="default")
+_TrainOptions: Any = _options_of(TrainConfig, loss="mse", slots=(16,), seed=0)
+
+
+class Pruner(_PrunerOptions):
+    """What the pruner is made of."""
+
+
+class Train(_TrainOptions):
+    """How a pruner is trained: entries of `TrainConfig`, and of `PrunerConfig` under `pruner`.
+
+    What is left out or "auto" follows `behaviour`.
+    """
+
+    pruner: Annotated[Pruner, OR_NULL] = Pruner()
+
+    def with_changes(self, changes: Iterable[Change]) -> dict[str, Any]:
+        """The section as in the file, with other values of some entries."""
+        options, pruner = self.given, self.pruner.given
         for path, value in changes:
             key = path.removeprefix(TRAIN)
             target, name = (pruner, key.removeprefix(PRUNER)) if key.startswith(PRUNER) else (options, key)
             target[name] = value
-        return Train(options, pruner)
+        return {**options, "pruner": pruner}
+
+    def changed(self, changes: Iterable[Change]) -> "Train":
+        """With other values of some entries."""
+        return cast(Train, Train.model_validate(self.with_changes(changes)))
 
     def config(self, loss: str, slots: tuple[int, ...], seed: int) -> TrainConfig:
         """Of one training."""
-        return TrainConfig(**self.options, loss=loss, slots=slots, seed=seed)
+        return TrainConfig(**self.given, loss=loss, slots=slots, seed=seed)
 
     def pruner_config(self, token_dim: int, grid: tuple[int, int] | None) -> PrunerConfig:
         """Of the pruner to train on tokens of this width and grid (None where it depends on the image)."""
         given: dict[str, Any] = {} if grid is None else {"grid": grid}
-        return PrunerConfig(token_dim, self.options.get("behaviour", "default"), **given, **self.pruner)
+        return PrunerConfig(token_dim, self.given.get("behaviour", "default"), **given, **self.pruner.given)
 
 
-def read_train(value: Any, problems: Problems, path: str) -> Train:
-    """Read the section `train`."""
-    if not isinstance(value, Mapping):
-        problems.add(path, f"{show(value)} is not a mapping of keys to values")
-        return Train()
-    value = dict(value)
-    pruner = value.pop("pruner", None) or {}
-    options = _checked_by(TrainConfig, value, problems, path, given=("loss", "slots", "seed"), more=("pruner",))
-    if not isinstance(pruner, Mapping):
-        problems.add(f"{path}.pruner", f"{show(pruner)} is not a mapping of keys to values")
-        return Train(options)
-    given = ("token_dim", "grid", "behaviour")
-    return Train(options, _checked_by(PrunerConfig, pruner, problems, f"{path}.pruner", given=given, token_dim=64))
-
-
-def _checked_by(
-    config: type[Any],
-    values: Mapping[str, Any],
-    problems: Problems,
-    path: str,
-    *,
-    given: tuple[str, ...],
-    more: tuple[str, ...] = (),
-    **needed: Any,
-) -> dict[str, Any]:
-    """The values that a config of the library takes, one by one and then together; it says what is wrong.
-
-    Args:
-        config: the dataclass.
-        values: entries of the file.
-        problems: takes what is wrong.
-        path: of the section.
-        given: its fields that come from elsewhere.
-        more: legal keys that are none of its fields.
-        needed: values of fields without a default.
-    """
-    legal = [item.name for item in fields(config) if item.name not in given]
-    sound: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in legal:
-            problems.add(f"{path}.{key}", f"unknown key{nearest(str(key), [*legal, *more])}")
-            continue
-        try:
-            config(**needed, **{key: value})
-        except (BadInput, TypeError) as error:
-            problems.add(f"{path}.{key}", str(error))
-        else:
-            sound[key] = value
-    try:
-        config(**needed, **sound)
-    except (BadInput, TypeError) as error:
-        problems.add(path, str(error))
-        return {}
-    return sound
-
-
-def _options(value: Any) -> dict[str, dict[str, Any]]:
-    """A check: method -> option -> value."""
-    if not isinstance(value, Mapping):
-        raise Wrong(f"{show(value)} is not a mapping of methods to their options")
-    for name, options in value.items():
-        if not isinstance(options, Mapping):
-            raise Wrong(f"{show(options)} is not a mapping of options to values", f".{name}")
-    return {name: dict(options) for name, options in value.items()}
-
-
-@dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Section):
     """How questions are asked and scored."""
 
-    data: str = entry("scenes", choice("scenes", "official"))
-    batch_size: int = entry(32, whole(1))
-    dtype: str = entry("float32", choice(*DTYPES))
-    max_new_tokens: int = entry(16, whole(1))
-    bootstrap: int = entry(2000, whole(100))
-    limit: int | None = entry(None, optional(whole(1)))
-    options: Mapping[str, Mapping[str, Any]] = entry({}, _options)
+    data: Literal["scenes", "official"] = "scenes"
+    batch_size: Positive = 32
+    dtype: Dtype = "float32"
+    max_new_tokens: Positive = 16
+    bootstrap: int = Field(default=2000, ge=100)
+    limit: Positive | None = None
+    options: dict[str, dict[str, Any]] = Field(default={})
 
 
-@dataclass(frozen=True)
-class Efficiency:
+class Efficiency(Section):
     """What the closed-form cost counts."""
 
-    text_tokens: int = entry(32, whole(0))
-    image_tokens: int = entry(999, whole(1))
+    text_tokens: Natural = 32
+    image_tokens: Positive = 999
 
 
-@dataclass(frozen=True)
-class Demand:
+class Demand(Section):
     """What one task of a stage needs. `gpus: auto`: one where the executor is local and this machine has one."""
 
-    cpus: int = entry(1, whole(1))
-    gpus: int | str = entry("auto", either("auto", whole(0)))
-    memory_gb: float = entry(4.0, number(0, above=True))
-    minutes: float = entry(240, number(0, above=True))
+    cpus: Positive = 1
+    gpus: Natural | Literal["auto"] = "auto"
+    memory_gb: float = Field(default=4.0, gt=0)
+    minutes: float = Field(default=240.0, gt=0)
 
 
-@dataclass(frozen=True)
-class Demands:
+class Demands(Section):
     """What one task of each stage needs."""
 
-    sample: Demand = field(default_factory=Demand, metadata=nested(Demand))
-    extract: Demand = field(default_factory=Demand, metadata=nested(Demand))
-    train: Demand = field(default_factory=Demand, metadata=nested(Demand))
-    evaluate: Demand = field(default_factory=Demand, metadata=nested(Demand))
+    sample: Demand = Demand()
+    extract: Demand = Demand()
+    train: Demand = Demand()
+    evaluate: Demand = Demand()
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where tasks run. All entries but these two are those of `cluster.ClusterConfig`, which checks them."""
+class Cluster(ClusterConfig):
+    """Where tasks run: the package's own entries, and two of ours."""
 
-    fail_fast: bool = entry(False, flag)
-    resources: Demands = field(default_factory=Demands, metadata=nested(Demands))
-    config: dict[str, Any] = field(default_factory=dict)
+    fail_fast: bool = False
+    resources: Demands = Demands()
 
 
-def read_cluster(value: Any, problems: Problems, path: str) -> Cluster:
-    """Read the section `cluster`: our own entries, and the rest for the package `cluster` to check."""
-    if not isinstance(value, Mapping):
-        problems.add(path, f"{show(value)} is not a mapping of keys to values")
-        return Cluster()
-    own = {key: value[key] for key in ("fail_fast", "resources") if key in value}
-    rest = {str(key): item for key, item in value.items() if key not in own}
-    try:
-        ClusterConfig.from_params(rest)
-    except ClusterError as error:
-        problems.add(path, str(error))
-    return replace(read(Cluster, own, problems, path), config=rest)
-
-
-@dataclass(frozen=True)
-class Mlflow:
+class Mlflow(Section):
     """Where runs are tracked."""
 
-    enabled: bool = entry(True, flag)
-    uri: str = entry("sqlite:///mlflow.db", text)
-    experiment: str = entry("ocvtp", text)
+    enabled: bool = True
+    uri: Text = "sqlite:///mlflow.db"
+    experiment: Text = "ocvtp"
+
+
+class Params(Section):
+    """All of params.yaml. The axes of the grid are tuples, also where the file has one value."""
+
+    vlm: Axis[Text] = ("tiny-llava",)
+    layer: Axis[Layer] = (9,)
+    loss: Axis[Loss] = ("aw_mse",)
+    slots: SlotsAxis = ((16, 32, 48),)
+    top_k: Axis[Positive] = (1,)
+    keep: Axis[Keep] = tuple(map(Budget.parse, (48, 32, 16)))
+    method: Axis[Text] = (
+        "vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "qr", "css", "fps", "medoids",
+        "visionzip", "hiprune", "tome",
+        "fastv", "sparsevlm", "pyramiddrop",
+    )  # fmt: skip
+    benchmark: Axis[Text] = ("gqa", "mme", "pope", "textvqa")
+    seed: Axis[Seed] = (0, 1, 2)
+    ablate: Annotated[Ablate, OR_NULL] = Ablate()
+    sample: Sample = Sample()
+    extract: Extract = Extract()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    efficiency: Efficiency = Efficiency()
+    cluster: Cluster = Cluster()
+    mlflow: Mlflow = Mlflow()
+
+    def seen_by(self, stage: str) -> "Params":
+        """The same, but reading an entry that the stage does not list in `READS` raises `LookupError`."""
+        return cast(Params, _Seen(self, stage))
+
+
+class _Seen:
+    """Params of which a stage may read some entries only."""
+
+    def __init__(self, params: Params, stage: str) -> None:
+        self._params, self._stage = params, stage
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Params.model_fields and name not in (*READS[self._stage], *WHERE_AND_HOW):
+            raise LookupError(
+                f"stage {self._stage} reads the entry {name!r} of params.yaml but does not declare it: "
+                "add it to READS in pipelines/params/model.py and to the stage in dvc.yaml"
+            )
+        return getattr(self._params, name)

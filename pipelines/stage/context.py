@@ -17,23 +17,23 @@ from cluster import (
     Store,
     Task,
     is_published,
-    quarantine,
     run,
+    set_aside,
     verify,
 )
-from cluster.fingerprint import call_name, fingerprint
 from cluster.host.machine import visible_gpus
-from cluster.task import Call, task_key
+from cluster.task import Call
 from ocvtp.errors import BadInput
 from ocvtp.errors import Corrupt as DataCorrupt
-from pipelines.params.load import Params, load
-from pipelines.params.model import Demand
+from pipelines.params.load import load
+from pipelines.params.model import Demand, Params
 from pipelines.tasks.restored import restored
 
 log = logging.getLogger("pipelines")
 
 ROOT = Path(__file__).resolve().parents[2]
 """Of the repository, or of the copy of it that a Ray job runs in."""
+PARAMS = ROOT / "params.yaml"
 _READERS = min(8, os.cpu_count() or 1)
 
 
@@ -60,7 +60,7 @@ class Stage:
 
     def resources(self, demand: Demand) -> Resources:
         """Of one task."""
-        gpus = demand.gpus
+        gpus: int | str = demand.gpus
         if not isinstance(gpus, int):
             gpus = min(1, len(visible_gpus())) if self.config.executor == "local" else 0
         return Resources(demand.cpus, gpus, demand.memory_gb, demand.minutes)
@@ -72,13 +72,11 @@ class Stage:
         call: Call,
         spec: dict[str, Any],
         demand: Demand,
-        at: Mapping[str, Any] | None = None,
+        inputs: dict[str, Any] | None = None,
     ) -> Task:
-        """A task of the store whose key does not depend on where its inputs lie (`at`, in the spec under that name)."""
-        code = fingerprint(call)
-        key = task_key(call_name(call), spec, code)
-        spec = spec if at is None else {**spec, "at": dict(at)}
-        return Task(name, call, spec, self.store.path(kind, key), self.resources(demand), kind, code, key)
+        """A task of the store; its key does not depend on `inputs`, which say where its inputs lie."""
+        task = self.store.task(kind, name, call, spec, resources=self.resources(demand))
+        return replace(task, inputs=inputs or {})
 
     def in_store(self, path: Path) -> str:
         """The path relative to the store, with `/`."""
@@ -106,10 +104,8 @@ class Stage:
         """Verify those that are published; move the damaged ones away, so that they count as missing."""
 
         def look(folder: Path) -> None:
-            try:
-                verify(folder)
-            except Corrupt as error:
-                log.warning("%s: set aside as %s, it is made again", error, quarantine(folder).name)
+            if (corrupt := set_aside(folder, remembered=True)) is not None:
+                log.warning("%s: it is made again", corrupt)
 
         with ThreadPoolExecutor(_READERS) as pool:
             list(pool.map(look, [folder for folder in folders if is_published(folder)]))
@@ -123,7 +119,7 @@ class Stage:
 
         def look(folder: Path) -> str | None:
             try:
-                files = {file.path: file.sha256 for file in verify(folder).files}
+                files = {file.path: file.sha256 for file in verify(folder, remembered=True).files}
             except Corrupt as error:
                 return str(error)
             wrong = [path for path, sha256 in wanted[folder].items() if files.get(path) != sha256]
@@ -149,9 +145,8 @@ class Stage:
         self.set_damaged_aside([out])
         if is_published(out):
             return
-        spec = {"source": str(source.resolve()), "files": dict(files)}
-        code = fingerprint(restored)
-        task = Task(f"put back {path}", restored, spec, out, kind=out.parent.name, code=code, key=out.name)
+        inputs = {"source": str(source.resolve())}
+        task = Task(f"put back {path}", restored, {"files": dict(files)}, out, key=out.name, inputs=inputs)
         run([task], "local", config=self.config, label=f"{self.name}, put back").raise_if_failed()
 
 
@@ -175,9 +170,8 @@ def open_stage(name: str, file: Path | None = None, root: Path | None = None, *,
     if root is None:
         elsewhere = None if "DVC_STAGE" in os.environ else os.environ.get("OCVTP_ROOT")
         root = Path(elsewhere) if elsewhere else ROOT
-    params = load(file or ROOT / "params.yaml")
+    params = load(file or PARAMS)
     if fail_fast:
-        params = replace(params, cluster=replace(params.cluster, fail_fast=True))
-    config = ClusterConfig.from_params(params.cluster.config)
-    config = replace(config, store=home_of(root.resolve()) / config.store)
+        params = params.model_copy(update={"cluster": params.cluster.model_copy(update={"fail_fast": True})})
+    config = params.cluster.model_copy(update={"store": home_of(root.resolve()) / params.cluster.store})
     return Stage(name, params.seen_by(name), root, config)

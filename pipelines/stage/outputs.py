@@ -1,11 +1,15 @@
 """What a stage puts out: exactly what the present params ask for, all of it at once.
 
 An output is made in a folder beside its place and then takes that place, so that nothing of an earlier grid stays and
-a stage that is killed leaves the old output or the new one.
+a stage that is killed leaves the old output or the new one: in one step where there is renameat2, else the next stage
+that comes puts the old one back.
 """
 
+import ctypes
+import errno
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,33 +18,66 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Corrupt, Manifest
+from cluster.driver.lock import run_lock
 
 SAMPLE, TOKENS, MODELS, RESULTS = "data/sample", "data/tokens", "models", "results"
 """Where stages put out, as in dvc.yaml."""
 PRUNERS = f"{MODELS}/pruners.json"
 """Where the store has each pruner."""
-_FRESH = ".fresh-"
+_FRESH, _OLD = ".fresh-", "-old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
 @contextmanager
 def folder(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target`, in place of what is there, unless an exception ends the `with`."""
+    """An empty folder that becomes `target`, in place of what is there, unless an exception ends the `with`.
+
+    One process at a time makes a target: others wait for its lock. So what lies beside it was left by one that died.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}{_FRESH}*"):
-        shutil.rmtree(stale)  # of a stage that was killed
-    fresh = target.with_name(f".{target.name}{_FRESH}{uuid.uuid4().hex[:8]}")
-    fresh.mkdir()
-    try:
-        yield fresh
-        if target.exists():
-            old = fresh.with_name(fresh.name + "-old")
-            target.rename(old)
-            fresh.rename(target)
-            shutil.rmtree(old)
+    with run_lock(target.parent, f".{target.name}.lock", "that writes this output", "wait"):
+        _recover(target)
+        fresh = target.with_name(f".{target.name}{_FRESH}{uuid.uuid4().hex[:8]}")
+        fresh.mkdir()
+        try:
+            yield fresh
+            _take_place(fresh, target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Clean up after a stage that was killed, also between the two renames of `_take_place`."""
+    for stale in sorted(target.parent.glob(f".{target.name}{_FRESH}*"), reverse=True):  # `x-old` before `x`
+        if stale.name.endswith(_OLD) and not target.exists():
+            stale.rename(target)
         else:
-            fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(stale)
+
+
+def _take_place(fresh: Path, target: Path) -> None:
+    """Let `fresh` be `target`; what was there is then where `fresh` was, or gone."""
+    if not target.exists():
+        fresh.rename(target)
+    elif not _exchange(fresh, target):
+        old = fresh.with_name(fresh.name + _OLD)
+        target.rename(old)
+        fresh.rename(target)  # killed before this, the next to come puts the old one back
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False if this system (not Linux) or file system (NFS) cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def write_json(path: Path, data: Any) -> None:

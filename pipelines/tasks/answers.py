@@ -1,17 +1,27 @@
 """The task of stage `evaluate`: one setting on one benchmark."""
 
+import json
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cluster import progress
-from ocvtp.evaluation.evaluate import Setting, evaluate
-from pipelines.tasks.places import device, in_store
+from ocvtp.evaluation.benchmarks import benchmark
+from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
+from ocvtp.evaluation.setting import ready
+from pipelines.tasks.places import check_same, device, in_store
 
 
-def answers(spec: dict[str, Any], folder: Path) -> None:
+def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`score.json` and `samples.jsonl`."""
-    pruner, data = spec["at"]["pruner"], spec["at"]["data"]
-    setting = Setting(
+    check_same(spec["benchmark"], asked(spec["benchmark"]), {key: spec[key] for key in ("task", "lmms_eval")})
+    with ready(
+        EvaluationSetting(spec["vlm"], dtype=spec["dtype"]), device()
+    ) as unpruned:  # stays loaded for what follows
+        check_same(spec["vlm"], unpruned.vlm.entry.identity, spec["model"])
+    pruner, data = inputs["pruner"], inputs["data"]
+    setting = EvaluationSetting(
         vlm=spec["vlm"],
         method=spec["method"],
         keep=spec["keep"],
@@ -31,3 +41,8 @@ def answers(spec: dict[str, Any], folder: Path) -> None:
         device=device(),
         progress=progress,
     )
+
+
+def asked(name: str) -> dict[str, Any]:
+    """What is asked in a benchmark, as JSON: what benchmarks.yaml says of it, and whose code scores it."""
+    return {"task": json.loads(json.dumps(asdict(benchmark(name)))), "lmms_eval": version("lmms-eval")}

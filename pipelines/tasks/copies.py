@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster import progress
-from ocvtp.data.images import read_image_file, safe_join
+from ocvtp.data.decoding import read_image_file, safe_join
 from ocvtp.errors import BadInput
 
 
-def copies(spec: dict[str, Any], folder: Path) -> None:
+def copies(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`images/<name in the data set>`, each compared with its checksum."""
     for done, image in enumerate(spec["images"], start=1):
-        path = safe_join(spec["at"]["folder"], image["file"])
+        path = safe_join(inputs["folder"], image["file"])
         data = read_image_file(path)
         if hashlib.sha256(data).hexdigest() != image["sha256"]:
             raise BadInput(f"image {image['id']}: {path} has changed since it was sampled; run the stage again")

@@ -12,11 +12,11 @@ from ocvtp.tokens.manifest import ShardMeta
 from pipelines.tasks.places import device, in_store
 
 
-def pruner(spec: dict[str, Any], folder: Path) -> None:
+def pruner(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`config.json`, `model.safetensors` (best), `last.safetensors`, `curves.csv`, `metrics.json`."""
     tokens = spec["tokens"]
     meta = ShardMeta.from_dict(tokens["meta"], "the spec of the task")
-    shards = [{**shard, "path": path} for shard, path in zip(tokens["shards"], spec["at"]["shards"], strict=True)]
+    shards = [{**shard, "path": path} for shard, path in zip(tokens["shards"], inputs["shards"], strict=True)]
     dataset = TokenDataset.from_listing({**tokens, "shards": shards}, in_store(folder, "."))
     train(
         PrunerConfig.from_dict(spec["pruner"]),

@@ -9,10 +9,10 @@ from ocvtp.errors import Corrupt
 CODE_VERSION = "1"
 
 
-def restored(spec: dict[str, Any], folder: Path) -> None:
+def restored(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """The files of the spec, each compared with its checksum."""
     for name, sha256 in spec["files"].items():
-        data = (Path(spec["source"]) / name).read_bytes()
+        data = (Path(inputs["source"]) / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise Corrupt(f"{Path(spec['source']) / name} is not the file that was made (SHA-256 differs)")
         path = folder / name

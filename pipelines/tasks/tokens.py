@@ -5,23 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from cluster import progress
-from ocvtp.errors import Incompatible
 from ocvtp.tokens.extract import ImageRecord, extract_tokens
 from ocvtp.vlms import VLM, load
-from pipelines.tasks.places import device, in_store
+from pipelines.tasks.places import check_same, device, in_store
 
 
-def tokens(spec: dict[str, Any], folder: Path) -> None:
+def tokens(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`layer_<l>/tokens.arrow` and its manifest, for each layer of the spec."""
     vlm = _vlm(spec["vlm"], spec["compute_dtype"], device())
-    if vlm.weights != spec["weights"]:
-        raise Incompatible(
-            f"the weights of {spec['vlm']} on this machine are {vlm.weights[:12]}, the task was planned for "
-            f"{spec['weights'][:12]}: make them the same on all machines"
-        )
+    check_same(spec["vlm"], vlm.entry.identity, spec["model"])
     records = [
         ImageRecord(image["id"], in_store(folder, path), image["sha256"])
-        for image, path in zip(spec["images"], spec["at"]["images"], strict=True)
+        for image, path in zip(spec["images"], inputs["images"], strict=True)
     ]
     extract_tokens(
         vlm,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.logging import RichHandler
 
-from pipelines.tiny.train import STAGES, Recipe, train
+from pipelines.tiny.card import publish
+from pipelines.tiny.maker import STAGES, Curve, Maker, Recipe
 
 
 def main() -> None:
@@ -23,13 +24,18 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    train(
-        Recipe(seed=arguments.seed),
-        arguments.work,
-        arguments.out,
-        device=arguments.device,
-        stages=tuple(arguments.stages),
-    )
+    train(Recipe(seed=arguments.seed), arguments.work, arguments.out, arguments.device, tuple(arguments.stages))
+
+
+def train(recipe: Recipe, work: Path, out: Path, device: str, stages: tuple[str, ...]) -> None:
+    """Run the stages that are not finished; the first two do not need each other and may run side by side.
+
+    `work` holds their checkpoints. With the last stage the model is written to `out`.
+    """
+    maker = Maker(recipe, work, device)
+    curves: dict[str, Curve] = {name: getattr(maker, name)() for name in STAGES if name in stages}
+    if stages == STAGES:
+        publish(maker, curves, out)
 
 
 if __name__ == "__main__":

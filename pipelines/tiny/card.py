@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,19 +10,15 @@ from transformers import AutoModelForImageTextToText
 
 from ocvtp.data.questions import KINDS, ask
 from pipelines.tiny import language, tower
+from pipelines.tiny.maker import PATCHES, Curve, Maker
 from pipelines.tiny.model import make_processor
 from pipelines.tiny.pool import Pool
-
-if TYPE_CHECKING:
-    from pipelines.tiny.train import Curve, Maker
 
 KEPT = (144, 72, 48, 32, 16, 8)
 
 
-def publish(maker: "Maker", curves: dict[str, "Curve"], out: Path) -> None:
+def publish(maker: Maker, curves: dict[str, Curve], out: Path) -> None:
     """Save `maker.model` and its processor to `out`, load them again as any user would, measure, write the card."""
-    from pipelines.tiny.train import PATCHES
-
     out.mkdir(parents=True, exist_ok=True)
     maker.model.to(torch.bfloat16).save_pretrained(out)
     make_processor().save_pretrained(out)
@@ -65,7 +60,7 @@ def publish(maker: "Maker", curves: dict[str, "Curve"], out: Path) -> None:
     (out / "README.md").write_text(card)
 
 
-def _stage_line(name: str, maker: "Maker", last: dict[str, float]) -> str:
+def _stage_line(name: str, maker: Maker, last: dict[str, float]) -> str:
     schedule = getattr(maker.recipe, name)
     ends = ", ".join(f"{k} {v:.3g}" for k, v in last.items() if k != "step" and "@" not in k)
     return f"| {name} | {schedule.steps} | {schedule.learning_rate:g} | {ends} |"

@@ -23,15 +23,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def results(root: Path) -> dict[str, bytes]:
-    """Everything below a store but logs and locks, strays included."""
-    return {name: data for name, data in tree(root).items() if name.split("/")[0] not in ("logs", "locks")}
+    """Everything below a store but logs, locks and verdicts, strays included."""
+    return {name: data for name, data in tree(root).items() if name.split("/")[0] not in ("logs", "locks", "verdicts")}
 
 
 def strays(root: Path) -> list[str]:
     """Files and folders in a store that belong to no published result; verifies the results, too."""
     found = []
     for kind in root.iterdir():
-        if kind.name not in ("logs", "locks"):
+        if kind.name not in ("logs", "locks", "verdicts"):
             for folder in kind.iterdir():
                 if folder.name.startswith("."):
                     found.append(str(folder))

@@ -61,12 +61,19 @@ def leaves(spec: Spec, folder: Path) -> None:
     sys.exit(3)
 
 
+def big(spec: Spec, folder: Path) -> None:
+    """One file of `bytes`, and a small one."""
+    (folder / "data.bin").write_bytes(bytes(range(256)) * (spec["bytes"] // 256))
+    (folder / "note.txt").write_text("big")
+
+
 def empty(spec: Spec, folder: Path) -> None:
     (folder / "nothing").mkdir()
 
 
 def links(spec: Spec, folder: Path) -> None:
-    (folder / "link").symlink_to("/etc/hostname")
+    (folder / "file").write_text("a result")
+    (folder / "link").symlink_to(spec.get("to", "/etc/hostname"))
 
 
 def full_disk(spec: Spec, folder: Path) -> None:
@@ -169,3 +176,8 @@ def publishes_then_dies(spec: Spec, folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
     for number in range(50):
         (folder / f"{number}.txt").write_text("x")
+
+
+def moves(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
+    """Writes where its inputs lie."""
+    (folder / "result.json").write_text(json.dumps(inputs))

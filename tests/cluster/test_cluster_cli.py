@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import cluster_jobs as jobs
 import pytest
+from rich.console import Console
 
-from cluster import ClusterConfig, Store, run
+from cluster import ClusterConfig, Store, run, set_aside
 from cluster.__main__ import main
+from cluster.driver import view
 from cluster.driver.journal import Board, Running
+from cluster.driver.lock import run_lock
 from cluster.driver.view import View, clock, summary
 from cluster.host.process import Process
-from cluster.store.layout import new_attempt
+from cluster.store.layout import aside, new_attempt
 from cluster.store.workspace import Workspace
 
 
@@ -28,13 +34,13 @@ def full(store: Store, config: ClusterConfig) -> Store:
 
 def test_verify_names_what_is_corrupt_and_can_move_it_aside(full: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--store", str(full.root)]) == 0
-    assert "3 results checked, 0 corrupt" in capsys.readouterr().out
+    assert "3 results checked (0.0 MB), 0 corrupt" in capsys.readouterr().out
     broken = next(full.published())
     (broken / "result.json").write_text("?")
     assert main(["verify", "--store", str(full.root), "--json"]) == 1
     said = json.loads(capsys.readouterr().out)
     assert said["checked"] == 3
-    assert list(said["corrupt"]) == [str(broken)]
+    assert list(said["corrupt"]) == [f"square/{broken.name}"]
     assert main(["verify", "--store", str(full.root), "--quarantine", str(broken)]) == 1
     assert main(["verify", "--store", str(full.root)]) == 0
     assert len(list(full.published())) == 2
@@ -53,7 +59,7 @@ def test_status_tells_running_ended_and_killed_runs_apart(full: Store, capsys: p
         (full.logs / number / "status.json").write_text(json.dumps(data))
     assert main(["status", "--store", str(full.root), "--all"]) == 0
     text = capsys.readouterr().out
-    me = f"on {Process.me()}: 3 done (0:00"
+    me = f"on {Process.me()}: 3 done (0:"
     for words in (f"8 squares running {me}", f"9 squares killed {me}", "squares done on", "abc 1:01, 1 of 2 step 7"):
         assert words in text
 
@@ -71,42 +77,117 @@ def test_status_says_how_long_a_driver_elsewhere_is_silent(full: Store, capsys: 
     assert "no sign of life for 10:0" in text
 
 
-def test_the_store_of_the_params_is_looked_at(
+def test_the_store_is_the_one_of_the_environment_or_of_this_folder(
     full: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.delenv("OCVTP_STORE", raising=False)
-    (work / "params.yaml").write_text(f"cluster: {{store: {os.path.relpath(full.root, full.root.parent)}}}\n")
-    assert main(["status"]) == 0
-    assert "no run has left a trace" in capsys.readouterr().out
-    monkeypatch.setenv("OCVTP_ROOT", str(full.root.parent))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("nothing: that cluster reads\n")
+    assert main(["status"]) == 2
+    assert f"there is no store at {tmp_path}/.ocvtp/store" in capsys.readouterr().err
+    monkeypatch.setenv("OCVTP_STORE", str(full.root))
     assert main(["status"]) == 0
     assert "squares done" in capsys.readouterr().out
-    (work / "params.yaml").write_text("cluster: [\n")
-    assert main(["status"]) == 2
-    assert "params.yaml cannot be read" in capsys.readouterr().err
 
 
-def test_sweep_says_what_it_did(full: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_says_what_it_did(full: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def clean(*arguments: str) -> dict[str, Any]:
+        assert main(["clean", "--store", str(full.root), "--wait", "0", "--json", *arguments]) == 0
+        said: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return said
+
     living = Workspace.claim(full.path("square", "living"), new_attempt())
     ended = Workspace.claim(full.path("square", "ended"), new_attempt())
     (ended.folder / "resume").mkdir()
     (ended.folder / "resume" / "state").write_text("state")
     ended.discard()
-    assert main(["sweep", "--store", str(full.root), "--dry-run", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["left"]) == 2
-    assert main(["sweep", "--store", str(full.root), "--wait", "0", "--resume", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said == {"removed": [str(ended.root)], "left": [str(living.root)]}
+    assert len(clean()["left"]) == 2
+    said = clean("--yes", "--resume")
+    assert (said["removed"], said["left"]) == ([f"square/{ended.root.name}"], [f"square/{living.root.name}"])
     living.discard()
+
+
+def test_clean_drops_what_was_set_aside_by_its_age(full: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = full.published()
+    (first / "result.json").write_text("?")
+    assert set_aside(first) is not None
+    second.rename(
+        second.with_name(f".{second.name}.dropped")
+    )  # as killed between two steps, by an earlier version, too
+    third.rename(aside(third, "dropped"))
+    kind = first.parent
+    for arguments, left, words in (
+        (["--yes"], 3, "0 results not in use and 0 set aside dropped"),
+        (["--age", "0"], 3, "0 results not in use and 3 set aside to drop with --yes"),
+        (["--age", "0", "--yes"], 0, "0 results not in use and 3 set aside dropped"),
+    ):
+        assert main(["clean", "--store", str(full.root), "--wait", "0", *arguments]) == 0
+        text = capsys.readouterr().out
+        assert words in text
+        assert len(list(kind.iterdir())) == left
+        assert text.count("set aside 0:0") == 3
+
+
+def test_clean_drops_results_only_if_told_which_are_in_use(
+    full: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, *others = full.published()
+    assert main(["clean", "--store", str(full.root), "--yes", "--wait", "0"]) == 0
+    assert len(list(full.published())) == 3
+    names = tmp_path / "names"
+    names.write_text(f"square/{kept.name}\n")
+    told = ["clean", "--store", str(full.root), "--in-use", str(names), "--wait", "0"]
+    assert main(told) == 0
+    assert len(list(full.published())) == 3
+    with run_lock(full.locks, "train", "r1", "refuse"):
+        assert main([*told, "--yes"]) == 2
+        assert "run r1 on" in capsys.readouterr().err
+    assert main([*told, "--yes", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["unused"] == [f"square/{folder.name}" for folder in others]
+    assert list(full.published()) == [kept]
+    names.unlink()
+    assert main(told) == 2
+
+
+def test_results_are_listed_with_what_made_them(full: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", "--store", str(full.root), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert sorted(one["spec"]["x"] for one in data) == [0, 1, 2]
+    one = data[0]
+    assert (one["kind"], one["call"], one["bytes"]) == ("square", "cluster_jobs:square", 1000 + 21)
+    assert (full.root / one["kind"] / one["key"]).is_dir()
+    assert 0 <= one["age_seconds"] < 600
+    assert main(["results", "--store", str(full.root)]) == 0
+    text = capsys.readouterr().out
+    assert f"square/{one['key']} 0.0 MB 0:0" in text
+    assert f"cluster_jobs:square x={one['spec']['x']}" in text
+    assert f"3 results, 0.0 MB, in {full.root}" in text
+
+
+def test_a_task_is_looked_up(store: Store, config: ClusterConfig) -> None:
+    good = store.task("square", "good one", jobs.square, {"x": 1})
+    bad = store.task("raises", "bad one", jobs.raises, {"calls": str(store.root.parent / "calls")})
+    assert [task.lookup().status for task in (good, bad)] == ["missing", "missing"]
+    run([good, bad], config=config)
+    found = good.lookup()
+    assert (found.status, found.folder, [one["cause"] for one in found.attempts]) == ("published", good.out, ["done"])
+    for times in (1, 2):
+        found = bad.lookup()
+        assert found.status == "failed"
+        assert [(one["cause"], one["task"]) for one in found.attempts] == [("exception", "bad one")] * times
+        assert found.log is not None
+        assert "about to fail" in found.log.read_text()
+        run([bad], config=config)
+    attempt = Workspace.claim(bad.out, new_attempt())
+    assert bad.lookup().status == "running"
+    attempt.discard()
+    assert bad.lookup().status == "failed"
 
 
 def test_wrong_use_ends_with_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCVTP_EXECUTOR", "nowhere")
     assert main(["verify"]) == 2
-    assert "OCVTP_EXECUTOR is 'nowhere'" in capsys.readouterr().err
+    assert "'nowhere' (OCVTP_EXECUTOR) is no executor" in capsys.readouterr().err
 
 
 def test_a_run_leaves_a_line_for_each_attempt(full: Store) -> None:
@@ -134,17 +215,17 @@ def test_rates_and_time_left_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_live_view_shows_each_running_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    from rich.console import Console
-
     board = Board("label", "run", total=20)
     for number in range(14):
         board.running[str(number)] = Running(f"task {number}\n[red]", 1 + number, 0, time.monotonic(), 1, 4, "loss 3")
     out = io.StringIO()
-    Console(file=out, width=120, force_terminal=False).print(View(board).render())
-    text = out.getvalue()
-    assert "0/20" in text
-    assert "task 3\\n[red] (attempt 4)" in text
-    assert "loss 3" in text
-    assert "and 2 more" in text
+    monkeypatch.setattr(view, "Console", lambda **options: Console(file=out, width=200, force_terminal=True))
+    with View(board) as live:
+        live.refresh()
+        del board.running["3"]
+        board.done += 1
+        live.refresh()
+        text = out.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    for part in ("0/20", "task 2\\n[red] (attempt 3)", "loss 3", "2 not shown", "1/20"):
+        assert part in shown, shown

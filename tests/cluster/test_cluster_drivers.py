@@ -12,16 +12,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cluster_jobs as jobs
 import pytest
-from cluster_helpers import alive, descendants, is_worker, kill, results, strays, wait_for
+from cluster_helpers import alive, descendants, is_worker, job_of, kill, results, strays, wait_for
 
-from cluster import ClusterConfig, Interrupted, Locked, Store, run, verify
+from cluster import ClusterConfig, Interrupted, Locked, Store, Task, run, verify
 from cluster.driver.lock import run_lock
 from cluster.host.process import Process
+from cluster.local.executor import LocalExecutor
+from cluster.protocol import Context, Event, Executor
+from cluster.store.layout import new_attempt
+from cluster.store.lease import read_owner
+from cluster.store.publish import About, publish
+from cluster.store.workspace import Workspace
+from cluster.worker.attempt import perform
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -87,7 +96,7 @@ def test_killed_its_processes_die_and_the_next_run_makes_only_what_is_missing(
     assert len(calls) <= 30 + 2, "only what was under way is run twice"
     hangs = list((store.root / "hangs").iterdir())
     assert [path.name[:1] for path in hangs] == ["."], "a temporary folder at most, of the task no longer asked for"
-    subprocess.run([sys.executable, "-m", "cluster", "sweep", "--store", str(store.root)], check=True)
+    subprocess.run([sys.executable, "-m", "cluster", "clean", "--yes", "--store", str(store.root)], check=True)
     assert list((store.root / "hangs").iterdir()) == []
     assert strays(store.root) == []
 
@@ -137,8 +146,9 @@ def test_a_lock_excludes_threads_of_one_process_too(tmp_path: Path) -> None:
             run_lock(tmp_path, "a/b c", "2", "refuse"),
         ):
             pass
-        with run_lock(tmp_path, "another", "3", "refuse"), run_lock(tmp_path, "", "4", "refuse"):
-            pass
+        for other in ("another", "a_b c", "a%2Fb c", "", "."):
+            with run_lock(tmp_path, other, "3", "refuse"):
+                pass
     with run_lock(tmp_path, "a/b c", "5", "refuse"):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -164,6 +174,24 @@ def test_where_files_cannot_be_locked_the_name_of_the_owner_decides(
             continue
         with pytest.raises(Locked, match="run 0"), run_lock(tmp_path, "x", "1", "refuse"):
             pass
+
+
+def test_of_many_that_wait_one_at_a_time_has_the_lock(tmp_path: Path) -> None:
+    """Each removes the file when it ends, while others wait for it."""
+    inside: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            with run_lock(tmp_path, "x", str(number), "wait"):
+                inside.append(number)
+                assert inside == [number]
+                time.sleep(0.002)
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        for ended in [pool.submit(work, number) for number in range(4)]:
+            ended.result()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wait_for_the_lock_can_be_interrupted(store: Store) -> None:
@@ -231,7 +259,7 @@ def test_on_a_terminal_ctrl_c_stops_the_run_and_leaves_nothing(store: Store, tmp
     os.close(terminal)
     assert [one for one in processes if alive(one)] == []
     assert strays(store.root) == []
-    text = seen.decode()
+    text = seen.decode(errors="replace")  # Ctrl-C may cut a character
     assert "hangs" in text
     assert "/61" in text, "the live view counts"
 
@@ -272,3 +300,85 @@ def test_chaos_loses_nothing(start: Start, store: Store, tmp_path: Path) -> None
     assert results(store.root) == results(calm.root)
     assert strays(store.root) == []
     assert descendants(os.getpid()) == []
+
+
+class Elsewhere(Executor):
+    """On an imagined cluster, where each look at it takes two minutes."""
+
+    STEP = 120.0
+
+    def __init__(self, clock: list[float], other: Workspace, beats_until: float) -> None:
+        super().__init__()
+        self.submitted: list[float] = []
+        self._clock, self._other, self._until = clock, other, beats_until
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        pass
+
+    def _advance(self, timeout: float) -> None:
+        self._clock[0] += self.STEP
+        if self._clock[0] < self._until:
+            self._other.beat()
+        for queue in self._queues.values():
+            while queue:
+                job = queue.popleft()
+                self.submitted.append(self._clock[0])
+                self._events.append(perform(job, self._events.append))
+
+
+def test_the_task_of_another_run_is_waited_for_and_begins_once_its_lease_is_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three days by a clock of our own: without a single submission, until the other run shows no more life."""
+    task = store.task("square", "shared", jobs.square, {"x": 1})
+    other = Workspace.claim(task.out, new_attempt(), lease=600.0)
+    owner = read_owner(other.root)
+    assert owner is not None
+    other._owner = replace(owner, process=replace(owner.process, domain="another host"))
+    assert other.beat()
+    clock, days = [time.monotonic()], 3 * 86400.0
+    executor = Elsewhere(clock, other, clock[0] + days)
+    begun = clock[0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    report = run([task], executor, config=ClusterConfig(store=store.root))
+    assert report.ok
+    assert len(executor.submitted) == 2
+    assert days + 600 <= executor.submitted[1] - begun <= days + 600 + 3 * Elsewhere.STEP
+    assert not other.beat(), "it is fenced"
+    assert strays(store.root) == []
+
+
+def test_the_result_of_another_run_is_taken_without_a_submission(store: Store) -> None:
+    task = store.task("square", "shared", jobs.square, {"x": 1})
+    other = Workspace.claim(task.out, new_attempt())
+    executor = Elsewhere([0.0], other, 0.0)
+
+    def end() -> None:
+        (other.folder / "result").write_text("theirs")
+        publish(other, About(task.key, task.kind, task.call_name, task.spec, task.code))
+
+    threading.Timer(2.0, end).start()
+    report = run([task], executor, config=ClusterConfig(store=store.root))
+    assert (len(report.skipped), len(executor.submitted)) == (1, 1)
+
+
+def test_workers_outlive_the_thread_that_started_them(store: Store, config: ClusterConfig) -> None:
+    executor = LocalExecutor(Context("threads", store.logs / "threads", config))
+    job = job_of(store.task("square", "one", jobs.square, {"x": 1, "seconds": 1.0}))
+    events: list[Event] = []
+    executor.submit([job])
+
+    def begin() -> None:
+        while not events:
+            events.extend(executor.poll(0.1))
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    try:
+        while events[-1].kind != "ended":
+            events += executor.poll(0.1)
+    finally:
+        executor.close()
+    assert [event.kind for event in events] == ["started", "ended"]
+    assert events[-1].cause == "done", events[-1]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,15 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import WEIRD, forked, job_of, results, strays, tree
 
-from cluster import Cause, Corrupt, Store, Task, adopt, is_published, quarantine, verify
+from cluster import Cause, Corrupt, Store, StoreUnavailable, Task, adopt, drop, is_published, set_aside, verify
 from cluster.protocol import Event
+from cluster.store import faults
+from cluster.store.layout import new_attempt
 from cluster.store.lease import Watch
 from cluster.store.leftovers import sweep
+from cluster.store.publish import About
+from cluster.store.publish import publish as publish_workspace
+from cluster.store.workspace import Workspace
 from cluster.worker.attempt import perform
 
 # What the kernel is asked to do to files, as far as Python tells (fsync is added by hand).
@@ -108,12 +117,11 @@ def test_killed_at_every_step_it_is_published_whole_or_not_at_all(store: Store, 
     assert kills > 25
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_failing_at_every_step_it_leaves_nothing_and_says_why(tmp_path: Path, code: int) -> None:
+def test_failing_at_every_step_it_leaves_nothing_and_says_why(tmp_path: Path) -> None:
     failures = 0
 
     def fail() -> None:
-        raise OSError(code, os.strerror(code), "the disk")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
 
     said = tmp_path / "said"
 
@@ -127,13 +135,99 @@ def test_failing_at_every_step_it_leaves_nothing_and_says_why(tmp_path: Path, co
         if is_published(task.out):
             verify(task.out)
         elif task.out.parent.exists():
-            assert os.strerror(code) in cause
+            assert os.strerror(errno.ENOSPC) in cause
             assert publish(task).cause is Cause.DONE
         if task.out.parent.exists():
             sweep(task.out.parent, Watch(), published={task.out.name})
             assert strays(tmp_path / "stores" / str(failures)) == []
         failures = number
     assert failures > 25
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back-off without the waiting."""
+    monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_one_hiccup_at_any_step_ends_nothing(tmp_path: Path, code: int) -> None:
+    """Each step fails once. A second fsync would hide what the first one lost, so that the attempt is made again."""
+    hiccups, said, calm = 0, tmp_path / "said", square(Store(tmp_path / "calm"))
+    publish(calm)
+
+    def fail() -> None:
+        raise OSError(code, os.strerror(code), "the disk")
+
+    def work() -> None:
+        task = square(Store(tmp_path / "stores" / str(hiccups)))
+        first = publish(task)
+        said.write_text(f"{first.cause} {first.detail}")
+        if first.cause is not Cause.DONE and not is_published(task.out):
+            assert publish(task).cause is Cause.DONE
+
+    causes = []
+    for number in at_every_step(tmp_path / "stores", fail, work):
+        store = Store(tmp_path / "stores" / str(hiccups))
+        causes.append(said.read_text())
+        assert tree(square(store).out) == tree(calm.out)
+        sweep(square(store).out.parent, Watch(), published={square(store).out.name})
+        assert strays(store.root) == []
+        hiccups = number
+    assert hiccups > 25
+    assert sum(cause.startswith("exception OSError") for cause in causes) == 5, "the call's own files are the call's"
+    # One for each fsync, which are made beside each other.
+    assert 5 <= sum(cause.startswith("node StoreUnavailable") for cause in causes) <= 8
+    assert all(cause.startswith(("done", "node", "exception")) for cause in causes)
+    assert any(cause.startswith("node StoreUnavailable: ") and "forced to disk" in cause for cause in causes)
+
+
+@pytest.mark.parametrize(("action", "step"), [("stat", "claim"), ("rename", "publish"), ("fsync", "publish")])
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_keeps_failing_is_named_and_the_attempt_made_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, action: str, step: str
+) -> None:
+    task, tries, really = square(store), [], getattr(os, action)
+
+    def broken(place: Any, *rest: Any, **named: Any) -> Any:
+        if isinstance(place, Path) and not place.is_relative_to(store.root):
+            return really(place, *rest, **named)
+        tries.append(place)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, action, broken)
+        ended = publish(task)
+    assert ended.cause is Cause.NODE
+    assert os.strerror(errno.ESTALE) in ended.detail
+    assert len(tries) < 50
+    assert publish(task).cause is Cause.DONE
+    verify(task.out)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_damage_and_a_file_system_that_fails_are_told_apart(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = square(store)
+    publish(task)
+    really = hashlib.file_digest
+    hiccups = [errno.EIO, errno.ESTALE]
+
+    def digest(*arguments: Any) -> Any:
+        if hiccups:
+            code = hiccups.pop()
+            raise OSError(code, os.strerror(code))
+        return really(*arguments)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    verify(task.out)
+    assert hiccups == []
+    hiccups += [errno.EIO] * 99
+    with pytest.raises(StoreUnavailable, match=r"failed 5 times: .*Input/output error"):
+        verify(task.out)
+    with pytest.raises(StoreUnavailable):
+        set_aside(task.out)
+    assert is_published(task.out), "nothing is moved on such grounds"
 
 
 def test_nothing_written_is_an_error(store: Store) -> None:
@@ -148,6 +242,39 @@ def test_a_link_is_no_result(store: Store) -> None:
     ended = publish(store.task("links", "links", jobs.links, {}))
     assert ended.cause is Cause.EXCEPTION
     assert "link, which is not a regular file" in ended.detail
+
+
+def test_a_link_to_a_folder_is_no_result_and_a_stray_one_is_named(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = publish(store.task("links", "links", jobs.links, {"to": str(store.root)}))
+    assert ended.cause is Cause.EXCEPTION
+    assert "link, which is not a regular file" in ended.detail
+    task = square(store)
+    publish(task)
+    (task.out / "deep" / "link").symlink_to(store.root)
+    verify(task.out)
+    assert "does not list: ['deep/link']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [
+        ({"a": "0" * 64}, "a for .* has other content"),
+        ({"b": "0" * 64}, "is (missing|not in its manifest)"),
+        ({}, "not in its manifest"),
+    ],
+)
+def test_what_is_not_expected_is_not_published(tmp_path: Path, expected: dict[str, str], said: str) -> None:
+    out = tmp_path / "kind" / "key"
+    right = hashlib.sha256(b"a").hexdigest()
+    for wrong in (expected, {"a": right, "missing": right}):
+        workspace = Workspace.claim(out, new_attempt())
+        (workspace.folder / "a").write_bytes(b"a")
+        with pytest.raises(Corrupt, match=said if wrong is expected else "missing .* is missing"):
+            publish_workspace(workspace, About("key", "kind", "m:f", {}, "c"), expected=wrong)
+        workspace.discard()
+    assert list(out.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", WEIRD)
@@ -204,14 +331,103 @@ def test_a_broken_manifest_is_corrupt(store: Store, text: str) -> None:
         verify(task.out)
 
 
-def test_a_quarantined_result_is_made_again(store: Store) -> None:
+def test_a_damaged_result_is_set_aside_and_made_again(store: Store) -> None:
     task = square(store)
     publish(task)
     before = tree(task.out)
-    aside = quarantine(task.out)
+    assert set_aside(task.out) is None
+    assert tree(task.out) == before
+    (task.out / "result.json").write_text("?")
+    said = set_aside(task.out)
+    (aside,) = task.out.parent.glob(".*.corrupt-*")
+    assert str(said).endswith(f"its manifest says 21; moved to {aside}")
     assert not is_published(task.out)
+    assert (aside / "result.json").read_text() == "?"
     assert publish(task).cause is Cause.DONE
-    assert tree(task.out) == before == tree(aside)
+    assert tree(task.out) == before
+    assert "is not there" in str(set_aside(store.path("square", "nothing")))
+
+
+@pytest.mark.parametrize("when", ["before it looks again", "before it renames", "twice before it renames"])
+def test_of_two_that_set_a_damaged_result_aside_the_slower_leaves_the_fresh_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The other run sets it aside and publishes it anew in the instants that are worst."""
+    task = square(store)
+    publish(task)
+    before = tree(task.out)
+    (task.out / "result.json").write_text("?")
+
+    def faster() -> None:
+        monkeypatch.undo()
+        assert set_aside(task.out) is not None
+        assert publish(task).cause is Cause.DONE
+
+    fresh: list[int] = []
+    really_rename, really_lstat = os.rename, os.lstat
+
+    def rename(source: Path, target: Path) -> None:
+        faster()
+        fresh.append(task.out.stat().st_ino)
+        really_rename(source, target)
+        if when.startswith("twice"):  # while ours holds the fresh one, a third run publishes another
+            assert publish(task).cause is Cause.DONE
+            fresh[0] = task.out.stat().st_ino
+
+    def lstat(path: Path) -> os.stat_result:
+        looks.append(path)
+        if len(looks) == 2:
+            faster()
+            fresh.append(task.out.stat().st_ino)
+        return really_lstat(path)
+
+    looks: list[Path] = []
+    monkeypatch.setattr(os, *(("lstat", lstat) if when.endswith("again") else ("rename", rename)))
+    assert set_aside(task.out) is None, "what lies there now is sound"
+    assert task.out.stat().st_ino == fresh[0]
+    assert tree(task.out) == before
+    assert len([path for path in task.out.parent.iterdir() if path != task.out]) == 1, "the damaged one"
+
+
+def test_many_that_set_aside_and_make_anew_end_with_one_sound_result(store: Store) -> None:
+    task = square(store)
+    publish(task)
+    before = tree(task.out)
+    for _ in range(10):
+        (task.out / "result.json").write_text("?")
+        together = threading.Barrier(4)
+
+        def look_and_make(together: threading.Barrier = together) -> None:
+            together.wait()
+            set_aside(task.out)
+            publish(task)
+
+        with ThreadPoolExecutor(4) as pool:
+            for ended in [pool.submit(look_and_make) for _ in range(4)]:
+                ended.result()
+        if not is_published(task.out):  # all were busy with one another
+            publish(task)
+        assert tree(task.out) == before
+    assert len(list(task.out.parent.glob(".*.corrupt-*"))) == 10
+
+
+def test_dropping_goes_on_where_another_was_killed(store: Store) -> None:
+    task = square(store)
+    for _ in range(2):
+        publish(task)
+        publish(task)
+
+        def work() -> None:
+            shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+            drop(task.out)
+
+        assert forked(work) == -signal.SIGKILL
+        assert not is_published(task.out)
+        assert len(list(task.out.parent.iterdir())) > 0
+    publish(task)
+    drop(task.out)
+    drop(task.out)
+    assert len(list(task.out.parent.iterdir())) == 2
 
 
 def test_a_folder_that_is_no_result_is_moved_aside_not_lost(store: Store) -> None:
@@ -232,7 +448,7 @@ def test_adopting_shares_the_bytes_and_outlives_the_source(store: Store, tmp_pat
     assert (out / "er" / "data.bin").stat().st_ino == (task.out / "deep" / "er" / "data.bin").stat().st_ino
     before = tree(out)
     adopt(task.out / "deep", out)
-    quarantine(task.out)
+    drop(task.out)
     assert tree(out) == before
     manifest = verify(out)
     assert (manifest.about.part, manifest.about.spec, manifest.about.key) == ("deep", {"x": 3}, "abc")

@@ -1,21 +1,23 @@
-"""Results in a second place: fetched instead of made, uploaded once made, and never taken unseen."""
+"""Results in a second place: `python -m cluster push` and `pull`, and nothing taken unseen."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cluster_jobs as jobs
 import fsspec
 import pytest
-from cluster_helpers import results, strays
+from cluster_helpers import results, strays, wait_for
 
-from cluster import ClusterConfig, Report, Store, Task, run, verify
-from cluster.errors import BadConfig, Interrupted, NotAvailable
+from cluster import ClusterConfig, Store, is_published, run, verify
+from cluster.__main__ import main
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -23,45 +25,47 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.param}://{tmp_path}/remote"
 
 
-def tasks(store: Store, tmp_path: Path, count: int = 4) -> list[Task]:
-    spec = {"calls": str(tmp_path / "calls")}
-    return [store.task("square", f"{x}", jobs.count_calls, {"x": x, **spec}) for x in range(count)]
+@pytest.fixture
+def full(store: Store) -> Store:
+    tasks = [store.task("square", f"{x}", jobs.square, {"x": x}) for x in range(4)]
+    assert run([*tasks, store.task("one", "1", jobs.square, {"x": 1})], config=ClusterConfig(store=store.root)).ok
+    return store
 
 
-def go(store: Store, tmp_path: Path, url: str, count: int = 4) -> Report:
-    return run(tasks(store, tmp_path, count), config=ClusterConfig(store=store.root, workers=2, remote=url))
+@pytest.fixture
+def go(capsys: pytest.CaptureFixture[str]) -> Any:
+    """A command with --json; its exit code and what it printed."""
+
+    def do(command: str, store: Store, url: str, *names: str) -> tuple[int, dict[str, Any]]:
+        code = main([command, "--store", str(store.root), "--remote", url, "--json", *names])
+        return code, json.loads(capsys.readouterr().out)
+
+    return do
 
 
-def calls(tmp_path: Path) -> int:
-    return len((tmp_path / "calls").read_text().split())
-
-
-def test_what_was_made_once_is_fetched_elsewhere(store: Store, tmp_path: Path, url: str) -> None:
-    assert len(go(store, tmp_path, url).done) == 4
+def test_what_was_pushed_is_pulled_elsewhere_and_needs_no_making(
+    full: Store, tmp_path: Path, url: str, go: Any
+) -> None:
+    code, said = go("push", full, url)
+    assert (code, len(said["pushed"]), said["before"]) == (0, 5, 0)
+    assert go("push", full, url) == (0, {"pushed": [], "failed": {}, "before": 5})
     other = Store(tmp_path / "other")
-    report = go(other, tmp_path, url, 6)
-    assert (len(report.skipped), len(report.done), calls(tmp_path)) == (4, 2, 6)
-    assert results(store.root).items() <= results(other.root).items()
+    key = next(folder.name for folder in full.published() if folder.parent.name == "square")
+    assert go("pull", other, url, "one")[1]["pulled"] == [f"one/{next((full.root / 'one').iterdir()).name}"]
+    assert go("pull", other, url, f"square/{key}")[1]["pulled"] == [f"square/{key}"]
+    code, said = go("pull", other, url)
+    assert (code, len(said["pulled"]), said["before"]) == (0, 3, 2)
+    assert results(other.root) == results(full.root)
     assert strays(other.root) == []
-    assert len(go(store, tmp_path, url, 6).skipped) == 6
-    assert results(store.root) == results(other.root)
-    assert calls(tmp_path) == 6
-
-
-def test_what_was_published_without_it_is_uploaded_by_the_next_run(store: Store, tmp_path: Path, url: str) -> None:
-    run(tasks(store, tmp_path), config=ClusterConfig(store=store.root))
-    assert len(go(store, tmp_path, url).skipped) == 4
-    assert len(go(Store(tmp_path / "other"), tmp_path, url).skipped) == 4
-    assert calls(tmp_path) == 4
+    tasks = [other.task("square", f"{x}", jobs.square, {"x": x}) for x in range(4)]
+    assert len(run(tasks, config=ClusterConfig(store=other.root)).skipped) == 4
 
 
 @pytest.mark.parametrize("damage", ["bytes", "gone", "manifest", "foreign", "outside"])
-def test_damage_is_not_taken_over(
-    store: Store, tmp_path: Path, url: str, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    go(store, tmp_path, url)
+def test_damage_is_not_taken_over(full: Store, tmp_path: Path, url: str, go: Any, damage: str) -> None:
+    go("push", full, url)
     system, root = fsspec.core.url_to_fs(url)
-    first, second = sorted(task.key for task in tasks(store, tmp_path))[:2]
+    first, second = sorted(path.name for path in (full.root / "square").iterdir())[:2]
     manifest = json.loads(system.cat_file(f"{root}/square/{first}.json"))
     if damage == "bytes":
         system.pipe_file(f"{root}/square/{first}/result.json", b"{}")
@@ -75,61 +79,83 @@ def test_damage_is_not_taken_over(
         manifest["files"][0]["path"] = "../../evil"
         system.pipe_file(f"{root}/square/{first}.json", json.dumps(manifest).encode())
     other = Store(tmp_path / "other")
-    with caplog.at_level(logging.WARNING):
-        report = go(other, tmp_path, url)
-    assert (len(report.skipped), len(report.done)) == (3, 1)
-    assert f"square/{first} is not taken from {url}" in caplog.text
-    assert results(other.root) == results(store.root)
+    code, said = go("pull", other, url)
+    assert (code, len(said["pulled"]), list(said["failed"])) == (1, 4, [f"square/{first}"])
     assert strays(other.root) == []
+    assert not is_published(other.path("square", first))
 
 
-def test_uploads_that_fail_fail_no_run(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_pushes_that_fail_are_named_and_made_up_for(
+    full: Store, tmp_path: Path, go: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"file://{tmp_path}/remote"
 
-    def full(*_: object, **__: object) -> None:
+    def full_bucket(*_: object, **__: object) -> None:
         raise OSError("bucket is full")
 
-    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(fsspec.get_filesystem_class("file"), "put_file", full)
-        assert len(go(store, tmp_path, url).done) == 4
-    assert "4 results were not uploaded" in caplog.text
-    assert "bucket is full" in caplog.text
-    for folder in store.published():
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.get_filesystem_class("file"), "put_file", full_bucket)
+        code, said = go("push", full, url)
+    assert (code, said["pushed"], set(said["failed"].values())) == (1, [], {"OSError: bucket is full"})
+    for folder in full.published():
         verify(folder)
-    go(store, tmp_path, url)
-    assert len(go(Store(tmp_path / "other"), tmp_path, url).skipped) == 4
+    assert len(go("push", full, url)[1]["pushed"]) == 5
+    assert len(go("pull", Store(tmp_path / "other"), url)[1]["pulled"]) == 5
 
 
-def test_ctrl_c_ends_fetching(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HANGS = """
+import sys, time
+import fsspec
+from cluster.__main__ import main
+
+def hang(self, source, target, *rest, **named):
+    open(sys.argv[1], "a").close()
+    time.sleep(600)
+
+for name in ("put_file", "get_file"):
+    setattr(fsspec.get_filesystem_class("file"), name, hang)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_ctrl_c_ends_a_transfer_that_hangs_at_once(full: Store, tmp_path: Path, go: Any, command: str) -> None:
     url = f"file://{tmp_path}/remote"
-    go(store, tmp_path, url, 40)
-    system = fsspec.get_filesystem_class("file")
-    fetched: list[str] = []
-    really = system.get_file
-
-    def slow(self: object, source: str, *rest: object, **named: object) -> None:
-        fetched.append(source)
-        time.sleep(0.2)
-        if len(fetched) >= 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        really(self, source, *rest, **named)
-
-    monkeypatch.setattr(system, "get_file", slow)
-    other = Store(tmp_path / "other")
-    with pytest.raises(Interrupted):
-        go(other, tmp_path, url, 40)
-    assert len({name for name in fetched if name.endswith(".json")}) < 40
-    assert strays(other.root) == []
+    store = full
+    if command == "pull":
+        go("push", full, url)
+        store = Store(tmp_path / "other")
+    arguments = [command, "--store", str(store.root), "--remote", url]
+    hangs = tmp_path / "hangs"
+    driver = subprocess.Popen([sys.executable, "-c", HANGS, str(hangs), *arguments])
+    wait_for(hangs.exists)
+    began = time.monotonic()
+    os.kill(driver.pid, signal.SIGINT)
+    assert driver.wait(timeout=30) == 130
+    assert time.monotonic() - began < 3
+    assert all(is_published(folder) for folder in full.published())
+    assert main([*arguments, "--json"]) == 0
+    if command == "pull":
+        assert results(store.root) == results(full.root)
 
 
-def test_a_place_that_cannot_be_reached_is_named_before_any_work(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(BadConfig, match=r"cluster\.remote is 'bucket': the address of a folder"):
+def test_a_run_needs_no_second_place(store: Store, tmp_path: Path) -> None:
+    config = ClusterConfig(store=store.root, remote="nosuch://bucket/here")
+    assert run([store.task("square", "1", jobs.square, {"x": 1})], config=config).ok
+
+
+def test_a_place_that_cannot_be_reached_is_named(
+    full: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="is not the address of a folder"):
         ClusterConfig(remote="bucket")
-    with pytest.raises(NotAvailable, match=r"cluster\.remote nosuch://bucket/here: Protocol not known"):
-        go(store, tmp_path, "nosuch://bucket/here")
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotAvailable, match="cannot be read"):
-        go(store, tmp_path, f"file://{tmp_path}/file")
-    assert not (tmp_path / "calls").exists()
+    for url, names, said in (
+        ("nosuch://bucket/here", [], "the remote nosuch://bucket/here cannot be used: Protocol not known"),
+        (f"file://{tmp_path}/file", [], "push"),
+        (f"file://{tmp_path}/remote", ["nothing"], "there is no result nothing"),
+    ):
+        code = main(["push", "--store", str(full.root), "--remote", url, *names])
+        heard = capsys.readouterr()
+        assert code == (1 if said == "push" else 2), heard
+        assert said in (heard.out if code == 1 else heard.err)

@@ -44,6 +44,17 @@ def test_a_key_is_a_function_of_call_spec_and_code(store: Store) -> None:
     )
 
 
+def test_where_inputs_lie_reaches_the_call_but_neither_key_nor_manifest(store: Store, config: ClusterConfig) -> None:
+    out = store.root / "kind" / "moved"
+    tasks = [Task("moved", jobs.moves, {"x": 1}, out, inputs={"place": place}) for place in ("/here", "/there")]
+    assert tasks[0].key == tasks[1].key == Task("moved", jobs.moves, {"x": 1}, out).key
+    assert run(tasks[:1], config=config).ok
+    assert (out / "result.json").read_text() == '{"place": "/here"}'
+    assert "/here" not in (out / "manifest.json").read_text()
+    with pytest.raises(BadTask, match=r"inputs\.place is a PosixPath"):
+        Task("moved", jobs.moves, {"x": 1}, out, inputs={"place": Path("/here")})
+
+
 @pytest.mark.parametrize("kind", ["", "..", "a/b", ".hidden", "logs", "locks"])
 def test_a_kind_is_a_plain_folder_name(store: Store, kind: str) -> None:
     with pytest.raises(BadTask, match="kind"):
@@ -95,15 +106,19 @@ def test_an_unknown_executor_is_refused_with_those_there_are(store: Store, confi
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"excutor": "local"}, r"unknown key cluster.excutor: did you mean cluster.executor\?"),
-        ({"zzz": 1}, "unknown key cluster.zzz: legal keys: executor, store, profile, workers"),
-        ({"executor": "loocal"}, r"cluster.executor is 'loocal': did you mean 'local'\? legal: .*slurm"),
-        ({"workers": 0}, "cluster.workers is 0: a whole number, at least 1"),
-        ({"workers": "2"}, "cluster.workers is '2'"),
-        ({"tries": True}, "cluster.tries is True"),
-        ({"on_locked": "ignore"}, "cluster.on_locked is 'ignore': wait or refuse"),
-        ({"memory_gb": float("nan")}, "cluster.memory_gb is nan"),
-        ({"store": None}, "cluster.store is None: the path of a folder"),
+        ({"excutor": "local"}, r"cluster.excutor: unknown key; did you mean executor\?"),
+        ({"zzz": 1}, r"cluster.zzz: unknown key \(legal: executor, store, profile, workers"),
+        ({"executor": "loocal"}, r"cluster.executor: 'loocal' is no executor; did you mean local\? \(legal: .*slurm"),
+        ({"workers": 0}, "cluster.workers: 0 should be greater than or equal to 1"),
+        ({"workers": "2"}, "cluster.workers: '2' should be a valid integer"),
+        ({"tries": True}, "cluster.tries: True should be a valid integer"),
+        ({"on_locked": "ignore"}, "cluster.on_locked: 'ignore' should be 'wait' or 'refuse'"),
+        ({"memory_gb": float("nan")}, "cluster.memory_gb: nan should be a finite number"),
+        ({"lease_seconds": True}, "cluster.lease_seconds: True should be a valid number"),
+        ({"store": None}, "cluster.store: None is not the path of a folder"),
+        ({"store": ""}, "cluster.store: '' is not the path of a folder"),
+        ({"remote": "bucket"}, "cluster.remote: 'bucket' is not the address of a folder, such as s3://"),
+        ({"workers": 0, "tries": 0}, r"2 entries are wrong\n  cluster.workers: .*\n  cluster.tries: "),
     ],
 )
 def test_a_wrong_configuration_is_refused(section: dict[str, Any], words: str) -> None:
@@ -117,7 +132,7 @@ def test_the_environment_overrides_the_configuration(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OCVTP_STORE", "/else where")
     assert ClusterConfig.from_params(section).store == Path("/else where")
     monkeypatch.setenv("OCVTP_EXECUTOR", "nowhere")
-    with pytest.raises(BadConfig, match="nowhere"):
+    with pytest.raises(BadConfig, match=r"cluster.executor: 'nowhere' \(OCVTP_EXECUTOR\) is no executor"):
         ClusterConfig.from_params(section)
 
 

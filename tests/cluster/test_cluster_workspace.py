@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import cluster_jobs as jobs
+import psutil
 import pytest
-from cluster_helpers import forked, job_of, results, strays
+from cluster_helpers import forked, job_of, results, strays, wait_for
 
-from cluster import Cause, Fenced, Store, verify
+from cluster import Cause, Fenced, Store, StoreUnavailable, verify
 from cluster.host.process import Process
 from cluster.protocol import Event
+from cluster.store import faults
 from cluster.store import lease as leases
 from cluster.store.layout import new_attempt, temporaries, temporary
 from cluster.store.lease import Owner, Watch, read_owner, replace_owner
@@ -91,6 +99,92 @@ def test_one_that_is_fenced_before_it_has_begun_says_so(out: Path, monkeypatch: 
     monkeypatch.undo()
     assert list(out.parent.iterdir()) == []
     Workspace.claim(out, new_attempt()).discard()
+
+
+def test_of_many_that_claim_at_once_one_gets_it(out: Path) -> None:
+    for number in range(60):
+        together = threading.Barrier(4)
+        target = out.with_name(f"key{number}")
+
+        def work(together: threading.Barrier = together, target: Path = target) -> Workspace | None:
+            together.wait()
+            with contextlib.suppress(Busy):
+                return Workspace.claim(target, new_attempt())
+            return None
+
+        with ThreadPoolExecutor(4) as pool:
+            claims = [claim.result() for claim in [pool.submit(work) for _ in range(4)]]
+        (winner,) = [claim for claim in claims if claim is not None]
+        assert [root for root, _, _ in temporaries(out.parent, target.name)] == [winner.root]
+        winner.check()
+        winner.discard()
+
+
+@pytest.mark.parametrize("we", ["0" * 32, "f" * 32])
+def test_a_claim_sees_one_that_began_after_it_looked_for_the_first_time(
+    out: Path, monkeypatch: pytest.MonkeyPatch, we: str
+) -> None:
+    """The other one claims between our folder and our look: whichever name is the lower, one alone gets it."""
+    really, claims = Workspace._begin, []
+
+    def begin(self: Workspace) -> bool:
+        begun = really(self)
+        if self.attempt == we:
+            with contextlib.suppress(Busy):
+                claims.append(Workspace.claim(out, "7" * 32))
+        return begun
+
+    monkeypatch.setattr(Workspace, "_begin", begin)
+    monkeypatch.setattr("cluster.store.workspace.DECISION", 0.1)
+    with contextlib.suppress(Busy):
+        claims.append(Workspace.claim(out, we))
+    assert len(claims) == 1
+    claims[0].check()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOENT, errno.ENOTDIR])
+def test_only_a_folder_that_is_gone_is_a_lost_lease(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(faults, "PAUSES", (0.0,) * 4)
+    workspace, really, failures = Workspace.claim(out, new_attempt()), os.stat, [True] * 2
+
+    def stat(path: Path, **named: bool) -> os.stat_result:
+        if path == workspace.root and failures and failures.pop():
+            raise OSError(code, os.strerror(code))
+        return really(path, **named)
+
+    gone = code in (errno.ENOENT, errno.ENOTDIR)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert workspace.beat() is not gone
+        failures[:] = [True] * 1000  # for good
+        assert workspace.beat() is not gone
+        with pytest.raises(Fenced if gone else (StoreUnavailable, PermissionError)):
+            workspace.check()
+    assert workspace.lost is gone
+    if not gone:
+        assert workspace.beat()
+        (workspace.folder / "result").write_text("done")
+        assert publish(workspace, ABOUT)
+
+
+def test_an_owner_file_that_cannot_be_read_makes_nobody_dead(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "PAUSES", (0.0,) * 4)
+    monkeypatch.setattr(leases, "UNOWNED_PATIENCE", 0.0)
+    workspace, really = Workspace.claim(out, new_attempt()), Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "owner.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return really(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable):
+                sweep(out.parent, watch := Watch())
+            with pytest.raises(StoreUnavailable):
+                watch.abandoned(workspace.root)
+    workspace.check()
 
 
 def test_resume_is_handed_over_and_nothing_else(out: Path) -> None:
@@ -226,6 +320,49 @@ def test_a_reused_pid_is_another_process() -> None:
     assert me.alive() is True
     assert replace(me, started="1").alive() is False
     assert replace(me, domain="another boot").alive() is None
+
+
+def test_a_process_of_another_user_that_is_hidden_is_unknown_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /proc is mounted with hidepid=2: it cannot be looked up, but a signal to it is refused."""
+    gone = subprocess.Popen(["true"])
+    zombie = replace(Process.me(), pid=gone.pid)
+    wait_for(lambda: zombie.alive() is False)  # not reaped yet
+    gone.wait()
+    assert zombie.alive() is False
+    me = Process.me()
+
+    def hidden(pid: int) -> None:
+        raise psutil.NoSuchProcess(pid)
+
+    def refused(pid: int, number: int) -> None:
+        assert number == 0
+        raise PermissionError
+
+    monkeypatch.setattr(psutil, "Process", hidden)
+    monkeypatch.setattr(os, "kill", refused)
+    assert me.alive() is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts /proc anew in a namespace of its own")
+def test_where_proc_hides_processes_one_that_lives_is_not_called_dead(tmp_path: Path) -> None:
+    script = tmp_path / "look.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "from cluster.host.process import Process\n"
+        "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
+        "print(json.dumps([Process.from_json(json.loads(text)).alive() for text in sys.argv[1:]]))\n"
+    )
+    me = Process.me()
+    ended = replace(me, pid=2**22 - 7)
+    look = [sys.executable, str(script), *(json.dumps(one.to_json()) for one in (me, ended))]
+    mounted = "mount -t proc -o hidepid=2 proc /proc && exec " + shlex.join(look)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounted], capture_output=True, text=True, env=environment, check=False
+    )
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip(done.stderr)
+    assert json.loads(done.stdout) == [None, False], done.stderr
 
 
 def test_sweeping_takes_the_dead_and_spares_the_living_and_what_can_be_resumed(

@@ -120,7 +120,7 @@ def test_of_a_killed_driver_nothing_goes_on_and_the_next_makes_what_is_missing(
     out, err = start(0.05, 30).communicate(timeout=60)
     assert out == f"{30 - done} {done}\n", err
     assert len([line for line in ran(tmp_path) if line]) <= 30 + 3, "only what was under way is run twice"
-    subprocess.run([sys.executable, "-m", "cluster", "sweep", "--store", str(store.root)], check=True)
+    subprocess.run([sys.executable, "-m", "cluster", "clean", "--yes", "--store", str(store.root)], check=True)
     assert list((store.root / "hangs").iterdir()) == []
     assert strays(store.root) == []
 

@@ -10,21 +10,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cluster_jobs as jobs
 import pytest
 import slurm_jobs
-from cluster_helpers import alive, kill, results, strays, wait_for
+from cluster_helpers import alive, job_of, kill, results, strays, wait_for
 from slurm_cluster import ServerInfo
 
 from cluster import ClusterConfig, Report, Resources, Store, run
 from cluster.errors import BadConfig, NotAvailable
+from cluster.protocol import Cause, Context, Event, Job, encode
+from cluster.slurm import executor as slurm_executor
 from cluster.slurm import queue as slurm_queue
+from cluster.slurm.executor import SlurmExecutor, _SlurmJob
 from cluster.slurm.orphans import PREFIX, SILENCE, Ledger
-from cluster.slurm.profile import Profile
+from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import State, takes_later
+from cluster.slurm.worker import events_file
 
 pytest_plugins = ["slurm_cluster"]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -106,7 +111,7 @@ def test_waves_keep_within_the_limits_of_arrays_and_of_the_queue(
     server: ServerInfo, config: ClusterConfig, store: Store, tmp_path: Path
 ) -> None:
     own = tmp_path / "profile.yaml"
-    own.write_text(server.profile.read_text() + "max_jobs: 24\narray_parallelism: 10\n")
+    own.write_text(server.profile.read_text() + "max_jobs: 24\narray_parallelism: 10\ntasks_per_job: 1\n")
     most, ended = [0], threading.Event()
 
     def count() -> None:
@@ -313,7 +318,7 @@ def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
 def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> None:
     ledger = Ledger(store.logs / "run" / "slurm")
     ledger.open()
-    now = ledger.opened()
+    now = ledger.seen()
     assert not ledger.abandoned(now + 10 * SILENCE)  # it is us
     driver = ledger.folder / "driver.json"
     driver.write_text(json.dumps(json.loads(driver.read_text()) | {"started": "1"}))
@@ -321,10 +326,10 @@ def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> Non
     driver.write_text(json.dumps(json.loads(driver.read_text()) | {"domain": "another host"}))
     assert not ledger.abandoned(now + SILENCE / 2)
     assert ledger.abandoned(now + 2 * SILENCE)
-    status = store.logs / "run" / "status.json"
-    status.write_text("{}")
-    os.utime(status, (now + 1.5 * SILENCE,) * 2)
-    assert not ledger.abandoned(now + 2 * SILENCE)
+    os.utime(driver, (now - 2 * SILENCE,) * 2)
+    assert ledger.abandoned(now)
+    ledger.renew()
+    assert not ledger.abandoned(now)
 
 
 def test_two_drivers_share_the_work_and_leave_each_others_jobs_alone(
@@ -377,29 +382,32 @@ def test_without_slurm_it_says_so(store: Store, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("partitoin: gpu", r"profile.yaml: unknown key 'partitoin': did you mean 'partition'\?"),
-        ("setup: module load", r"setup is 'module load': a list is needed"),
-        ("max_jobs: 0", "max_jobs is 0: a whole number, at least 1"),
-        ("poll_seconds: soon", "poll_seconds is 'soon': a number is needed"),
-        ("account: 7", "account is 7: a text is needed"),
-        ("sbatch: {mem: 4G}", "sbatch.mem is set by ocvtp itself"),
-        ("- partition", "does not hold a mapping"),
-        ("a: [", "is not YAML"),
+        ("partitoin: gpu", r"partitoin: unknown key; did you mean partition\?"),
+        ("setup: module load", r"setup: 'module load' is not a list"),
+        ("max_jobs: 0", "max_jobs: 0 should be greater than or equal to 1"),
+        ("max_jobs: true", "max_jobs: True should be a valid integer"),
+        ("tasks_per_job: 0", "tasks_per_job: 0 should be greater than or equal to 1, or 'auto'"),
+        ("poll_seconds: soon", "poll_seconds: 'soon' should be a valid number"),
+        ("poll_seconds: .inf", "poll_seconds: inf should be a finite number"),
+        ("account: 7", "account: 7 should be a valid string"),
+        ("sbatch: {mem: 4G}", "sbatch: mem is set for each task"),
+        ("- partition", "is not a mapping"),
+        ("a: [", "cannot be read as YAML"),
     ],
 )
 def test_a_mistake_in_a_profile_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(text)
-    with pytest.raises(BadConfig, match=message):
-        Profile.load(str(path))
+    with pytest.raises(BadConfig, match=f"(?s)profile.yaml.*{message}"):
+        SlurmProfile.load(str(path))
 
 
 def test_profiles_are_found_by_name() -> None:
-    with pytest.raises(BadConfig, match=r"there is no slurm profile 'gpuu' \(did you mean 'gpu'\?\)"):
-        Profile.load("gpuu")
+    with pytest.raises(BadConfig, match=r"there is no slurm profile 'gpuu'; did you mean gpu\?"):
+        SlurmProfile.load("gpuu")
     with pytest.raises(BadConfig, match=r"there is no file mine\.yaml"):
-        Profile.load("mine.yaml")
-    profile = Profile.load("gpu")
+        SlurmProfile.load("mine.yaml")
+    profile = SlurmProfile.load("gpu")
     parameters = profile.parameters(Resources(cpus=4, gpus=2, memory_gb=10, minutes=60))
     assert (parameters["partition"], parameters["gres"], parameters["time"]) == ("gpu", "gpu:2", 63)
     assert parameters["mem"] == f"{int(10.5 * 1024)}MB"
@@ -411,8 +419,8 @@ def test_a_wave_that_a_limit_refuses_comes_again_smaller(
 ) -> None:
     limit = "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates " \
         "accounting/QOS policy (job submit limit, user's size and/or time limits)"  # fmt: skip
-    sizes = refusing(monkeypatch, lambda parameters: limit if parameters["map_count"] > 3 else None)
-    report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 10), config=config)
+    sizes = refusing(monkeypatch, lambda size, parameters: limit if size > 3 else None)
+    report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 10), config=one_each(config, tmp_path))
     assert len(report.done) == len(ran(tmp_path)) == 10
     assert sizes[0] == 10
     assert max(sizes[2:]) <= 6  # tries twice as many after a success
@@ -423,7 +431,7 @@ def test_a_job_that_is_refused_fails_alone(
     config: ClusterConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never = "sbatch: error: Memory specification can not be satisfied"
-    refusing(monkeypatch, lambda parameters: never if int(parameters["mem"][:-2]) > 1500 else None)
+    refusing(monkeypatch, lambda size, parameters: never if int(parameters["mem"][:-2]) > 1500 else None)
     large = store.task("square", "large", jobs.square, {"x": 99}, resources=Resources(memory_gb=2, minutes=5))
     report = run([large, *slurm_jobs.squares(store, tmp_path / "calls", 0.05, 3)], config=config)
     assert len(report.done) == 3
@@ -433,21 +441,28 @@ def test_a_job_that_is_refused_fails_alone(
     assert "Memory specification" in failed.detail
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, objection: Callable[[dict[str, Any]], str | None]) -> list[int]:
-    """Have sbatch refuse arrays with what `objection` says of their parameters: sizes of all that were asked for."""
+def one_each(config: ClusterConfig, tmp_path: Path, tasks_per_job: int | str = 1) -> ClusterConfig:
+    """With a number of tasks in each job."""
+    own = tmp_path / "profile.yaml"
+    own.write_text(f"{Path(str(config.profile)).read_text()}tasks_per_job: {tasks_per_job}\n")
+    return ClusterConfig(executor="slurm", store=config.store, profile=str(own))
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, objection: Callable[[int, dict[str, Any]], str | None]) -> list[int]:
+    """Have sbatch refuse arrays with what `objection` says of size and parameters: sizes of all that were asked for."""
     import submitit
 
     sizes: list[int] = []
-    really = submitit.SlurmExecutor._submit_command
+    really = submitit.SlurmExecutor.map_array
 
-    def submit(self: Any, command: str) -> Any:
-        sizes.append(self.parameters["map_count"])
-        said = objection(self.parameters)
+    def map_array(self: Any, call: Any, *arguments: Any) -> Any:
+        sizes.append(len(arguments[1]))
+        said = objection(sizes[-1], self.parameters)
         if said:
             raise submitit.core.utils.FailedJobError(said)
-        return really(self, command)
+        return really(self, call, *arguments)
 
-    monkeypatch.setattr(submitit.SlurmExecutor, "_submit_command", submit)
+    monkeypatch.setattr(submitit.SlurmExecutor, "map_array", map_array)
     return sizes
 
 
@@ -502,3 +517,124 @@ def test_a_ray_cluster_inside_an_allocation(
     assert len(ran(tmp_path)) == 12
     wait_for(lambda: server.jobs() == [])
     assert not any(b"gcs_server" in command for command in _commands(str(server.folder)))
+
+
+@pytest.fixture
+def unreal(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[SlurmExecutor, dict[str, str]]:
+    """An executor on a SLURM that only says what we have it say: states of jobs by their ids."""
+    states: dict[str, str] = {}
+    monkeypatch.setattr(slurm_queue, "settings", dict)
+    monkeypatch.setattr(slurm_queue, "cancel", list)
+    monkeypatch.setattr(
+        slurm_queue, "queue", lambda **_: [slurm_queue.Listed(one, "x", State(state)) for one, state in states.items()]
+    )
+    config = ClusterConfig(executor="slurm", store=store.root)
+    executor = SlurmExecutor(Context("run", store.logs / "run", config))
+    executor._profile = replace(executor._profile, poll_seconds=0.0)
+    return executor, states
+
+
+def taken(executor: SlurmExecutor, store: Store, number: int, count: int = 1) -> list[Job]:
+    """Attempts in one job of SLURM, as after a submission."""
+    tasks = [store.task("square", f"{number} {x}", jobs.square, {"x": x, "n": number}) for x in range(count)]
+    pack = [job_of(task) for task in tasks]
+    shape, events = executor._shape(pack[0]), events_file(executor._folder, pack)
+    attempts = {job.id: job for job in pack}
+    executor._jobs[f"{number}"] = _SlurmJob(f"{number}", attempts, shape, events, events.with_suffix(".err"), 0.0)
+    return pack
+
+
+def test_damaged_lines_of_events_are_skipped(
+    unreal: tuple[SlurmExecutor, dict[str, str]], store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor, states = unreal
+    (job,) = taken(executor, store, 1)
+    states["1"] = "RUNNING"
+    good = encode(Event(job.id, "started")), encode(Event(job.id, "ended", Cause.DONE))
+    damaged = b'{"job": "' + b"\0" * 40 + b'\n[1]\n7\n{}\n{"job": "x", "kind": "ended", "cause": "magic"}\n\xff\n'
+    events_file(executor._folder, [job]).write_bytes(good[0] + damaged + good[1])
+    found = executor.poll(0.0)
+    assert [(event.kind, event.cause) for event in found] == [("started", None), ("ended", "done")]
+    assert caplog.text.count("skipped a damaged line") == 6
+
+
+def test_one_job_may_end_while_another_is_judged(
+    unreal: tuple[SlurmExecutor, dict[str, str]], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last word becomes visible between the look at all files and the look at those of a job that failed."""
+    executor, states = unreal
+    (first,), (second,) = taken(executor, store, 1), taken(executor, store, 2)
+    said = slurm_queue.queue
+
+    def queue(**options: Any) -> list[slurm_queue.Listed]:
+        events_file(executor._folder, [second]).write_bytes(encode(Event(second.id, "ended", Cause.DONE)))
+        return said(**options)
+
+    monkeypatch.setattr(slurm_queue, "queue", queue)
+    states.update({"1": "FAILED", "2": "FAILED"})
+    assert {event.job: event.cause for event in executor.poll(0.0)} == {first.id: "crashed", second.id: "done"}
+
+
+def test_of_a_pack_that_dies_only_the_attempt_at_work_is_to_blame(
+    unreal: tuple[SlurmExecutor, dict[str, str]], store: Store
+) -> None:
+    executor, states = unreal
+    pack = taken(executor, store, 1, 4)
+    lines = [Event(pack[0].id, "started"), Event(pack[0].id, "ended", Cause.DONE), Event(pack[1].id, "started")]
+    events_file(executor._folder, pack).write_bytes(b"".join(map(encode, lines)))
+    states["1"] = "NODE_FAIL"
+    ended = [event for event in executor.poll(0.0) if event.kind == "ended"]
+    assert [(event.job, event.cause) for event in ended] == [
+        (job.id, cause) for job, cause in zip(pack, ("done", "node", "busy", "busy"), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("mute", ["settings", "queue"])
+def test_a_controller_that_does_not_answer_at_the_start_is_named(
+    mute: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**_: Any) -> Any:
+        raise slurm_queue.ControllerUnreachable("squeue: error: connect failure")
+
+    monkeypatch.setattr(slurm_queue, "settings", dict)
+    monkeypatch.setattr(slurm_queue, mute, unreachable)
+    with pytest.raises(NotAvailable, match="SLURM does not answer: squeue: error: connect failure"):
+        run([store.task("square", "one", jobs.square, {"x": 1})], config=ClusterConfig("slurm", store.root))
+
+
+def test_short_tasks_share_jobs_and_a_crash_takes_no_other_along(
+    config: ClusterConfig, store: Store, tmp_path: Path
+) -> None:
+    spec = {"calls": str(tmp_path / "crashes"), "times": 1}
+    tasks = slurm_jobs.squares(store, tmp_path / "calls", 0.05, 24)
+    crash = store.task("square", "killed", jobs.killed, spec, resources=slurm_jobs.SMALL)
+    report = run([*tasks[:12], crash, *tasks[12:]], config=one_each(config, tmp_path, 8))
+    histories = {outcome.task.name: list(map(str, outcome.history)) for outcome in report.done}
+    assert histories.pop("killed") == ["crashed", "done"]
+    assert list(histories.values()) == [["done"]] * 24
+    assert len(ran(tmp_path)) == 24
+    assert len(submitted(store)) == 3 + 2, "three packs of eight; the other call has an array of its own, twice"
+    assert strays(store.root) == []
+
+
+def submitted(store: Store) -> set[str]:
+    """Ids of the SLURM jobs of all runs."""
+    ledgers = store.logs.glob("*/slurm/attempts.jsonl")
+    return {json.loads(line)["job"] for path in ledgers for line in path.read_text().splitlines()}
+
+
+def test_how_many_tasks_a_job_makes_is_measured(config: ClusterConfig, store: Store, tmp_path: Path) -> None:
+    assert len(run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 40), config=config).done) == 40
+    assert len(submitted(store)) <= 2 + 6, "two to measure, and one for each core"
+    assert len(ran(tmp_path)) == 40
+
+
+def test_the_rest_of_a_pack_that_ran_long_starts_elsewhere(
+    config: ClusterConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_executor, "ALLOWANCE", 0.5)
+    monkeypatch.setattr(SlurmExecutor, "_pack_size", lambda self, shape, waiting: min(waiting, 6))
+    report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.3, 6), config=config)
+    assert {outcome.history for outcome in report.done} == {("done",)}
+    assert len(ran(tmp_path)) == 6
+    assert len(submitted(store)) > 1

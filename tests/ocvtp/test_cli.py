@@ -1,6 +1,5 @@
 """The command line as people meet it: exit codes, messages, JSON, and what it leaves on disk."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,14 +17,12 @@ import torch
 from PIL import Image
 
 import ocvtp
-from cluster.driver.lock import run_lock
-from cluster.store.publish import MANIFEST, About, File, Manifest
 from ocvtp import cli, vlms
 from ocvtp.commands import catalog, common, executors
 from ocvtp.data.scenes import jpeg, make_scene
 from ocvtp.efficiency.flops import paper_llm_flops
 
-COMMANDS = ("doctor", "prefetch", "show", "methods", "flops", "latency", "verify", "clean")
+COMMANDS = ("doctor", "prefetch", "show", "methods", "flops", "latency")
 
 
 def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,7 +68,6 @@ def test_the_frame_is_light() -> None:
         (("show", "/nowhere/image.jpg"), "/nowhere/image.jpg"),
         (("show", "image.jpg", "--out", "/nowhere/kept.png"), "the folder /nowhere does not exist"),
         (("prefetch",), "nothing to fetch"),
-        (("verify", "--store", "/nowhere"), "there is no store at /nowhere"),
         (("nonsense",), "nonsense"),
     ],
 )
@@ -116,7 +112,7 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it() -> None:
     assert done.returncode == int(any(f["needed"] and f["state"] == "missing" for f in found.values()))
 
 
-# --- verify, clean ---------------------------------------------------------------------------------------------------
+# --- executors, store ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,89 +162,12 @@ def test_doctor_asks_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "where a driver cannot connect" in executors.ray()[1]
 
 
-def _publish(store: Path, kind: str, key: str, content: bytes) -> Path:
-    folder = store / kind / key
-    folder.mkdir(parents=True)
-    (folder / "result.bin").write_bytes(content)
-    about = About(key=key, kind=kind, call="m.f", spec={}, code="1", part="")
-    file = File("result.bin", hashlib.sha256(content).hexdigest(), len(content))
-    (folder / MANIFEST).write_text(Manifest(about, (file,)).to_text())
-    return folder
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """A working folder: three results in a store, one held by an output, one named in one, one of no use."""
-    store = tmp_path / ".ocvtp" / "store"
-    _publish(store, "models", "aaaa1111", b"weights of a pruner")
-    _publish(store, "tokens", "bbbb2222", b"tokens of a shard")
-    _publish(store, "tokens", "cccc3333", b"tokens of an earlier grid")
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "model.safetensors").write_bytes(b"weights of a pruner")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "layer_9.json").write_text('{"shards": [{"path": "tokens/bbbb2222/result.bin"}]}')
-    return tmp_path
-
-
-def test_verify_passes_what_is_sound(work: Path) -> None:
-    done = run("verify", "--json", cwd=work)
-    assert done.returncode == 0
-    assert json.loads(done.stdout) | {"store": ""} == {"store": "", "checked": 3, "bytes": 61, "corrupt": []}
-
-
-def test_verify_finds_one_flipped_bit_and_moves_it_aside(work: Path) -> None:
-    path = work / ".ocvtp/store/tokens/bbbb2222/result.bin"
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    done = run("verify", cwd=work)
-    assert done.returncode == 1
-    assert "tokens/bbbb2222" in done.stdout
-    assert "2 of 3 published results are sound" in done.stdout
-    assert path.exists()
-    assert run("verify", "--quarantine", cwd=work).returncode == 1
-    assert not path.exists()
-    assert run("verify", cwd=work).returncode == 0
-
-
-def test_clean_lists_first_and_drops_only_what_nothing_refers_to(work: Path) -> None:
-    listed = json.loads(run("clean", "--json", cwd=work).stdout)
-    assert listed["unused"] == ["tokens/cccc3333"]
-    assert (work / ".ocvtp/store/tokens/cccc3333").exists()
-    stale = work / ".ocvtp/store/locks/train.json"  # of a run that was killed
-    stale.parent.mkdir()
-    stale.write_text('{"run": "r0"}')
-    assert json.loads(run("clean", "--yes", "--json", cwd=work).stdout)["dropped"] is True
-    assert not stale.exists()
-    assert sorted(p.name for p in (work / ".ocvtp/store/tokens").iterdir()) == ["bbbb2222"]
-    assert (work / ".ocvtp/store/models/aaaa1111/result.bin").exists()
-
-
-def test_clean_drops_nothing_beside_a_run_or_without_outputs(work: Path, tmp_path: Path) -> None:
-    locks = work / ".ocvtp/store/locks"
-    with run_lock(locks, "train", "r1", "refuse"):
-        done = run("clean", "--yes", cwd=work)
-    assert done.returncode == 2
-    assert "run r1 on" in done.stderr
-    assert "is at work in this store (train.json)" in done.stderr
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    done = run("clean", "--yes", "--store", str(work / ".ocvtp/store"), cwd=bare)
-    assert done.returncode == 2
-    assert "holds no outputs of stages" in done.stderr
-    assert (work / ".ocvtp/store/tokens/cccc3333").exists()
-
-
-def test_the_store_of_params_yaml_is_found(work: Path) -> None:
-    (work / ".ocvtp").rename(work / "elsewhere")
-    (work / "params.yaml").write_text("cluster: {store: elsewhere/store}\n")
-    assert run("verify", cwd=work).returncode == 0
-    assert run("verify", cwd=work, OCVTP_STORE="/nowhere").returncode == 2
-
-
-def test_without_the_package_cluster_the_store_is_not_available(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['cluster'] = None; from ocvtp.cli import main; sys.exit(main(['verify']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "run this in a clone of the repository" in done.stderr
+@pytest.mark.parametrize("arguments", [("verify",), ("clean", "--yes", "--store", "/nowhere"), ("verify", "--help")])
+def test_the_store_is_looked_after_elsewhere(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"`python -m pipelines {arguments[0]}`" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # --- prefetch --------------------------------------------------------------------------------------------------------

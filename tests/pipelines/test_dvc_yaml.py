@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.fingerprint import modules, source_of
-from pipelines.params.load import READS, Params
+from cluster.fingerprint import parts, source_of
+from pipelines.params.model import READS, Params
 from pipelines.stage.context import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -28,7 +28,7 @@ def test_a_stage_lists_the_entries_that_it_may_read(name: str) -> None:
     listed = STAGES[name].get("params", [])
     assert sorted(listed) == sorted(READS[name])
     assert not set(listed) & {"cluster", "mlflow"}
-    assert set(listed) <= set(Params.__dataclass_fields__)
+    assert set(listed) <= set(Params.model_fields)
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name != "report"])
@@ -39,7 +39,7 @@ def test_a_stage_reads_every_entry_that_it_lists(name: str) -> None:
     if used:
         read |= _attributes_of(ROOT / "pipelines/grid.py", "params", inside=used)
     assert set(READS[name]) - read == set()
-    assert (read & set(Params.__dataclass_fields__)) - set(READS[name]) <= {"cluster", "mlflow"}
+    assert (read & set(Params.model_fields)) - set(READS[name]) <= {"cluster", "mlflow"}
 
 
 def _attributes_of(path: Path, owner: str, inside: tuple[str, ...] = ()) -> set[str]:
@@ -80,8 +80,8 @@ def _imported(script: str) -> set[str]:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_all_code_that_makes_its_output(name: str) -> None:
     direct = _imported(SCRIPTS[name])
-    behind = {inner for module in direct if module.startswith("pipelines.tasks.") for inner in modules(module)}
-    shared = {inner for module in direct - HOW if module.startswith("pipelines.") for inner in modules(module)}
+    behind = {inner for module in direct if module.startswith("pipelines.tasks.") for inner in parts(module)}
+    shared = {inner for module in direct - HOW if module.startswith("pipelines.") for inner in parts(module)}
     wanted = direct | behind | {module for module in shared if module.startswith("pipelines.")}
     ignored = HOW | {"ocvtp", "pipelines", "pipelines.tasks", "ocvtp.errors"}
     files = {_file(module) for module in wanted - ignored} | {SCRIPTS[name]}

@@ -9,7 +9,7 @@ from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import Entry, resolve
 from pipelines.eval import _reachable
-from pipelines.grid import Setting
+from pipelines.grid import Cell
 from pipelines.params.fitting import by_layer, lacking, unreachable
 
 
@@ -48,7 +48,7 @@ def test_what_a_method_needs(tiny: Entry) -> None:
 
 def test_evaluate_leaves_out_what_cannot_be_reached(tiny: Entry, caplog: pytest.LogCaptureFixture) -> None:
     settings = [
-        Setting("tiny-llava", name, Budget.parse(keep), keep, keep / 144)
+        Cell("tiny-llava", name, Budget.parse(keep), keep, keep / 144)
         for name in ("random", "fastv")
         for keep in (48, 16)
     ]

@@ -1,6 +1,5 @@
 """The grid: an axis multiplies what it changes and nothing else."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +7,10 @@ import pytest
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.selection import CHOICES
-from pipelines.grid import Setting, layers, pruner_cells, settings, vlm_folder
-from pipelines.params.load import Params, load
+from pipelines.grid import Cell, layers, pruner_cells, settings, vlm_folder
+from pipelines.params.ablate import Ablate, Change
+from pipelines.params.load import load
+from pipelines.params.model import Params
 from pipelines.stage.context import ROOT
 
 TOKENS: dict[str, int | None] = {"tiny-llava": 144, "variable": None}
@@ -20,8 +21,8 @@ def shipped() -> Params:
     return load(ROOT / "params.yaml")
 
 
-def expand(params: Params, **changes: Any) -> list[Setting]:
-    return settings(replace(params, **changes), REGISTRY, TOKENS)
+def expand(params: Params, **changes: Any) -> list[Cell]:
+    return settings(params.model_copy(update=changes), REGISTRY, TOKENS)
 
 
 def test_the_default_grid(shipped: Params) -> None:
@@ -38,6 +39,10 @@ def test_the_default_grid(shipped: Params) -> None:
     assert {(one.tokens, one.seed) for one in by_method["random"]} == {(k, s) for k in (48, 32, 16) for s in (0, 1, 2)}
 
 
+def with_ablate(params: Params, *changes: Change) -> Params:
+    return params.model_copy(update={"ablate": Ablate.of(changes)})
+
+
 @pytest.mark.parametrize(
     ("axis", "values", "pruners", "ours", "random"),
     [
@@ -51,7 +56,7 @@ def test_the_default_grid(shipped: Params) -> None:
 )
 def test_an_axis_multiplies_what_it_changes(shipped, axis, values, pruners, ours, random) -> None:
     found = expand(shipped, **{axis: values})
-    assert len(pruner_cells(replace(shipped, **{axis: values}))) == pruners
+    assert len(pruner_cells(shipped.model_copy(update={axis: values}))) == pruners
     assert sum(one.method == "oc-vtp" for one in found) == ours
     assert sum(one.method == "random" for one in found) == random
     assert sum(one.method == "vanilla" for one in found) == 1
@@ -101,7 +106,7 @@ def test_names_of_folders() -> None:
     ],
 )
 def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours, untrained) -> None:
-    params = replace(shipped, ablate=(change,))
+    params = with_ablate(shipped, change)
     assert pruner_cells(params)[:3] == pruner_cells(shipped)
     assert len(pruner_cells(params)) == 3 + pruners
     found = expand(params)
@@ -118,7 +123,7 @@ def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours
 
 
 def test_changes_are_not_multiplied_with_each_other(shipped: Params) -> None:
-    params = replace(shipped, ablate=(("loss", "mse"), ("layer", 10), ("train.steps", 50)))
+    params = with_ablate(shipped, ("loss", "mse"), ("layer", 10), ("train.steps", 50))
     assert len(pruner_cells(params)) == 3 + 9
     assert layers(params) == [9, 10]
     cells = pruner_cells(params)
@@ -127,8 +132,8 @@ def test_changes_are_not_multiplied_with_each_other(shipped: Params) -> None:
 
 
 def test_options_of_a_method_reach_it(shipped: Params) -> None:
-    evaluate = replace(shipped.evaluate, options={"oc-vtp": {"fill": "next_best"}})
-    found = expand(replace(shipped, evaluate=evaluate, ablate=(("evaluate.options.oc-vtp.fill", "random"),)))
+    evaluate = shipped.evaluate.model_copy(update={"options": {"oc-vtp": {"fill": "next_best"}}})
+    found = expand(with_ablate(shipped, ("evaluate.options.oc-vtp.fill", "random")), evaluate=evaluate)
     ours = [one for one in found if one.method == "oc-vtp"]
     assert next(one.options for one in ours if not one.changes) == {"fill": "next_best", "top_k": 1}
     assert next(one.options for one in ours if one.changes) == {"fill": "random", "top_k": 1}

@@ -11,7 +11,7 @@ import pytest
 from cluster import BadTask, Corrupt, Interrupted, TasksFailed
 from ocvtp.errors import BadInput, Incompatible, NotAvailable
 from ocvtp.errors import Corrupt as DataCorrupt
-from ocvtp.tokens.space import DiskFull
+from ocvtp.tokens.writer import DiskFull
 from pipelines import efficiency, extract, sample, train
 from pipelines import eval as evaluate
 from pipelines.stage.command import explain

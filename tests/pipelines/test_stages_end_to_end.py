@@ -5,6 +5,7 @@ One after another in one workspace, as a user runs them; each test says what it 
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -158,6 +159,51 @@ def test_a_pass_that_was_cut_off_before_its_layers_were_published_is_used(
     assert work.run(extract, layer=[3, 4]) == 0
     assert work.ran == []
     assert list((work.store / "passes").iterdir()) == []
+
+
+def test_a_layer_that_another_run_adopted_meanwhile_costs_no_other_layer(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract, "_adopt", lambda *_: None)
+    assert work.run(extract, layer=[2, 6]) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("OCVTP_ROOT", str(work.root))
+    really = extract.adopt
+
+    def adopt(source: Path, out: Path) -> Any:
+        manifest = really(source, out)
+        if source.name == "layer_2":
+            raise OSError("the other run was faster")
+        return manifest
+
+    monkeypatch.setattr(extract, "adopt", adopt)
+    assert work.run(extract, layer=[2, 6]) == 0
+    assert work.ran == []
+    assert list((work.store / "passes").iterdir()) == []
+
+
+def test_tokens_are_read_once(work: Workspace) -> None:
+    """By the call that publishes each layer: never again by extract or train, as long as nobody touches them."""
+    opened, watching = set[str](), True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(arguments[0]).endswith("tokens.arrow"):
+            opened.add(str(arguments[0]))
+
+    sys.addaudithook(watch)  # there is no way to take it off
+    assert work.run(extract, layer=7) == 0
+    assert len(opened) == 3  # adopted by this process, from what workers made
+    opened.clear()
+    for _ in range(2):
+        assert work.run(extract, layer=7) == 0
+        assert work.run(train, layer=7) == 0
+    assert opened == set()
+    shard = work.store / work.json("data/tokens/tiny-llava/layer_7.json")["shards"][1]["path"]
+    shard.touch()
+    assert work.run(train, layer=7) == 0
+    assert opened == {str(shard)}
+    watching = False
+    shutil.rmtree(work.root / "models")
 
 
 def test_a_flipped_bit_is_named_and_made_again(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from ocvtp.evaluation import listing as files
 from ocvtp.methods.budget import Budget
-from pipelines.grid import PrunerCell, Setting
+from pipelines.grid import Cell, PrunerCell
 from pipelines.summary import Result, metrics, score_rows, summary_rows
 
 VLM, WHOLE, QUESTIONS = "tiny-llava", 144, 20
@@ -16,16 +16,16 @@ ANSWERS = {"gqa": 16, "textvqa": 10}
 """Right answers of the unpruned model."""
 
 
-def setting(method: str, keep: int | None = None, seed: int | None = None, loss: str | None = None) -> Setting:
+def setting(method: str, keep: int | None = None, seed: int | None = None, loss: str | None = None) -> Cell:
     pruner = None if loss is None else PrunerCell(VLM, 9, loss, (16, 48), seed or 0)
     budget = None if keep is None else Budget(keep, count=keep)
     layer, top_k = (9, 1) if loss else (None, None)
-    return Setting(VLM, method, budget, keep or WHOLE, (keep or WHOLE) / WHOLE, seed, layer, top_k, pruner)
+    return Cell(VLM, method, budget, keep or WHOLE, (keep or WHOLE) / WHOLE, seed, layer, top_k, pruner)
 
 
 @pytest.fixture
 def result(tmp_path: Path):
-    def make(one: Setting, benchmark: str, right: int) -> Result:
+    def make(one: Cell, benchmark: str, right: int) -> Result:
         folder = tmp_path / one.name / benchmark
         samples = [
             {

@@ -43,15 +43,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage(home: Path, request: pytest.FixtureRequest) -> Stage:
     """A stage whose records go to an experiment of the test's own."""
     params = load(ROOT / "params.yaml")
-    mlflow = replace(params.mlflow, experiment=request.node.name)
-    return Stage("train", replace(params, mlflow=mlflow).seen_by("train"), home, ClusterConfig(store=home / "store"))
+    mlflow = params.mlflow.model_copy(update={"experiment": request.node.name})
+    return Stage(
+        "train",
+        params.model_copy(update={"mlflow": mlflow}).seen_by("train"),
+        home,
+        ClusterConfig(store=home / "store"),
+    )
 
 
 def at(stage: Stage, uri: str, root: Path | None = None) -> Stage:
     """The same stage with another tracking address, in another repository if given."""
     params = load(ROOT / "params.yaml")
-    mlflow = replace(stage.params.mlflow, uri=uri)
-    return replace(stage, params=replace(params, mlflow=mlflow).seen_by("train"), root=root or stage.root)
+    mlflow = stage.params.mlflow.model_copy(update={"uri": uri})
+    return replace(stage, params=params.model_copy(update={"mlflow": mlflow}).seen_by("train"), root=root or stage.root)
 
 
 def runs(home: Path, experiment: str) -> dict[str, dict[str, Any]]:
@@ -225,7 +230,7 @@ def test_whatever_mlflow_raises_the_stage_goes_on(
 
 def test_switched_off_it_writes_nothing(stage: Stage, tmp_path: Path) -> None:
     params = load(ROOT / "params.yaml")
-    off = replace(params, mlflow=replace(params.mlflow, enabled=False)).seen_by("train")
+    off = params.model_copy(update={"mlflow": params.mlflow.model_copy(update={"enabled": False})}).seen_by("train")
     tracking.track(replace(stage, params=off, root=tmp_path), [PRUNER])
     assert list(tmp_path.iterdir()) == []
 

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ocvtp.errors import Corrupt
-from ocvtp.evaluation.catalogue import Benchmark
+from ocvtp.evaluation.benchmarks import Benchmark
 from ocvtp.evaluation.generate import Answer
-from ocvtp.evaluation.units import answer_of, category_of, unit_of
 
 Logged = Mapping[str, Any]
 
@@ -22,12 +21,12 @@ def samples_of(
         answer = answers[task, doc_id]
         lines.append({
             "doc_id": doc_id,
-            "unit": unit_of(doc, doc_id, benchmark),
+            "unit": benchmark.unit_of(doc, doc_id),
             "question": str(doc["question"]),
-            "answer": answer_of(doc, benchmark),
+            "answer": benchmark.answer_of(doc),
             "prediction": answer.text,
             "score": float(score(entry)),
-            "category": category_of(doc, benchmark),
+            "category": benchmark.category_of(doc),
             "kept": _kept(answer),
         })  # fmt: skip
     return lines

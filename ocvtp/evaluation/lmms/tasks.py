@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ocvtp.errors import NotAvailable
-from ocvtp.evaluation.catalogue import Benchmark
+from ocvtp.evaluation.benchmarks import Benchmark
 
 _FUNCTION = "!function "
 

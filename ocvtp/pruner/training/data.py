@@ -3,8 +3,7 @@
 Letters: B images, N tokens, C token width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.pruner.layout import Grid
 from ocvtp.pruner.seeding import generator
+from ocvtp.tokens.read_ahead import read_ahead
 
 _AHEAD = 2
 
@@ -63,7 +63,7 @@ class Order:
     def indices(self, step: int) -> list[int]:
         """The images of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        known, images = self._epoch  # read once: a thread that reads ahead may be in the next epoch already
+        known, images = self._epoch
         if known != epoch:
             order = torch.randperm(len(self.images), generator=generator("ocvtp order", self.seed, epoch)).tolist()
             images = [self.images[i] for i in order]
@@ -77,17 +77,7 @@ class Order:
         last: int,
         device: torch.device,
         part: Callable[[list[int]], list[int]] = list,
-    ) -> Iterator[Batch]:
-        """The batches of steps `first` to before `last`, or a `part` of each; a thread reads ahead."""
-        with ThreadPoolExecutor(1, "ocvtp-batches") as pool:
-            ahead: list[Future[Batch]] = []
-            try:
-                for step in range(first, last):
-                    ahead.append(pool.submit(fetch, source, part(self.indices(step)), device))
-                    if len(ahead) > _AHEAD:
-                        yield ahead.pop(0).result()
-                while ahead:
-                    yield ahead.pop(0).result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+    ) -> Generator[Batch]:
+        """The batches of steps `first` to before `last`, or a `part` of each, read ahead."""
+        steps = (part(self.indices(step)) for step in range(first, last))
+        return read_ahead(lambda indices: fetch(source, indices, device), steps, _AHEAD)

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ocvtp.pruner.training.config import TrainConfig
+from ocvtp.pruner.training.train_config import TrainConfig
 
 _WARMUP_FROM: Final = 1e-6
 _LOWEST: Final = 1e-8

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ocvtp.errors import BadInput
-from ocvtp.pruner.layout import Layout, layout
+from ocvtp.pruner.layout import TokenLayout, layout
 from ocvtp.pruner.model import OCPruner
-from ocvtp.pruner.queries import FromTokens
-from ocvtp.pruner.training.config import TrainConfig
+from ocvtp.pruner.slots import FromTokens
 from ocvtp.pruner.training.data import Batch
+from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.pruner.training.validate import autocast, training_loss
 
 
@@ -101,7 +101,7 @@ class Ranks:
     def _rows(self, size: int) -> slice:
         return slice(self.rank, size, self.world)
 
-    def _whole(self, where: Layout, size: int, rows: slice) -> Layout:
+    def _whole(self, where: TokenLayout, size: int, rows: slice) -> TokenLayout:
         """The layout of the whole batch, as far as it concerns this process's images."""
         if self.world == 1:
             return where
@@ -109,12 +109,12 @@ class Ranks:
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         tokens = int(longest)
         if where.mask_BN is None and tokens == where.tokens:
-            return Layout(size, tokens, None, where.grids, where.device)
+            return TokenLayout(size, tokens, None, where.grids, where.device)
         mask_BN = torch.ones(size, tokens, dtype=torch.bool, device=where.device)
         mask_BN[rows, where.tokens :] = False
         if where.mask_BN is not None:
             mask_BN[rows, : where.tokens] = where.mask_BN
-        return Layout(size, tokens, mask_BN, where.grids, where.device)
+        return TokenLayout(size, tokens, mask_BN, where.grids, where.device)
 
 
 class StepLoss(nn.Module):

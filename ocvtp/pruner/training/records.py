@@ -8,8 +8,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ocvtp.pruner import pretrained
-from ocvtp.pruner.atomic import write
 from ocvtp.pruner.model import OCPruner
+from ocvtp.pruner.pretrained import write_whole
 from ocvtp.pruner.training.state import State
 
 COLUMNS: Final = (
@@ -27,9 +27,9 @@ def publish(folder: Path, pruner: OCPruner, last: dict[str, Tensor], state: Stat
     folder.mkdir(parents=True, exist_ok=True)
     pretrained.save(pruner, folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in last.items()}
-    write(folder / LAST, to_bytes(tensors, {"format": "pt"}))
-    write(folder / CURVES, curves(state.rows).encode())
-    write(folder / METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_whole(folder / LAST, to_bytes(tensors, {"format": "pt"}))
+    write_whole(folder / CURVES, curves(state.rows).encode())
+    write_whole(folder / METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
     write_bad(folder, state)
 
 
@@ -37,7 +37,7 @@ def write_bad(folder: Path, state: State) -> None:
     """List the steps that were left out, if any."""
     if state.bad:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / BAD, "".join(json.dumps(line) + "\n" for line in state.bad).encode())
+        write_whole(folder / BAD, "".join(json.dumps(line) + "\n" for line in state.bad).encode())
 
 
 def curves(rows: list[dict[str, float]]) -> str:

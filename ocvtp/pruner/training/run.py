@@ -22,10 +22,10 @@ from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.provenance import TrainedFor
 from ocvtp.pruner.seeding import derive, generator
 from ocvtp.pruner.training import records, state
-from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.pruner.training.data import Batch, Order, TokenSource
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
+from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.pruner.training.validate import REBUILDING, Row, evaluate, validate
 
 __all__ = ["NotFinite", "Progress", "TokenSource", "TrainConfig", "compile_parts", "train"]

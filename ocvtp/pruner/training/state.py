@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ocvtp.errors import Corrupt, Incompatible
-from ocvtp.pruner.atomic import write
+from ocvtp.pruner.pretrained import write_whole
 
 _log = logging.getLogger(__name__)
 _KEPT = 2
@@ -95,9 +95,9 @@ def save(folder: Path, state: State, tensors: Tensors) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step-{state.step:08d}"
     data = to_bytes(tensors.pack())
-    write(folder / f"{name}.safetensors", data)
+    write_whole(folder / f"{name}.safetensors", data)
     record = {"sha256": hashlib.sha256(data).hexdigest(), "state": asdict(state)}
-    write(folder / f"{name}.json", json.dumps(record).encode())  # last: what has it is whole
+    write_whole(folder / f"{name}.json", json.dumps(record).encode())  # last: what has it is whole
     for old in _found(folder)[_KEPT:]:
         old.unlink(missing_ok=True)
         old.with_suffix(".safetensors").unlink(missing_ok=True)

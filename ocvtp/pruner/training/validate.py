@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ocvtp.pruner.loss import loss_function, mse
 from ocvtp.pruner.model import OCPruner, PrunerOutput
-from ocvtp.pruner.report import rebuilding
+from ocvtp.pruner.rebuilding import rebuilding
 from ocvtp.pruner.seeding import generator
 from ocvtp.pruner.select import picks
 from ocvtp.pruner.span import span_loss
-from ocvtp.pruner.training.config import TrainConfig
 from ocvtp.pruner.training.data import Batch, TokenSource, fetch
+from ocvtp.pruner.training.train_config import TrainConfig
 
 Row = dict[str, float]
 REBUILDING: Final = ("span_error", "random_span_error", "prototype_error")
-"""Of `ocvtp.pruner.report.Rebuilding`, in a row."""
+"""Of `ocvtp.pruner.rebuilding.Rebuilding`, in a row."""
 
 
 def training_loss(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch) -> Tensor:

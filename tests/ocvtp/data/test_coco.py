@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ocvtp.data import images as images_module
+from ocvtp.data import decoding
 from ocvtp.data.coco import Accepted, CocoImages, Rejected, TooManyRejects, check_images, select_images
-from ocvtp.data.images import UnsafePath
+from ocvtp.data.decoding import UnsafePath
 from ocvtp.data.scenes import write_scenes
 from ocvtp.errors import BadInput
 
@@ -184,7 +184,7 @@ def test_a_link_out_of_the_folder_ends_the_run_before_anything_is_opened(
     (folder / victim.file).rename(canary)
     (folder / victim.file).symlink_to(canary)
     opened: list[str] = []
-    real = images_module.read_image_file
+    real = decoding.read_image_file
 
     def watch(path: Path) -> bytes:
         opened.append(str(path))

@@ -15,7 +15,7 @@ from ocvtp.data.scenes import file_name, jpeg, make_scene, write_scenes
 from ocvtp.errors import BadInput, Corrupt, NotAvailable
 from ocvtp.evaluation import listing as files
 from ocvtp.evaluation import setting
-from ocvtp.evaluation.evaluate import Setting, evaluate, forget
+from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate, forget
 from ocvtp.evaluation.scores import score_of
 
 FOUR = ("gqa", "mme", "pope", "textvqa")
@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_benchmark_from_end_to_end(name: str, vlm_folder: Path, question_sets: Path, tmp_path: Path) -> None:
     limit = POPE_SETS_128_TOKENS if name == "pope" else None
     heard: list[tuple[int, int]] = []
-    pruned = Setting(vlm=str(vlm_folder), **RANDOM, batch_size=8)
+    pruned = EvaluationSetting(vlm=str(vlm_folder), **RANDOM, batch_size=8)
     score = evaluate(
         pruned, name, question_sets, tmp_path / "out", limit=limit, progress=lambda *both: heard.append(both)
     )
@@ -54,7 +54,7 @@ def test_a_benchmark_from_end_to_end(name: str, vlm_folder: Path, question_sets:
     assert (score["dtype"], score["attn_implementation"]) == ("float32", "sdpa")
     assert {"torch", "transformers", "lmms-eval", "ocvtp"} <= set(score["versions"])
 
-    again = Setting(vlm=str(vlm_folder), **RANDOM, batch_size=1)
+    again = EvaluationSetting(vlm=str(vlm_folder), **RANDOM, batch_size=1)
     evaluate(again, name, question_sets / f"{name}.parquet", tmp_path / "again", limit=limit)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")  # bytes, whatever the batch
     assert not any(str(place).encode() in b"".join(contents(tmp_path / "out").values())
@@ -65,10 +65,10 @@ def test_kept_tokens_are_laid_on_the_masks_of_the_scenes(vlm_folder: Path, tmp_p
     rows = [{**evaluation_data.gqa(1)[0], "id": str(i), "image": {"bytes": jpeg(make_scene(0, "benchmark", i)),
              "path": file_name("benchmark", i)}} for i in (0, 1, 1)]  # fmt: skip
     data = evaluation_data.write_parquet(tmp_path / "gqa.parquet", rows)
-    plain = evaluate(Setting(vlm=str(vlm_folder), **RANDOM), "gqa", data, tmp_path / "plain")
+    plain = evaluate(EvaluationSetting(vlm=str(vlm_folder), **RANDOM), "gqa", data, tmp_path / "plain")
     assert plain["object_coverage"] is None
     write_scenes(tmp_path, 2, 0, "benchmark").rename(tmp_path / "scenes.json")
-    score = evaluate(Setting(vlm=str(vlm_folder), **RANDOM), "gqa", data, tmp_path / "out")
+    score = evaluate(EvaluationSetting(vlm=str(vlm_folder), **RANDOM), "gqa", data, tmp_path / "out")
     samples = files.read_samples(tmp_path / "out")
     once = {}
     for sample, index in zip(samples, (0, 1, 1), strict=True):
@@ -92,7 +92,7 @@ def test_kept_tokens_are_laid_on_the_masks_of_the_scenes(vlm_folder: Path, tmp_p
 def test_vanilla_and_shares_and_seeds(vlm_folder: Path, question_sets: Path, tmp_path: Path) -> None:
     def kept(number: int, **more: Any) -> tuple[dict[str, Any], list[Any]]:
         out = tmp_path / str(number)
-        score = evaluate(Setting(vlm=str(vlm_folder), **more), "gqa", question_sets, out, limit=3)
+        score = evaluate(EvaluationSetting(vlm=str(vlm_folder), **more), "gqa", question_sets, out, limit=3)
         return score, [sample["kept"] for sample in files.read_samples(out)]
 
     vanilla, counts = kept(0)
@@ -118,7 +118,9 @@ def test_a_vlm_is_loaded_once_for_many_evaluations(
     for number, more in enumerate(({}, RANDOM, {"method": "oc-vtp-untrained", "keep": 9}, {})):
         for name in ("gqa", "textvqa"):
             out = tmp_path / f"{number}-{name}"
-            evaluate(Setting(vlm=str(vlm_folder), max_new_tokens=4, **more), name, question_sets, out, limit=2)
+            evaluate(
+                EvaluationSetting(vlm=str(vlm_folder), max_new_tokens=4, **more), name, question_sets, out, limit=2
+            )
     assert len(loaded) == 1
     first, last = (contents(tmp_path / f"{n}-gqa") for n in (0, 3))
     assert first == last  # pruning leaves nothing behind
@@ -127,32 +129,34 @@ def test_a_vlm_is_loaded_once_for_many_evaluations(
 def test_a_failure_leaves_no_result_and_the_model_as_it_was(
     vlm_folder: Path, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Setting(vlm=str(vlm_folder))
+    plain = EvaluationSetting(vlm=str(vlm_folder))
     before = evaluate(plain, "gqa", question_sets, tmp_path / "before", limit=2)
 
     def broken(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Setting(vlm=str(vlm_folder), **RANDOM), "gqa", question_sets, tmp_path / "out", progress=broken)
+        evaluate(
+            EvaluationSetting(vlm=str(vlm_folder), **RANDOM), "gqa", question_sets, tmp_path / "out", progress=broken
+        )
     assert not (tmp_path / "out").exists()
     for wrong in ({"method": "randm", "keep": 16}, {**RANDOM, "keep": 145}, {**RANDOM, "options": {"temp": 1}}):
         with pytest.raises(BadInput):
-            evaluate(Setting(vlm=str(vlm_folder), **wrong), "gqa", question_sets, tmp_path / "out")
+            evaluate(EvaluationSetting(vlm=str(vlm_folder), **wrong), "gqa", question_sets, tmp_path / "out")
     assert evaluate(plain, "gqa", question_sets, tmp_path / "after", limit=2) == before
     with pytest.raises(BadInput, match="no-such-vlm"):
-        evaluate(Setting(vlm="no-such-vlm"), "gqa", question_sets, tmp_path / "out")
+        evaluate(EvaluationSetting(vlm="no-such-vlm"), "gqa", question_sets, tmp_path / "out")
     monkeypatch.setattr("ocvtp.evaluation.lmms.tasks.find_spec", lambda name: None)
     with pytest.raises(NotAvailable, match="lmms-eval is not installed"):
-        evaluate(Setting(vlm="no-such-vlm"), "gqa", question_sets, tmp_path / "out")
+        evaluate(EvaluationSetting(vlm="no-such-vlm"), "gqa", question_sets, tmp_path / "out")
 
 
 def test_a_number_that_does_not_follow_from_the_answers_is_refused(
     vlm_folder: Path, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ocvtp.evaluation.lmms.run.primary_of", lambda benchmark, metrics: 0.25)
+    monkeypatch.setattr("ocvtp.evaluation.lmms.ask.primary_of", lambda benchmark, metrics: 0.25)
     with pytest.raises(Corrupt, match=r"lmms-eval scores gqa 0\.25, but 0\.0 follows from the 2 answers"):
-        evaluate(Setting(vlm=str(vlm_folder)), "gqa", question_sets, tmp_path / "out", limit=2)
+        evaluate(EvaluationSetting(vlm=str(vlm_folder)), "gqa", question_sets, tmp_path / "out", limit=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -192,7 +196,7 @@ def test_results_are_written_as_json_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_lmms_eval_finds_the_model_by_its_own_command(vlm_folder: Path, question_sets: Path, tmp_path: Path) -> None:
-    from ocvtp.evaluation.catalogue import benchmark
+    from ocvtp.evaluation.benchmarks import benchmark
     from ocvtp.evaluation.lmms.tasks import write_task
 
     task = write_task(tmp_path / "tasks", benchmark("gqa"), question_sets / "gqa.parquet", tmp_path / "cache")
@@ -206,7 +210,7 @@ def test_lmms_eval_finds_the_model_by_its_own_command(vlm_folder: Path, question
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
     ours = tmp_path / "ours"
-    evaluate(Setting(vlm=str(vlm_folder), **RANDOM), "gqa", question_sets, ours, limit=7)
+    evaluate(EvaluationSetting(vlm=str(vlm_folder), **RANDOM), "gqa", question_sets, ours, limit=7)
     expected = [(s["doc_id"], s["prediction"], [s["kept"]]) for s in files.read_samples(ours)]
     assert [(line["doc_id"], line["prediction"], line["kept"]) for line in lines] == expected
     results = json.loads(next((tmp_path / "out").rglob("*_results.json")).read_text())

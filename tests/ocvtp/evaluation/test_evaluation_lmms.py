@@ -15,9 +15,9 @@ from evaluation_data import MAKERS, Parrot, gqa, mme, right_answers, write_parqu
 from PIL import Image, ImageFile
 
 from ocvtp.errors import BadInput, NotAvailable
-from ocvtp.evaluation.catalogue import benchmark, benchmarks
+from ocvtp.evaluation.benchmarks import benchmark, benchmarks
+from ocvtp.evaluation.lmms.ask import Scored, ask
 from ocvtp.evaluation.lmms.quiet import import_lmms_eval
-from ocvtp.evaluation.lmms.run import Outcome, ask
 from ocvtp.evaluation.lmms.tasks import write_task
 from ocvtp.evaluation.scores import score_of
 
@@ -31,7 +31,7 @@ def _imported() -> None:
     import_lmms_eval()
 
 
-def run(name: str, rows: list[dict[str, Any]], answers: list[str], folder: Path, **more: Any) -> tuple[Outcome, Parrot]:
+def run(name: str, rows: list[dict[str, Any]], answers: list[str], folder: Path, **more: Any) -> tuple[Scored, Parrot]:
     parrot = Parrot(answers)
     path = write_parquet(folder / f"{name}.parquet", rows)
     return ask(benchmark(name), parrot, data=path, batch_size=4, **more), parrot  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ def test_two_models_of_one_vlm_are_pruned_each_in_its_own_way(vlm_folder: Path) 
 
 
 def test_what_is_not_offered_says_so() -> None:
-    from ocvtp.evaluation.lmms.model import OcvtpModel
+    from ocvtp.evaluation.lmms.adapter import OcvtpModel
 
     model = OcvtpModel.around(Parrot([]), 1)  # type: ignore[arg-type]
     with pytest.raises(NotAvailable, match="generates answers"):

@@ -8,8 +8,8 @@ from evaluation_data import MAKERS, Row, gqa, mmbench, mme, pope, write_parquet
 
 from ocvtp.errors import BadInput
 from ocvtp.evaluation import preflight
-from ocvtp.evaluation.catalogue import benchmark, benchmarks
-from ocvtp.evaluation.evaluate import Setting, evaluate
+from ocvtp.evaluation.benchmarks import benchmark, benchmarks
+from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
 
 
 def test_all_official_columns_pass(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_unfit_questions_are_named(name: str, rows: list[Row], message: str, tmp
     path = write_parquet(tmp_path / f"{name}.parquet", rows)
     # A VLM that does not exist: nothing is loaded before the questions are checked.
     with pytest.raises(BadInput, match=message):
-        evaluate(Setting(vlm="no-such-vlm"), name, path, tmp_path / "out")
+        evaluate(EvaluationSetting(vlm="no-such-vlm"), name, path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -93,11 +93,11 @@ def test_a_limit_on_data_that_is_not_seen() -> None:
 )
 def test_settings_that_mean_nothing(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        Setting(**wrong)
+        EvaluationSetting(**wrong)
 
 
 def test_a_pruner_that_is_none(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "gqa.parquet", gqa(2))
-    setting = Setting(vlm="no-such-vlm", method="oc-vtp", keep=16, pruner=tmp_path)
+    setting = EvaluationSetting(vlm="no-such-vlm", method="oc-vtp", keep=16, pruner=tmp_path)
     with pytest.raises(BadInput, match=r"is no trained pruner: it has no config.json"):
         evaluate(setting, "gqa", path, tmp_path / "out")

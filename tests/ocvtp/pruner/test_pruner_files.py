@@ -131,7 +131,7 @@ def test_configs_survive_json_and_say_all(kind, behaviour):
 def test_every_difference_is_one_option():
     """The behaviours differ in what the tables list, and any one of these can be taken by itself."""
     from ocvtp.pruner import config
-    from ocvtp.pruner.training import config as training
+    from ocvtp.pruner.training import train_config as training
 
     for kind, table, needed in (
         (PrunerConfig, config.BY_BEHAVIOUR, {"token_dim": 48}),

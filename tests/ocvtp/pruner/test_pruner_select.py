@@ -341,15 +341,15 @@ def test_grids_must_fit(pruner):
 
 def test_positions_are_read_between_entries_elsewhere():
     """On its own grid the table itself; at twice the size the mean of neighbours, weighted 3 to 1."""
-    from ocvtp.pruner.layout import Layout
-    from ocvtp.pruner.positions import Positions
+    from ocvtp.pruner.decoder import Positions
+    from ocvtp.pruner.layout import TokenLayout
 
     positions = Positions(PrunerConfig(token_dim=4, grid=(2, 3)))
     table = positions.table[0].detach().view(2, 3, 4)
 
     def read(*grids):
         count = max(h * w for h, w in grids)
-        return positions(Layout(len(grids), count, None, grids, torch.device("cpu"))).detach()
+        return positions(TokenLayout(len(grids), count, None, grids, torch.device("cpu"))).detach()
 
     assert torch.equal(read((2, 3)), positions.table)
     double = read((4, 6))[0].view(4, 6, 4)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
-from ocvtp.pruner.report import rebuilding
+from ocvtp.pruner.rebuilding import rebuilding
 from ocvtp.pruner.training.data import Order
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.run import NotFinite, TrainConfig, train

@@ -18,8 +18,8 @@ from ocvtp.errors import BadInput
 from ocvtp.tokens.extract import ImageRecord, extract_tokens
 from ocvtp.tokens.loader import TokenDataset
 from ocvtp.tokens.manifest import Shard
-from ocvtp.tokens.shards import open_shard
-from ocvtp.tokens.space import DiskFull
+from ocvtp.tokens.reader import open_shard
+from ocvtp.tokens.writer import DiskFull
 
 DEPTH, WIDTH, SIDE, PATCH = 5, 32, 24, 8
 

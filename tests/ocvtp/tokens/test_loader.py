@@ -1,20 +1,18 @@
 """The loader: the same tokens from memory or disk, padded, split by image, never a damaged row."""
 
 import re
-import threading
-import time
 from dataclasses import replace
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.tokens.loader import TokenDataset
-from ocvtp.tokens.prefetch import prefetch
-from ocvtp.tokens.shards import Shard, ShardMeta, TokenRow, layer_listing, write_shard
+from ocvtp.tokens.manifest import Shard, ShardMeta, layer_listing
+from ocvtp.tokens.rows import TokenRow
+from ocvtp.tokens.writer import write_shard
 
 META = ShardMeta("tiny-llava", "r1", "w1", 9, 9, 4, "float16", "pad", (2, 3))
 
@@ -77,32 +75,6 @@ def test_images_of_other_sizes_are_padded_with_a_mask(tmp_path: Path, budget: in
     assert TokenDataset([other]).batch([0, 1])[1:] == (None, [(2, 3), (3, 2)])
 
 
-def test_batches_follow_the_indices_and_may_be_endless(tmp_path: Path) -> None:
-    shards = make(tmp_path)
-    for budget in (0, 2**30):
-        dataset = TokenDataset(shards, memory_budget=budget)
-        order = [5, 1, 7, 0, 2]
-        got = [batch.tokens_BNC for batch in dataset.batches(order, 2)]
-        assert [len(b) for b in got] == [2, 2, 1]
-        assert torch.equal(torch.cat(got), dataset.batch(order).tokens_BNC)
-        assert [len(b.tokens_BNC) for b in dataset.batches(order, 2, drop_last=True)] == [2, 2]
-        endless = dataset.batches((i % 8 for i in count()), 3)
-        assert len(list(islice(endless, 5))) == 5
-        endless.close()
-    assert not [t for t in threading.enumerate() if t.name == "ocvtp-prefetch"]
-
-
-def test_a_run_that_goes_on_reads_what_an_undisturbed_one_reads(tmp_path: Path) -> None:
-    shards = make(tmp_path, (20, 20))
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
-    calm = [b.tokens_BNC for b in TokenDataset(shards, memory_budget=0).batches(order, 4)]
-    first = TokenDataset(shards, memory_budget=0).batches(order, 4)
-    begun = [next(first).tokens_BNC for _ in range(3)]
-    first.close()
-    rest = [b.tokens_BNC for b in TokenDataset(shards, memory_budget=2**30).batches(order[12:], 4)]
-    assert all(torch.equal(a, b) for a, b in zip(calm, begun + rest, strict=True))
-
-
 def test_rows_and_batches_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     dataset = TokenDataset(make(tmp_path))
     for index in (8, -1):
@@ -110,8 +82,6 @@ def test_rows_and_batches_that_do_not_exist_are_refused(tmp_path: Path) -> None:
             dataset.batch([0, index])
     with pytest.raises(BadInput, match="no images"):
         dataset.batch([])
-    with pytest.raises(BadInput, match="batch_size is 0"):
-        dataset.batches([0], 0)
     with pytest.raises(BadInput, match="no token shards"):
         TokenDataset([])
 
@@ -203,9 +173,7 @@ def test_a_damaged_row_is_never_handed_out(tmp_path: Path, budget: int) -> None:
     path.write_bytes(data)
     dataset = TokenDataset(shards, memory_budget=budget)
     with pytest.raises(Corrupt, match=r"1/tokens.arrow, row 1 \(image '004'\)"):
-        list(dataset.batches(range(8), 2))
-    with pytest.raises(Corrupt, match="row 1"):
-        dataset.verify()
+        dataset.batch(range(8))
     if not budget:
         assert torch.equal(dataset[3].tokens_NC, tokens("003", 6).half())
 
@@ -235,7 +203,7 @@ def test_each_row_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     dataset = TokenDataset(make(tmp_path), memory_budget=0)
     assert checked == []
     for _ in range(3):
-        list(dataset.batches([1, 2, 1], 2))
+        dataset.batch([1, 2, 1])
     assert checked == ["001", "002"]
 
 
@@ -249,41 +217,3 @@ def test_the_files_are_mapped_and_stay_open_while_rows_are_read(tmp_path: Path, 
     for folder, _ in shards:
         (folder / "tokens.arrow").unlink()  # the mapping outlives the name
     assert torch.equal(dataset[7].tokens_NC, tokens("007", 6).half())
-
-
-# --- prefetch -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("depth", [0, 1, 4])
-def test_prefetch_keeps_the_order_and_passes_errors_on(depth: int) -> None:
-    assert list(prefetch(range(20), depth)) == list(range(20))
-
-    def breaks() -> object:
-        yield 1
-        yield None  # a legal item
-        raise ZeroDivisionError("at item 2")
-
-    items = prefetch(breaks(), depth)
-    assert [next(items), next(items)] == [1, None]
-    with pytest.raises(ZeroDivisionError, match="at item 2"):
-        next(items)
-
-
-def test_prefetch_works_ahead_but_only_so_far() -> None:
-    made: list[int] = []
-
-    def source() -> object:
-        for i in range(100):
-            made.append(i)
-            yield i
-
-    ahead = prefetch(source(), 3)
-    assert next(ahead) == 0
-    end = time.monotonic() + 5
-    while len(made) < 5 and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(made) == 5  # one taken, three ready, one in hand
-    ahead.close()
-    assert not [t for t in threading.enumerate() if t.name == "ocvtp-prefetch"]
-    np.testing.assert_array_equal(made, range(5))

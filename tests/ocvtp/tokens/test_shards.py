@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import zlib
 from collections import namedtuple
@@ -17,18 +16,10 @@ import torch
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.tokens import writer as writer_module
-from ocvtp.tokens.shards import (
-    ShardManifest,
-    ShardMeta,
-    ShardWriter,
-    TokenRow,
-    find_shards,
-    layer_listing,
-    open_shard,
-    read_layer_listing,
-    write_shard,
-)
-from ocvtp.tokens.space import DiskFull
+from ocvtp.tokens.manifest import ShardManifest, ShardMeta, layer_listing, read_layer_listing
+from ocvtp.tokens.reader import open_shard
+from ocvtp.tokens.rows import TokenRow
+from ocvtp.tokens.writer import DiskFull, ShardWriter, write_shard
 
 META = ShardMeta(
     vlm="tiny-llava",
@@ -324,20 +315,6 @@ def test_an_interrupted_writer_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 # --- folders and listings -------------------------------------------------------------------------------------------
-
-
-def test_stray_files_are_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    manifests = [write_shard(tmp_path, [row(f"{i}")], META, f"{i}.arrow") for i in range(2)]
-    with caplog.at_level(logging.WARNING):
-        assert find_shards(tmp_path) == [(tmp_path, manifest) for manifest in manifests]
-    assert not caplog.records
-    (tmp_path / "stray.arrow").write_bytes(b"x")
-    with caplog.at_level(logging.WARNING):
-        assert len(find_shards(tmp_path)) == 2
-    assert "stray.arrow" in caplog.text
-    (tmp_path / "no").mkdir()
-    with pytest.raises(BadInput, match="holds no token shards"):
-        find_shards(tmp_path / "no")
 
 
 def test_a_listing_names_shards_relative_to_the_store(tmp_path: Path) -> None:

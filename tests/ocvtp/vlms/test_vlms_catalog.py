@@ -44,6 +44,41 @@ def test_the_fingerprint_follows_the_weights_and_nothing_else(folder: Path) -> N
     weights[name].flatten()[0] -= 1
 
 
+def test_the_identity_follows_every_file_that_loading_reads(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool.jinja").write_text("{{ messages }}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json",
+            "processor_config.json", "chat_template.jinja",
+            "additional_chat_templates/tool.jinja"} <= there  # fmt: skip
+    before = resolve(folder).identity
+    for name in there:
+        path = folder / name
+        text = path.read_bytes()
+        path.write_bytes(text + b"\n")
+        changed = resolve(folder).identity
+        assert {key for key in before if changed[key] != before[key]} == {"files"}, name
+        assert {key for key in there if changed["files"][key] != before["files"][key]} == {name}
+        path.write_bytes(text)
+        assert resolve(folder).identity == before
+    (folder / "README.md").write_text("a card")
+    assert resolve(folder).identity == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("settings", {"vision_feature_layer": -3}), ("text_tower", "id@commit")])
+def test_the_identity_follows_the_entry_of_the_catalogue(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any
+) -> None:
+    entry = {"folder": str(folder)}
+    monkeypatch.setattr(catalogue, "catalog", lambda: {"mine": entry, "other": {}})
+    before = resolve("mine").identity
+    monkeypatch.setattr(catalogue, "catalog", lambda: {"mine": {**entry, key: value}, "other": {}})
+    assert resolve("mine").identity == {**before, key: value}
+    monkeypatch.setattr(catalogue, "catalog", lambda: {"mine": entry, "other": {key: value}})
+    assert resolve("mine").identity == before
+
+
 def test_a_loaded_vlm_gives_layers_as_the_paper_counts_them(
     folder: Path, llava: Any, picture_of: Callable[..., Image.Image]
 ) -> None:

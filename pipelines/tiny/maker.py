@@ -151,16 +151,3 @@ class Maker:
             return found
 
         return fit(name, parts, losses, schedule, self.work, device=self.device, evaluate=evaluate)
-
-
-def train(recipe: Recipe, work: Path, out: Path, *, device: str = "cpu", stages: tuple[str, ...] = STAGES) -> None:
-    """Run the stages that are not finished; the first two do not need each other and may run side by side.
-
-    `work` holds their checkpoints. With the last stage the model is written to `out`.
-    """
-    maker = Maker(recipe, work, device)
-    curves: dict[str, Curve] = {name: getattr(maker, name)() for name in STAGES if name in stages}
-    if stages == STAGES:
-        from pipelines.tiny.card import publish
-
-        publish(maker, curves, out)

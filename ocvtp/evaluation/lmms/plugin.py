@@ -7,4 +7,4 @@ def manifests() -> list[Any]:
     """One model, `ocvtp`, which is asked in chat messages."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id="ocvtp", chat_class_path="ocvtp.evaluation.lmms.model.OcvtpModel")]
+    return [ModelManifest(model_id="ocvtp", chat_class_path="ocvtp.evaluation.lmms.adapter.OcvtpModel")]

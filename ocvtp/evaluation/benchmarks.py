@@ -1,6 +1,7 @@
 """The benchmarks by name: what benchmarks.yaml says of them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,8 +12,12 @@ import yaml
 
 from ocvtp.errors import BadInput
 
+DATA_IN_SPECS = ("benchmarks.yaml",)
+"""Keys hold what it says of one benchmark (`cluster.fingerprint`)."""
 Rule = Literal["mean", "f1", "pairs", "all_right"]
 Scale = Literal["share", "percent", "points"]
+_CIRCLE = 1_000_000
+"""MMBench asks a question again, its options in another order, under an index larger by multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,26 @@ class Benchmark:
     def paired(self) -> bool:
         """Questions come in units that may not be torn apart."""
         return self.rule in ("pairs", "all_right")
+
+    def unit_of(self, doc: Mapping[str, Any], doc_id: int) -> int | str:
+        """What may not be torn apart in resampling: the row itself, or the name of the group it belongs to."""
+        if self.rule == "all_right":
+            return int(doc["index"]) % _CIRCLE
+        return "/".join(str(doc[column]) for column in self.unit) if self.unit else doc_id
+
+    def answer_of(self, doc: Mapping[str, Any]) -> str:
+        """The right answer: of several annotators' the most frequent, of an option its letter."""
+        answer = doc[self.answer]
+        if isinstance(answer, int):
+            return chr(ord("A") + answer)
+        if not isinstance(answer, list):
+            return str(answer)
+        given = [str(item["answer"]) if isinstance(item, Mapping) else str(item) for item in answer]
+        return Counter(given).most_common(1)[0][0] if given else ""
+
+    def category_of(self, doc: Mapping[str, Any]) -> str:
+        """The benchmark's own category of a row; empty where it has none."""
+        return str(doc.get(self.category) or "") if self.category else ""
 
 
 @cache

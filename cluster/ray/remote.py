@@ -1,4 +1,4 @@
-"""What Ray starts on a node: a function that finds our code there, and hands over to `cluster.ray.worker`."""
+"""The remote function of Ray: it finds our code on a node, and hands over to `cluster.ray.worker`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.local.process import worker_path
+from cluster.worker.environment import worker_path
 
 
 def code_path() -> list[str]:
@@ -19,7 +19,7 @@ def code_path() -> list[str]:
     return [str(folder) for folder in folders if not any(folder.is_relative_to(path) for path in installed)]
 
 
-def boot() -> Callable[..., Iterator[dict[str, Any]]]:
+def remote_function() -> Callable[..., Iterator[dict[str, Any]]]:
     """The function that Ray runs.
 
     A nested one, so that it travels as code: to import anything of this package a worker must know where it
@@ -57,8 +57,8 @@ def boot() -> Callable[..., Iterator[dict[str, Any]]]:
             sys.path[:] = [*code, *sorted(others, key=lambda path: path.startswith(of_ray))]
             setup["environment"]["PYTHONPATH"] = os.pathsep.join(code)
             vars(sys)["_ocvtp_setup"] = setup
-        from cluster.ray.worker import encoded
+        from cluster.ray.worker import attempt as run_attempt
 
-        yield from encoded(job, vars(sys)["_ocvtp_setup"], ray.get_runtime_context().get_node_id())
+        yield from run_attempt(job, vars(sys)["_ocvtp_setup"], ray.get_runtime_context().get_node_id())
 
     return attempt

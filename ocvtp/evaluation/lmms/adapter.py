@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 
 from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.evaluation.generate import Answer, Answerer
-from ocvtp.evaluation.setting import Setting, ready
+from ocvtp.evaluation.setting import EvaluationSetting, ready
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +55,7 @@ class OcvtpModel(lmms):
         record: str | None = None,
         **options: Any,
     ) -> None:
-        setting = Setting(
+        setting = EvaluationSetting(
             vlm, method, keep, seed, pruner, options, dtype, _whole(batch_size, "batch_size"), max_new_tokens
         )
         stack = ExitStack()

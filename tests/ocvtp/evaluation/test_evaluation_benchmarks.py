@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ocvtp.evaluation.catalogue import benchmark, benchmarks, fingerprint
+from ocvtp.evaluation.benchmarks import benchmark, benchmarks, fingerprint
 
 
 def paper() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.errors import BadInput, NotAvailable, OcvtpError
-from ocvtp.evaluation.catalogue import Benchmark
+from ocvtp.evaluation.benchmarks import Benchmark
 from ocvtp.evaluation.generate import Answerer
 from ocvtp.evaluation.lmms.outcome import image_tokens, metrics_of, primary_of, samples_of
 from ocvtp.evaluation.lmms.quiet import aloud, aside, import_lmms_eval, sandbox
@@ -15,7 +15,7 @@ from ocvtp.evaluation.lmms.tasks import write_task
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Scored:
     """Of one benchmark: lmms-eval's metrics, its primary number, our lines of samples.jsonl, tokens kept an image."""
 
     metrics: dict[str, Any]
@@ -32,7 +32,7 @@ def ask(
     batch_size: int,
     limit: int | None = None,
     progress: Any = None,
-) -> Outcome:
+) -> Scored:
     """Ask all questions of a benchmark, or the first `limit`, and have lmms-eval score the answers.
 
     Raises:
@@ -49,11 +49,11 @@ def ask(
             metrics = metrics_of(results["results"][task])
             samples = samples_of(benchmark, results["samples"][task], model.answers, task)
             kept = image_tokens(model.answers.values())
-            return Outcome(metrics, primary_of(benchmark, metrics), samples, kept)
+            return Scored(metrics, primary_of(benchmark, metrics), samples, kept)
 
 
 def _model(answerer: Answerer, batch_size: int, progress: Any, streams: Any) -> Any:
-    from ocvtp.evaluation.lmms.model import OcvtpModel
+    from ocvtp.evaluation.lmms.adapter import OcvtpModel
 
     def heard(done: int, total: int) -> None:
         with aloud(streams):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from ocvtp.data.images import BadImage, UnsafePath, open_image, safe_join
+from ocvtp.data.decoding import BadImage, UnsafePath, open_image, safe_join
 from ocvtp.errors import BadInput
 
 

@@ -3,11 +3,11 @@
 <root>/<kind>/<key>/      a result and its manifest.json
 <root>/logs/<run>/        logs of a run and of its attempts
 <root>/locks/<label>.json owners of the runs at work
+<root>/verdicts/         which files were read and found whole
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,32 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster import fingerprint as code_module
-from cluster.config import ClusterConfig
-from cluster.errors import BadConfig, BadTask
+from cluster.errors import BadTask
+from cluster.store.layout import LOCKS, LOGS, VERDICTS
 from cluster.store.publish import is_published
 from cluster.task import Call, Resources, Task, check_json, task_key
 
-LOGS, LOCKS = "logs", "locks"
+_OWN = (LOGS, LOCKS, VERDICTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-def default_root() -> Path:
-    """The store of stages that are started here: OCVTP_STORE, or `cluster.store` of params.yaml, below OCVTP_ROOT.
-
-    Raises:
-        BadConfig: params.yaml cannot be read.
-    """
-    import yaml  # not above: workers have no use for it
-
-    path, given = Path("params.yaml"), None
-    if path.is_file():
-        try:
-            section = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("cluster") or {}
-            given = section.get("store")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-            raise BadConfig(f"params.yaml cannot be read: {error}") from error
-    config = ClusterConfig.from_params({} if given is None else {"store": given})
-    return Path(os.environ.get("OCVTP_ROOT", "")) / config.store
 
 
 @dataclass(frozen=True)
@@ -57,7 +38,7 @@ class Store:
         for name, value in (("kind", kind), ("key", key)):
             if not _NAME.fullmatch(value):
                 raise BadTask(f"{name} {value!r}: use letters, digits, `_`, `-` and `.`, not at the start")
-        if kind in (LOGS, LOCKS):
+        if kind in _OWN:
             raise BadTask(f"kind {kind!r} is a folder of the store itself: use another name")
         return self.root / kind / key
 
@@ -99,7 +80,7 @@ class Store:
         """The folders that hold results."""
         if not self.root.is_dir():
             return []
-        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in (LOGS, LOCKS))
+        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in _OWN)
 
     @property
     def logs(self) -> Path:

@@ -44,7 +44,7 @@ def device(asked: str | None) -> str:
 
 def read_image(path: Path) -> Image.Image:
     """The image in RGB, upright."""
-    from ocvtp.data.images import open_image
+    from ocvtp.data.decoding import open_image
 
     image: Image.Image = open_image(path)
     return image

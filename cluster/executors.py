@@ -1,0 +1,23 @@
+"""The executors of this version, by name: the one list."""
+
+from __future__ import annotations
+
+from cluster.errors import NotAvailable
+
+# module:class of every executor; imported when asked for, so that its packages are not needed before.
+EXECUTORS: dict[str, str] = {
+    "local": "cluster.local.executor:LocalExecutor",
+    "ray": "cluster.ray.executor:RayExecutor",
+    "slurm": "cluster.slurm.executor:SlurmExecutor",
+}
+
+
+def executor_names() -> list[str]:
+    """Executors of this version."""
+    return sorted(EXECUTORS)
+
+
+def check_executor(name: str) -> None:
+    """Raise `NotAvailable` unless there is an executor of that name."""
+    if name not in EXECUTORS:
+        raise NotAvailable(f"there is no executor {name!r}: this version has {', '.join(executor_names())}")

@@ -1,0 +1,66 @@
+"""Workers refuse what is not what the key of their task says; keys cover the data that tasks read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.fingerprint import parts
+from ocvtp.errors import Incompatible
+from ocvtp.evaluation import setting
+from ocvtp.vlms import resolve
+from pipelines.stage.context import ROOT
+from pipelines.tasks import tokens as tokens_module
+from pipelines.tasks.answers import answers, asked
+from pipelines.tasks.tokens import tokens
+
+COMMON: dict[str, Any] = {"dtype": "float32", "compute_dtype": "float32", "batch_size": 2}
+
+
+@pytest.fixture
+def vlm(tmp_path: Path) -> Path:
+    setting.forget()
+    tokens_module._vlm.cache_clear()
+    return Path(shutil.copytree(ROOT / "ocvtp/vlms/tiny_llava", tmp_path / "vlm"))
+
+
+def edit(vlm: Path) -> None:
+    path = vlm / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+def test_tokens_of_another_vlm_than_planned_are_refused(vlm: Path, tmp_path: Path) -> None:
+    spec = {**COMMON, "vlm": str(vlm), "model": resolve(vlm).identity}
+    edit(vlm)
+    with pytest.raises(Incompatible, match=r"\(files.chat_template.jinja\)"):
+        tokens(spec, tmp_path, {})
+
+
+def test_answers_of_another_vlm_than_planned_are_refused(vlm: Path, tmp_path: Path) -> None:
+    spec = {**COMMON, "vlm": str(vlm), "model": resolve(vlm).identity, "benchmark": "pope", **asked("pope")}
+    edit(vlm)
+    with pytest.raises(Incompatible, match=r"\(files.chat_template.jinja\)"):
+        answers(spec, tmp_path, {})
+
+
+def test_answers_to_another_benchmark_than_planned_are_refused(tmp_path: Path) -> None:
+    said = asked("pope")
+    spec = {"benchmark": "pope", "task": {**said["task"], "split": "other"}, "lmms_eval": said["lmms_eval"]}
+    assert json.loads(json.dumps(said)) == said
+    with pytest.raises(Incompatible, match=r"pope here is not what the task was planned for \(task.split\)"):
+        answers(spec, tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["answers", "copies", "pruners", "questions", "restored", "scenes", "tokens"])
+def test_a_task_reads_no_data_of_the_package_that_its_key_misses(name: str) -> None:
+    """Tables of entries are in specs, entry by entry; each other file that is read would be a part."""
+    covered = parts(f"pipelines.tasks.{name}")
+    assert [part for part in covered if ":" in part] == []
+    for module in (part for part in covered if part.startswith("ocvtp.")):
+        path = ROOT / (module.replace(".", "/") + ".py")
+        text = path.read_text() if path.is_file() else ""
+        if "importlib.resources" in text or "__file__" in text:
+            assert module in ("ocvtp.vlms.catalogue", "ocvtp.evaluation.benchmarks")
+            assert "DATA_IN_SPECS" in text
