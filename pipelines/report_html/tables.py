@@ -88,9 +88,15 @@ def base_rows(results: Results, vlm: str) -> list[Row]:
 
 
 def chosen_rows(results: Results, vlm: str) -> list[Row]:
-    """Summary rows of a VLM at the reference value of each axis that they have."""
-    wanted = reference(results, vlm)
-    return [row for row in base_rows(results, vlm) if all(row[axis] in (None, wanted[axis]) for axis in AXES)]
+    """Summary rows of a VLM at the reference value of each axis that they have, or at the only one of their method."""
+    rows, wanted = base_rows(results, vlm), reference(results, vlm)
+    values = {(row["method"], axis): {str(one[axis]) for one in rows if one["method"] == row["method"]}
+              for row in rows for axis in AXES}  # fmt: skip
+
+    def chosen(row: Row, axis: str) -> bool:
+        return row[axis] in (None, wanted[axis]) or len(values[row["method"], axis]) == 1
+
+    return [row for row in rows if all(chosen(row, axis) for axis in AXES)]
 
 
 def main_table(results: Results, vlm: str) -> Table:
