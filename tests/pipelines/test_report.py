@@ -290,6 +290,14 @@ def test_rows_of_other_settings_do_not_enter_the_main_table(grid: Path) -> None:
     assert averages == ["99.5%", "97.0%", "94.0%"]
 
 
+def test_a_method_on_a_layer_of_its_own_is_in_the_main_table(grid: Path) -> None:
+    results = load(grid)
+    random = next(row for row in results.summary if row["method"] == "random")
+    results.summary.append({**random, "method": "css", "layer": -2})
+    assert [row["layer"] for row in chosen_rows(results, "tiny-llava") if row["method"] == "css"] == [-2]
+    assert {row["layer"] for row in chosen_rows(results, "tiny-llava") if row["method"] == "oc-vtp"} == {9}
+
+
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return load(write_results(tmp_path_factory.mktemp("ablated"), ablated=True))
