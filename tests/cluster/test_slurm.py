@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -530,7 +529,7 @@ def unreal(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[SlurmExecutor
     )
     config = ClusterConfig(executor="slurm", store=store.root)
     executor = SlurmExecutor(Context("run", store.logs / "run", config))
-    executor._profile = replace(executor._profile, poll_seconds=0.0)
+    executor._profile = executor._profile.model_copy(update={"poll_seconds": 0.0})
     return executor, states
 
 
@@ -599,7 +598,10 @@ def test_a_controller_that_does_not_answer_at_the_start_is_named(
     monkeypatch.setattr(slurm_queue, "settings", dict)
     monkeypatch.setattr(slurm_queue, mute, unreachable)
     with pytest.raises(NotAvailable, match="SLURM does not answer: squeue: error: connect failure"):
-        run([store.task("square", "one", jobs.square, {"x": 1})], config=ClusterConfig("slurm", store.root))
+        run(
+            [store.task("square", "one", jobs.square, {"x": 1})],
+            config=ClusterConfig(executor="slurm", store=store.root),
+        )
 
 
 def test_short_tasks_share_jobs_and_a_crash_takes_no_other_along(
