@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-from filelock import FileLock, Timeout
 
 from cluster.config import OnLocked
 from cluster.errors import Locked
@@ -92,7 +92,7 @@ def run_lock(
         path.write_text(json.dumps({"process": Process.me().to_json(), "run": run_id, "since": since, "label": label}))
         yield
     finally:
-        _end(lock)
+        _end(path, lock)
 
 
 def sweep_locks(folder: Path) -> list[Holder | None]:
@@ -102,26 +102,36 @@ def sweep_locks(folder: Path) -> list[Holder | None]:
         if (lock := _try(path)) is None:
             held.append(read_holder(path))
         else:
-            _end(lock)
+            _end(path, lock)
     return held
 
 
-def _try(path: Path) -> FileLock | None:
-    """The lock, held; None if somebody else has it."""
-    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+def _try(path: Path) -> int | None:
+    """An open handle of the locked file; None if somebody else has it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return None
+        if _flock(handle, path) and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+    except FileNotFoundError:
+        pass  # its owner removed it while we waited: the next try makes a new one
+    os.close(handle)
+    return None
+
+
+def _flock(handle: int, path: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
         holder = read_holder(path)
-        return lock if holder is None or holder.process.alive() is False else None
-    return lock
+        return holder is None or holder.process.alive() is False
+    return True
 
 
-def _end(lock: FileLock) -> None:
+def _end(path: Path, handle: int) -> None:
     """Remove the file while we hold it, so that nobody can have locked it meanwhile, then let go."""
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+    path.unlink(missing_ok=True)
+    os.close(handle)
