@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -120,24 +121,24 @@ class Lines(Generic[Message]):
                 yield message
 
 
-class Executor:
+class Executor(ABC):
     """Runs attempts somewhere. Here is what all executors do alike: queue, collect news, cancel what waits."""
 
     def __init__(self) -> None:
         self._queues: dict[Any, deque[Job]] = {}  # by what jobs ask for
         self._events: list[Event] = []
 
+    @abstractmethod
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """The most memory that an attempt with these cores and GPUs can be given; None if unknown."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse, before anything starts, tasks that could never run here.
 
         Raises:
             NotAvailable: naming the task, what it asks for and what there is.
         """
-        raise NotImplementedError
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs; returns at once. They start with the next `poll`."""
@@ -165,21 +166,21 @@ class Executor:
             self._queues[shape] = deque(job for job in queue if job.id not in wanted)
         self._cancel_running(wanted)
 
+    @abstractmethod
     def close(self) -> None:
         """Stop everything that is left and let go of all machines; no process stays behind."""
-        raise NotImplementedError
 
     def _shape(self, job: Job) -> Any:
         """Jobs of one shape can take each other's place."""
         return job.resources
 
+    @abstractmethod
     def _advance(self, timeout: float) -> None:
         """Start what can start, and append what has happened to `_events`; may wait, at most `timeout` seconds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _cancel_running(self, ids: set[str]) -> None:
         """Stop those of these jobs that have left the queue."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
