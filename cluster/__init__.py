@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from cluster.errors import (
         BadConfig,
         BadTask,
+        CannotRun,
         ClusterError,
-        Corrupt,
+        CorruptResult,
         Fenced,
         Interrupted,
         Locked,
-        NotAvailable,
         Stopped,
         StoreUnavailable,
         TasksFailed,
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 __all__ = [
     "BadConfig",
     "BadTask",
+    "CannotRun",
     "Cause",
     "ClusterConfig",
     "ClusterError",
-    "Corrupt",
+    "CorruptResult",
     "Fenced",
     "Interrupted",
     "Locked",
     "Manifest",
-    "NotAvailable",
     "Outcome",
     "Report",
     "Resources",
@@ -61,8 +61,8 @@ __all__ = [
 _HOMES = {
     "worker.attempt": "progress",
     "config": "ClusterConfig",
-    "errors": "BadConfig BadTask ClusterError Corrupt Fenced Interrupted Locked NotAvailable Stopped StoreUnavailable"
-    " TasksFailed",
+    "errors": "BadConfig BadTask CannotRun ClusterError CorruptResult Fenced Interrupted Locked Stopped"
+    " StoreUnavailable TasksFailed",
     "protocol": "Cause",
     "store.publish": "Manifest adopt drop is_published set_aside verify",
     "driver.report": "Outcome Report",

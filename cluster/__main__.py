@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.driver.journal import STATES, read_status
 from cluster.driver.lock import sweep_locks
 from cluster.driver.view import clock
-from cluster.errors import BadConfig, ClusterError, Corrupt, Locked
+from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
 from cluster.results import Store
 from cluster.store.layout import put_aside, temporaries
 from cluster.store.lease import UNOWNED_PATIENCE, Watch
@@ -123,7 +123,7 @@ def _results(store: Store, options: argparse.Namespace) -> Said:
     for folder in store.published():
         try:
             manifest = Manifest.read(folder)
-        except Corrupt:
+        except CorruptResult:
             continue  # `verify` names it
         about, size = manifest.about, sum(file.bytes for file in manifest.files)
         seconds = round(max(time.time() - (folder / MANIFEST).stat().st_mtime, 0.0), 1)
@@ -148,7 +148,7 @@ def _verify(store: Store, options: argparse.Namespace) -> Said:
     for folder in folders:
         try:
             size += sum(file.bytes for file in verify(folder).files)
-        except Corrupt as error:
+        except CorruptResult as error:
             corrupt[_name(store, folder)] = str((set_aside(folder) if options.quarantine else None) or error)
     lines = [*corrupt.values(), f"{len(folders)} results checked ({size / 1e6:,.1f} MB), {len(corrupt)} corrupt"]
     if corrupt and not options.quarantine:

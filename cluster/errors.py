@@ -18,11 +18,11 @@ class BadConfig(ClusterError, ValueError):
     """An unknown key or an impossible value in the `cluster` section of the parameters."""
 
 
-class NotAvailable(ClusterError):
+class CannotRun(ClusterError):
     """An executor that does not exist here, or a request no machine of this executor can meet."""
 
 
-class Corrupt(ClusterError):
+class CorruptResult(ClusterError):
     """A published folder that does not agree with its manifest."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.errors import NotAvailable
+from cluster.errors import CannotRun
 
 # module:class of every executor; imported when asked for, so that its packages are not needed before.
 EXECUTORS: dict[str, str] = {
@@ -18,6 +18,6 @@ def executor_names() -> list[str]:
 
 
 def check_executor(name: str) -> None:
-    """Raise `NotAvailable` unless there is an executor of that name."""
+    """Raise `CannotRun` unless there is an executor of that name."""
     if name not in EXECUTORS:
-        raise NotAvailable(f"there is no executor {name!r}: this version has {', '.join(executor_names())}")
+        raise CannotRun(f"there is no executor {name!r}: this version has {', '.join(executor_names())}")

@@ -137,7 +137,7 @@ class Executor(ABC):
         """Refuse, before anything starts, tasks that could never run here.
 
         Raises:
-            NotAvailable: naming the task, what it asks for and what there is.
+            CannotRun: naming the task, what it asks for and what there is.
         """
 
     def submit(self, jobs: Sequence[Job]) -> None:

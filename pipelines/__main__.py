@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from cluster import ClusterError, Corrupt, Manifest, Store
+from cluster import ClusterError, CorruptResult, Manifest, Store
 from cluster.__main__ import main as cluster_main
 from ocvtp.errors import OcvtpError
 from pipelines.stage.command import explain
@@ -63,7 +63,7 @@ def in_use(store: Store, roots: Iterable[Path]) -> Iterator[str]:
     for folder in store.published():
         try:
             held = any(file.sha256 in sums for file in Manifest.read(folder).files)
-        except Corrupt:
+        except CorruptResult:
             held = True  # not ours to judge: `verify` names it
         if held or folder.name in text:
             yield f"{folder.parent.name}/{folder.name}"

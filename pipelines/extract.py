@@ -14,8 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import ClusterError, Task, adopt, drop, is_published, set_aside
-from cluster import Corrupt as CorruptResult
+from cluster import ClusterError, CorruptResult, Task, adopt, drop, is_published, set_aside
 from cluster.store import verdicts
 from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing

@@ -55,7 +55,7 @@ def run(
         fail_fast: give up at the first task that fails for good instead of running the others.
 
     Raises:
-        BadTask, NotAvailable: something cannot be run as asked; no work was started.
+        BadTask, CannotRun: something cannot be run as asked; no work was started.
         Locked: another run with this label is at work, and `config.on_locked` says to refuse.
         Interrupted: (a KeyboardInterrupt) SIGINT or SIGTERM came; all that ran was stopped and cleaned up.
     """

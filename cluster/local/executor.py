@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cluster.errors import NotAvailable
+from cluster.errors import CannotRun
 from cluster.host.machine import Machine, group_members, memory_of, oom_kills, visible_gpus
 from cluster.host.process import LINUX
 from cluster.local.process import WorkerProcess
@@ -62,12 +62,12 @@ class Workers(Executor):
         for task in tasks:
             asked, machine = task.resources, self.machine
             if asked.gpus > len(machine.gpus):
-                raise NotAvailable(
+                raise CannotRun(
                     f"task {task.name!r} asks for {asked.gpus} GPU(s), this machine has {len(machine.gpus)}: "
                     "ask for fewer, or choose another executor"
                 )
             if asked.memory_gb > machine.memory_gb:
-                raise NotAvailable(
+                raise CannotRun(
                     f"task {task.name!r} asks for {asked.memory_gb:g} GB of memory, there are "
                     f"{machine.memory_gb:.1f} to hand out: ask for less, or choose another executor"
                 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import NotAvailable
+from cluster.errors import CannotRun
 from cluster.host.machine import GIB, Machine
 from cluster.protocol import Context
 from cluster.ray.profile import RayProfile
@@ -40,7 +40,7 @@ def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | Non
     runtime_env: dict[str, Any] | None = None
     if profile.working_dir is not None:
         if not Path(profile.working_dir).is_dir():
-            raise NotAvailable(f"the working dir {profile.working_dir} is not a folder")
+            raise CannotRun(f"the working dir {profile.working_dir} is not a folder")
         runtime_env = {"working_dir": profile.working_dir}
     with _own_signal_handlers():
         _init(ray, context, address, runtime_env)
@@ -55,7 +55,7 @@ def _init(ray: Any, context: Context, address: str, runtime_env: dict[str, Any] 
             return
         except (ConnectionError, ValueError, RuntimeError) as error:
             if address != "auto":
-                raise NotAvailable(f"cannot use the Ray cluster at {address}: {error}") from error
+                raise CannotRun(f"cannot use the Ray cluster at {address}: {error}") from error
             log.info("there is no Ray cluster on this machine: starting a private one")
     machine = Machine.here(cpus=context.config.workers, memory_gb=context.config.memory_gb)
     ray.init(
@@ -71,12 +71,12 @@ def _init(ray: Any, context: Context, address: str, runtime_env: dict[str, Any] 
 
 def _check_address(address: str) -> None:
     if address.startswith("ray://"):
-        raise NotAvailable(
+        raise CannotRun(
             f"{address} is the address of a Ray client server, from where the store cannot be shared: run the driver "
             "in the cluster, with `ray job submit -- python pipelines/eval.py`"
         )
     if "://" in address:
-        raise NotAvailable(
+        raise CannotRun(
             f"{address} is the address of Ray's dashboard, for `ray job submit`: drivers connect to HOST:6379 or `auto`"
         )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import NotAvailable
+from cluster.errors import CannotRun
 from cluster.host.machine import GIB
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job
@@ -80,7 +80,7 @@ class RayExecutor(Executor):
         """Refuse tasks that fit no node, and a store that workers could not share."""
         store = PACKAGE.fullmatch(str(Path(self._working_folder, self._context.config.store)))
         if store:
-            raise NotAvailable(
+            raise CannotRun(
                 f"the store would lie in {store['root']}, Ray's copy of the working dir, which is not kept: set "
                 "OCVTP_ROOT (or OCVTP_STORE) to a folder of the file system that all nodes share"
             )
@@ -88,7 +88,7 @@ class RayExecutor(Executor):
         for task in tasks:
             problem = misfit(task.resources, self._nodes, self._profile)
             if problem:
-                raise NotAvailable(f"task {task.name!r} {problem} (Ray cluster at {self._address})")
+                raise CannotRun(f"task {task.name!r} {problem} (Ray cluster at {self._address})")
 
     def _advance(self, timeout: float) -> None:
         self._launch()

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.errors import NotAvailable
+from cluster.errors import CannotRun
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
 from cluster.slurm import queue as slurm_queue
@@ -76,7 +76,7 @@ class SlurmExecutor(Executor):
         try:
             import submitit
         except ImportError as error:
-            raise NotAvailable("submitit is not installed: pip install 'ocvtp[pipeline]'") from error
+            raise CannotRun("submitit is not installed: pip install 'ocvtp[pipeline]'") from error
         self._submitit = submitit
         self._profile = SlurmProfile.load(context.config.profile)
         self._logs, self._folder = context.logs, context.logs / FOLDER
@@ -97,7 +97,7 @@ class SlurmExecutor(Executor):
             self._ledger.open()
             reap(self._ledger)
         except ControllerUnreachable as error:
-            raise NotAvailable(f"SLURM does not answer: {error}") from error
+            raise CannotRun(f"SLURM does not answer: {error}") from error
         self._wave = self._longest_array
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
@@ -111,7 +111,7 @@ class SlurmExecutor(Executor):
             objection = slurm_queue.objection(self._profile.test_arguments(asked))
             if objection:
                 name = next(task.name for task in tasks if task.resources == asked)
-                raise NotAvailable(
+                raise CannotRun(
                     f"task {name!r} asks for {asked.cpus} core(s), {asked.gpus} GPU(s), {asked.memory_gb:g} GB and "
                     f"{asked.minutes:g} minutes, and SLURM refuses that: {objection}. Ask for less, or choose another "
                     "partition in the profile"

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cluster.errors import NotAvailable
+from cluster.errors import CannotRun
 from cluster.protocol import Cause
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _run(command: Sequence[str]) -> str:
         with undisturbed():
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     except FileNotFoundError as error:
-        raise NotAvailable(f"there is no {command[0]} on this machine: is it one of a SLURM cluster?") from error
+        raise CannotRun(f"there is no {command[0]} on this machine: is it one of a SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
         raise ControllerUnreachable(f"{command[0]} did not answer within {LIMIT:.0f} s") from error
     if done.returncode:
@@ -163,7 +163,7 @@ def largest_memory_gb(partition: str | None, *, gpus: bool = False) -> float | N
     """Of a node, or of one with GPUs; None if SLURM does not say."""
     try:
         lines = _run(["sinfo", "--noheader", "--format=%m|%G", *_of(partition)]).splitlines()
-    except (ControllerUnreachable, NotAvailable):
+    except (ControllerUnreachable, CannotRun):
         return None
     found = [line.strip().split("|", 1) for line in lines if "|" in line]
     numbers = [float(memory.rstrip("+")) for memory, gres in found if "gpu" in gres or not gpus]
@@ -198,7 +198,7 @@ def objection(arguments: Sequence[str]) -> str | None:
         with undisturbed():
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotAvailable(f"sbatch does not answer: {error}") from error
+        raise CannotRun(f"sbatch does not answer: {error}") from error
     if done.returncode == 0 or takes_later(done.stderr):
         return None
     return " ".join(done.stderr.replace("sbatch: error:", " ").replace("allocation failure:", " ").split())

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cluster.errors import BadTask, Corrupt, Fenced, StoreUnavailable
+from cluster.errors import BadTask, CorruptResult, Fenced, StoreUnavailable
 from cluster.store import verdicts
 from cluster.store.faults import GONE, is_transient, patient
 from cluster.store.layout import RESUME, aside, check_out, new_attempt
@@ -76,7 +76,7 @@ class Manifest:
         """Manifest of a published folder.
 
         Raises:
-            Corrupt: there is none, or it is not one.
+            CorruptResult: there is none, or it is not one.
             StoreUnavailable: it cannot be read.
         """
         path = folder / MANIFEST
@@ -87,9 +87,9 @@ class Manifest:
             about = About(**{name: data[name] for name in ("key", "kind", "call", "spec", "code", "part")})
             files = tuple(File(str(f["path"]), str(f["sha256"]), int(f["bytes"])) for f in data["files"])
         except GONE as error:
-            raise Corrupt(f"{folder} holds no {MANIFEST}: it was never published as a whole") from error
+            raise CorruptResult(f"{folder} holds no {MANIFEST}: it was never published as a whole") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise Corrupt(f"{path} is not a manifest: {error!r}") from error
+            raise CorruptResult(f"{path} is not a manifest: {error!r}") from error
         return cls(about, files)
 
 
@@ -113,7 +113,7 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
             remember those that are read now.
 
     Raises:
-        Corrupt: naming the first file that is missing, of another size or of other content.
+        CorruptResult: naming the first file that is missing, of another size or of other content.
         StoreUnavailable: a file cannot be read.
     """
     folder = Path(folder)
@@ -138,23 +138,23 @@ def _verify_file(path: Path, file: File, known: verdicts.Verdict | None) -> verd
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
-            raise Corrupt(f"{path} is not a regular file")
+            raise CorruptResult(f"{path} is not a regular file")
         if found.st_size != file.bytes:
-            raise Corrupt(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
+            raise CorruptResult(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
         verdict = verdicts.mark(found), file.sha256
         settled = verdicts.settled(verdict[0])
         if known != verdict and _sha256(path) != file.sha256:
-            raise Corrupt(f"{path} has other content than its manifest says (SHA-256 differs)")
+            raise CorruptResult(f"{path} has other content than its manifest says (SHA-256 differs)")
     except GONE as error:
-        raise Corrupt(f"{path} is missing, its manifest lists it") from error
+        raise CorruptResult(f"{path} is missing, its manifest lists it") from error
     return verdict if settled else None
 
 
 def safe(path: str, folder: Path) -> Path:
-    """The path of a file within a result; `Corrupt` if it leads out of it."""
+    """The path of a file within a result; `CorruptResult` if it leads out of it."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
-        raise Corrupt(f"the manifest of {folder} lists {path!r}, which is outside of the folder")
+        raise CorruptResult(f"the manifest of {folder} lists {path!r}, which is outside of the folder")
     return Path(pure)
 
 
@@ -221,7 +221,7 @@ def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] |
 
     Raises:
         BadTask: the call wrote nothing, or something that is not a file.
-        Corrupt: the files are not the expected ones; nothing was published.
+        CorruptResult: the files are not the expected ones; nothing was published.
         Fenced: the attempt lost its lease; nothing was published.
         StoreUnavailable: the file system failed for longer than it was waited for.
         OSError: the disk is full; nothing was published.
@@ -248,8 +248,8 @@ def _publish(workspace: Workspace, about: About, expected: Mapping[str, str] | N
     wanted = found if expected is None else expected
     for path, sha256 in sorted(found.items() ^ wanted.items()):
         if path in found and path in wanted:
-            raise Corrupt(f"{path} for {out} has other content than its manifest says (SHA-256 differs)")
-        raise Corrupt(
+            raise CorruptResult(f"{path} for {out} has other content than its manifest says (SHA-256 differs)")
+        raise CorruptResult(
             f"{path} (SHA-256 {sha256}) for {out} is {'missing' if path in wanted else 'not in its manifest'}"
         )
     workspace.check()
@@ -294,7 +294,7 @@ def is_same(path: Path, known: os.stat_result | None) -> bool:
         return False
 
 
-def set_aside(folder: Path, *, remembered: bool = False) -> Corrupt | None:
+def set_aside(folder: Path, *, remembered: bool = False) -> CorruptResult | None:
     """Verify a published folder as `verify` does; move it away if it is damaged, so that its task is planned again.
 
     Another run may do the same at the same time, and publish it anew: what it published is left, or put back.
@@ -307,8 +307,8 @@ def set_aside(folder: Path, *, remembered: bool = False) -> Corrupt | None:
             seen = patient(os.lstat)(folder)
             verify(folder, remembered=remembered)
         except GONE:
-            return Corrupt(f"{folder} is not there")
-        except Corrupt as corrupt:
+            return CorruptResult(f"{folder} is not there")
+        except CorruptResult as corrupt:
             if not is_same(folder, seen):
                 continue
             target = aside(folder, "corrupt")
@@ -317,7 +317,7 @@ def set_aside(folder: Path, *, remembered: bool = False) -> Corrupt | None:
             except GONE:
                 continue
             if is_same(target, seen):
-                return Corrupt(f"{corrupt}; moved to {target}")
+                return CorruptResult(f"{corrupt}; moved to {target}")
             _put_back(target, folder)
         else:
             return None
@@ -355,7 +355,7 @@ def adopt(src_subfolder: Path, out: Path) -> Manifest:
 
     Raises:
         BadTask: `src_subfolder` is not inside a published folder, or holds no file of it.
-        Corrupt: the published folder disagrees with its manifest.
+        CorruptResult: the published folder disagrees with its manifest.
     """
     src, out = Path(src_subfolder).resolve(), Path(out)
     check_out(out)
@@ -399,7 +399,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except GONE as error:
-        raise Corrupt(f"{source} is missing, its manifest lists it") from error
+        raise CorruptResult(f"{source} is missing, its manifest lists it") from error
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
             raise

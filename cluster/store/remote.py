@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from cluster.errors import Corrupt, NotAvailable
+from cluster.errors import CannotRun, CorruptResult
 from cluster.store.layout import new_attempt
 from cluster.store.publish import MANIFEST, Manifest, publish, safe
 from cluster.store.workspace import Workspace
@@ -25,7 +25,7 @@ class Remote:
     """A place for results beside the store.
 
     Raises:
-        NotAvailable: it cannot be reached, or its kind of file system needs a package that is not installed.
+        CannotRun: it cannot be reached, or its kind of file system needs a package that is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,14 +35,14 @@ class Remote:
         try:
             self._fs, root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise NotAvailable(f"the remote {url} cannot be used: {error}") from error
+            raise CannotRun(f"the remote {url} cannot be used: {error}") from error
         self._root: str = root.rstrip("/")
 
     def names(self) -> list[str]:
         """`KIND/KEY` of all that it holds, sorted.
 
         Raises:
-            NotAvailable: it cannot be read.
+            CannotRun: it cannot be read.
         """
         kinds = [name for name in self._list("") if not name.startswith(".")]
         leaves = {kind: self._list(f"/{kind}") for kind in kinds}
@@ -54,7 +54,7 @@ class Remote:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except Exception as error:  # fsspec passes on whatever the client of a store raises
-            raise NotAvailable(f"the remote {self.url} cannot be read: {type(error).__name__}: {error}") from error
+            raise CannotRun(f"the remote {self.url} cannot be read: {type(error).__name__}: {error}") from error
         return [str(name).rstrip("/").rpartition("/")[2] for name in found]
 
     def push(self, out: Path) -> None:
@@ -75,7 +75,7 @@ class Remote:
 
         Raises:
             Busy: somebody makes it here right now.
-            Corrupt: it is damaged there.
+            CorruptResult: it is damaged there.
         """
         place = f"{self._root}/{out.parent.name}/{out.name}"
         workspace = Workspace.claim(out, new_attempt())
@@ -84,7 +84,7 @@ class Remote:
                 self._fs.get_file(f"{place}.json", str(workspace.root / MANIFEST))
                 manifest = Manifest.read(workspace.root)
                 if manifest.about.key != out.name:
-                    raise Corrupt(f"{self.url}/{out.parent.name}/{out.name}.json is of {manifest.about.key}")
+                    raise CorruptResult(f"{self.url}/{out.parent.name}/{out.name}.json is of {manifest.about.key}")
                 (workspace.root / MANIFEST).unlink()
                 for file in manifest.files:
                     target = workspace.folder / safe(file.path, out)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import ClusterError, Corrupt, Interrupted, TasksFailed
-from ocvtp.errors import Corrupt as DataCorrupt
-from ocvtp.errors import NotAvailable, OcvtpError
+from cluster import ClusterError, CorruptResult, Interrupted, TasksFailed
+from ocvtp.errors import Corrupt, NotAvailable, OcvtpError
 from pipelines.stage.context import ROOT, Stage, open_stage
 
 log = logging.getLogger("pipelines")
@@ -57,6 +56,6 @@ def explain(name: str, error: BaseException) -> int:
         console.print(f"{name}: stopped; what was finished is kept, the next run goes on from there")
         return error.exit_code if isinstance(error, Interrupted) else 130
     console.print(f"{name}: {error}", style="red")
-    if isinstance(error, TasksFailed | Corrupt | DataCorrupt | OSError) and not isinstance(error, NotAvailable):
+    if isinstance(error, TasksFailed | CorruptResult | Corrupt | OSError) and not isinstance(error, NotAvailable):
         return 1
     return 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster import (
     ClusterConfig,
-    Corrupt,
+    CorruptResult,
     Report,
     Resources,
     Store,
@@ -23,8 +23,7 @@ from cluster import (
 )
 from cluster.host.machine import visible_gpus
 from cluster.task import Call
-from ocvtp.errors import BadInput
-from ocvtp.errors import Corrupt as DataCorrupt
+from ocvtp.errors import BadInput, Corrupt
 from pipelines.params.load import load
 from pipelines.params.model import Demand, Params
 from pipelines.tasks.restored import restored
@@ -120,7 +119,7 @@ class Stage:
         def look(folder: Path) -> str | None:
             try:
                 files = {file.path: file.sha256 for file in verify(folder, remembered=True).files}
-            except Corrupt as error:
+            except CorruptResult as error:
                 return str(error)
             wrong = [path for path, sha256 in wanted[folder].items() if files.get(path) != sha256]
             return f"{folder / wrong[0]} is not the file that was made (SHA-256 differs)" if wrong else None
@@ -128,7 +127,7 @@ class Stage:
         with ThreadPoolExecutor(_READERS) as pool:
             found = [problem for problem in pool.map(look, wanted) if problem]
         if found:
-            raise DataCorrupt(
+            raise Corrupt(
                 f"{len(found)} of {len(wanted)} results of stage {made_by} in the store {self.store.root} cannot be"
                 f" used; make them again: `python pipelines/{made_by}.py`\n  " + "\n  ".join(found[:5])
             )

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import Corrupt, Manifest
+from cluster import CorruptResult, Manifest
 from cluster.driver.lock import run_lock
 
 SAMPLE, TOKENS, MODELS, RESULTS = "data/sample", "data/tokens", "models", "results"
@@ -100,7 +100,7 @@ def copy_published(published: Path, target: Path, leave: Sequence[str] = ()) -> 
     """Copy every file of a published result but those to `leave`, each compared with its checksum on the way.
 
     Raises:
-        Corrupt: a file is missing or damaged; names it.
+        CorruptResult: a file is missing or damaged; names it.
     """
     manifest = Manifest.read(published)
     for file in manifest.files:
@@ -109,9 +109,9 @@ def copy_published(published: Path, target: Path, leave: Sequence[str] = ()) -> 
         try:
             data = (published / file.path).read_bytes()
         except FileNotFoundError as error:
-            raise Corrupt(f"{published / file.path} is missing, its manifest lists it") from error
+            raise CorruptResult(f"{published / file.path} is missing, its manifest lists it") from error
         if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise Corrupt(f"{published / file.path} has other content than its manifest says (SHA-256 differs)")
+            raise CorruptResult(f"{published / file.path} has other content than its manifest says (SHA-256 differs)")
         path = target / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

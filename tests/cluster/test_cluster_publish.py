@@ -19,7 +19,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import WEIRD, forked, job_of, results, strays, tree
 
-from cluster import Cause, Corrupt, Store, StoreUnavailable, Task, adopt, drop, is_published, set_aside, verify
+from cluster import Cause, CorruptResult, Store, StoreUnavailable, Task, adopt, drop, is_published, set_aside, verify
 from cluster.protocol import Event
 from cluster.store import faults
 from cluster.store.layout import new_attempt
@@ -271,7 +271,7 @@ def test_what_is_not_expected_is_not_published(tmp_path: Path, expected: dict[st
     for wrong in (expected, {"a": right, "missing": right}):
         workspace = Workspace.claim(out, new_attempt())
         (workspace.folder / "a").write_bytes(b"a")
-        with pytest.raises(Corrupt, match=said if wrong is expected else "missing .* is missing"):
+        with pytest.raises(CorruptResult, match=said if wrong is expected else "missing .* is missing"):
             publish_workspace(workspace, About("key", "kind", "m:f", {}, "c"), expected=wrong)
         workspace.discard()
     assert list(out.parent.iterdir()) == []
@@ -292,7 +292,7 @@ def test_one_flipped_bit_is_found(store: Store, file: str) -> None:
     data = bytearray((task.out / file).read_bytes())
     data[len(data) // 2] ^= 4
     (task.out / file).write_bytes(data)
-    with pytest.raises(Corrupt, match=rf"{file} has other content"):
+    with pytest.raises(CorruptResult, match=rf"{file} has other content"):
         verify(task.out)
 
 
@@ -305,10 +305,10 @@ def test_missing_and_cut_files_are_found_and_strays_are_not_results(
     verify(task.out)
     assert "stray" in caplog.text
     (task.out / "result.json").write_bytes((task.out / "result.json").read_bytes()[:-1])
-    with pytest.raises(Corrupt, match="has 20 bytes, its manifest says 21"):
+    with pytest.raises(CorruptResult, match="has 20 bytes, its manifest says 21"):
         verify(task.out)
     (task.out / "result.json").unlink()
-    with pytest.raises(Corrupt, match=r"result.json is missing"):
+    with pytest.raises(CorruptResult, match=r"result.json is missing"):
         verify(task.out)
 
 
@@ -318,7 +318,7 @@ def test_a_manifest_cannot_point_outside(store: Store) -> None:
     manifest = json.loads((task.out / "manifest.json").read_text())
     manifest["files"][0]["path"] = "../../../etc/passwd"
     (task.out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Corrupt, match="outside of the folder"):
+    with pytest.raises(CorruptResult, match="outside of the folder"):
         verify(task.out)
 
 
@@ -327,7 +327,7 @@ def test_a_broken_manifest_is_corrupt(store: Store, text: str) -> None:
     task = square(store)
     publish(task)
     (task.out / "manifest.json").write_text(text)
-    with pytest.raises(Corrupt, match=r"manifest.json is not a manifest"):
+    with pytest.raises(CorruptResult, match=r"manifest.json is not a manifest"):
         verify(task.out)
 
 
@@ -460,6 +460,6 @@ def test_adopting_a_corrupt_file_fails_and_leaves_nothing(store: Store) -> None:
     publish(task)
     (task.out / "deep" / "er" / "data.bin").write_bytes(b"?" * 1000)
     out = store.path("layer", "abc")
-    with pytest.raises(Corrupt, match=r"er/data.bin"):
+    with pytest.raises(CorruptResult, match=r"er/data.bin"):
         adopt(task.out / "deep", out)
     assert list(out.parent.iterdir()) == []

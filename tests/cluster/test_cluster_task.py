@@ -9,7 +9,7 @@ from typing import Any
 import cluster_jobs as jobs
 import pytest
 
-from cluster import BadConfig, BadTask, Cause, ClusterConfig, NotAvailable, Resources, Store, Task, run
+from cluster import BadConfig, BadTask, CannotRun, Cause, ClusterConfig, Resources, Store, Task, run
 from cluster import fingerprint as code
 from cluster.driver.retry import Policy, pause
 from cluster.host.machine import Machine, parse_gpus
@@ -83,8 +83,8 @@ def test_nothing_starts_if_one_task_is_wrong(store: Store, config: ClusterConfig
         (inner, BadTask, "inside which another task publishes"),
         (nowhere, BadTask, "cannot make the folder"),
         (long, BadTask, "longer than 180 bytes"),
-        (greedy, NotAvailable, "'greedy' asks for 1e[+]06 GB of memory"),
-        (graphic, NotAvailable, r"'graphic' asks for 99 GPU\(s\), this machine has"),
+        (greedy, CannotRun, "'greedy' asks for 1e[+]06 GB of memory"),
+        (graphic, CannotRun, r"'graphic' asks for 99 GPU\(s\), this machine has"),
         ("no task", BadTask, "'no task' is not a Task"),
     ):
         with pytest.raises(error, match=words):
@@ -99,7 +99,7 @@ def test_an_out_that_holds_another_result_is_refused(config: ClusterConfig, tmp_
 
 
 def test_an_unknown_executor_is_refused_with_those_there_are(store: Store, config: ClusterConfig) -> None:
-    with pytest.raises(NotAvailable, match=r"there is no executor 'slrum': this version has .*local"):
+    with pytest.raises(CannotRun, match=r"there is no executor 'slrum': this version has .*local"):
         run([store.task("kind", "good", jobs.square, {"x": 1})], "slrum", config=config)
 
 

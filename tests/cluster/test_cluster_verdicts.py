@@ -11,7 +11,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import job_of
 
-from cluster import Cause, Corrupt, Store, drop, set_aside, verify
+from cluster import Cause, CorruptResult, Store, drop, set_aside, verify
 from cluster.store import verdicts
 from cluster.worker.attempt import perform
 
@@ -74,17 +74,17 @@ def test_damage_since_is_found(result: Path, damage: Callable[[Path], None]) -> 
     after = (result / "data.bin").stat()
     assert (after.st_size, after.st_mtime_ns == before.st_mtime_ns) == (before.st_size, damage is not flip)
     for _ in range(2):
-        with pytest.raises(Corrupt, match=r"data.bin has other content"):
+        with pytest.raises(CorruptResult, match=r"data.bin has other content"):
             verify(result, remembered=True)
 
 
 def test_a_missing_or_cut_file_is_found(result: Path) -> None:
     verify(result, remembered=True)
     os.truncate(result / "data.bin", SIZE - 1)
-    with pytest.raises(Corrupt, match="bytes, its manifest says"):
+    with pytest.raises(CorruptResult, match="bytes, its manifest says"):
         verify(result, remembered=True)
     (result / "data.bin").unlink()
-    with pytest.raises(Corrupt, match="is missing"):
+    with pytest.raises(CorruptResult, match="is missing"):
         verify(result, remembered=True)
 
 
@@ -93,7 +93,7 @@ def test_a_result_made_again_under_the_same_name_is_read_again(result: Path, sto
     set_aside(result)
     perform(job_of(store.task("tokens", "big", jobs.big, {"bytes": SIZE})), lambda _: None)
     flip(result / "data.bin")
-    with pytest.raises(Corrupt):
+    with pytest.raises(CorruptResult):
         verify(result, remembered=True)
 
 
@@ -130,7 +130,7 @@ def test_links_made_and_dropped_are_not_read_again_but_a_change_meanwhile_is(res
         other.unlink()
         verdicts.remember_linked({result: {path: (before[path], sums[path]) for path in sums}})
         assert ("data.bin" in verdicts.recall(result)) == (not change)
-    with pytest.raises(Corrupt, match="other content"):
+    with pytest.raises(CorruptResult, match="other content"):
         verify(result, remembered=True)
 
 

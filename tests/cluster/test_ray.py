@@ -138,13 +138,13 @@ def test_two_drivers_at_once_share_the_work(start: Start, store: Store, tmp_path
 REFUSED = """
 from pathlib import Path
 import cluster_jobs as jobs
-from cluster import ClusterConfig, NotAvailable, Resources, Store, run
+from cluster import ClusterConfig, CannotRun, Resources, Store, run
 store = Store(Path(sys.argv[1]))
 for resources in (Resources(gpus=2), Resources(cpus=64), Resources(memory_gb=500)):
     task = store.task("k", "wants much", jobs.square, {"x": 1}, resources=resources)
     try:
         run([task], config=ClusterConfig(executor="ray", store=store.root))
-    except NotAvailable as error:
+    except CannotRun as error:
         print(error)
 """
 

@@ -20,7 +20,7 @@ from cluster_helpers import alive, job_of, kill, results, strays, wait_for
 from slurm_cluster import ServerInfo
 
 from cluster import ClusterConfig, Report, Resources, Store, run
-from cluster.errors import BadConfig, NotAvailable
+from cluster.errors import BadConfig, CannotRun
 from cluster.protocol import Cause, Context, Event, Job, encode
 from cluster.slurm import executor as slurm_executor
 from cluster.slurm import queue as slurm_queue
@@ -366,7 +366,7 @@ def test_a_wiped_cluster_that_counts_from_the_start_again_hands_over_no_old_resu
 def test_what_could_never_run_is_refused_at_once(config: ClusterConfig, store: Store) -> None:
     for resources in (Resources(memory_gb=100), Resources(gpus=2), Resources(cpus=3)):
         task = store.task("square", "large", jobs.square, {"x": 1}, resources=resources)
-        with pytest.raises(NotAvailable, match=r"task 'large' asks for .* SLURM refuses that: "):
+        with pytest.raises(CannotRun, match=r"task 'large' asks for .* SLURM refuses that: "):
             run([task], config=config)
     assert results(store.root) == {}
 
@@ -374,7 +374,7 @@ def test_what_could_never_run_is_refused_at_once(config: ClusterConfig, store: S
 def test_without_slurm_it_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     config = ClusterConfig(executor="slurm", store=store.root)
-    with pytest.raises(NotAvailable, match="there is no scontrol on this machine"):
+    with pytest.raises(CannotRun, match="there is no scontrol on this machine"):
         run([store.task("square", "one", jobs.square, {"x": 1})], config=config)
 
 
@@ -597,7 +597,7 @@ def test_a_controller_that_does_not_answer_at_the_start_is_named(
 
     monkeypatch.setattr(slurm_queue, "settings", dict)
     monkeypatch.setattr(slurm_queue, mute, unreachable)
-    with pytest.raises(NotAvailable, match="SLURM does not answer: squeue: error: connect failure"):
+    with pytest.raises(CannotRun, match="SLURM does not answer: squeue: error: connect failure"):
         run(
             [store.task("square", "one", jobs.square, {"x": 1})],
             config=ClusterConfig(executor="slurm", store=store.root),

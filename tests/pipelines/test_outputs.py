@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Corrupt, Store, run
+from cluster import CorruptResult, Store, run
 from pipelines.stage import outputs
 from pipelines.tasks.scenes import scenes
 
@@ -192,8 +192,8 @@ def test_a_published_result_is_copied_as_it_is_or_not_at_all(published: Path, tm
     data = bytearray(victim.read_bytes())
     data[100] ^= 1
     victim.write_bytes(bytes(data))
-    with pytest.raises(Corrupt, match=r"train-000002\.jpg has other content"):
+    with pytest.raises(CorruptResult, match=r"train-000002\.jpg has other content"):
         outputs.copy_published(published, tmp_path / "second")
     victim.unlink()
-    with pytest.raises(Corrupt, match=r"train-000002\.jpg is missing"):
+    with pytest.raises(CorruptResult, match=r"train-000002\.jpg is missing"):
         outputs.copy_published(published, tmp_path / "third")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import BadTask, Corrupt, Interrupted, TasksFailed
-from ocvtp.errors import BadInput, Incompatible, NotAvailable
-from ocvtp.errors import Corrupt as DataCorrupt
+from cluster import BadTask, CorruptResult, Interrupted, TasksFailed
+from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.tokens.writer import DiskFull
 from pipelines import efficiency, extract, sample, train
 from pipelines import eval as evaluate
@@ -22,7 +21,7 @@ from pipelines.stage.context import ROOT, home_of, open_stage
     ("error", "code"),
     [
         (BadInput("x"), 2), (Incompatible("x"), 2), (NotAvailable("x"), 2), (BadTask("x"), 2), (DiskFull("x"), 2),
-        (TasksFailed("x"), 1), (Corrupt("x"), 1), (DataCorrupt("x"), 1), (OSError("x"), 1),
+        (TasksFailed("x"), 1), (CorruptResult("x"), 1), (Corrupt("x"), 1), (OSError("x"), 1),
         (KeyboardInterrupt(), 130), (Interrupted(2), 130), (Interrupted(15), 143),
     ],
 )  # fmt: skip
