@@ -16,7 +16,7 @@ from ocvtp.vlms import Entry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
 from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Ablate, Change
 from pipelines.params.fitting import lacking, tokens_kept
-from pipelines.params.model import Params, Train
+from pipelines.params.model import Params, SceneStyle, Train
 
 log = logging.getLogger(__name__)
 SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
@@ -145,6 +145,8 @@ def _sample(params: Params, problems: Problems) -> None:
             problems.add(f"sample.{name}", "null, but sample.source: coco needs the path")
         if sample.source == "scenes" and given is not None:
             problems.add(f"sample.{name}", f"{show(given)} is not read where sample.source is scenes: make it null")
+    if sample.source == "coco" and not sample.questions and sample.style != SceneStyle():
+        problems.add("sample.style", "it is of scenes, but there are none: sample.source is coco, sample.questions 0")
 
 
 def _vlms(names: Sequence[str], problems: Problems) -> list[Entry]:

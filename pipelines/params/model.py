@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field
 
 from cluster import ClusterConfig
 from cluster.validation import Section, Text
+from ocvtp.data.scenes import BackgroundName
 from ocvtp.methods.budget import Budget
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.training.train_config import TrainConfig
@@ -36,6 +37,14 @@ PRUNER = "pruner."
 OR_NULL = BeforeValidator(lambda value: {} if value is None else value)
 
 
+class SceneStyle(Section):
+    """How scenes look: `ocvtp.data.scenes.Style`."""
+
+    small_share: float = Field(default=0.45, ge=0, le=1)
+    background: BackgroundName = "soft"
+    clutter: Natural = 0
+
+
 class Sample(Section):
     """Which images train the pruners, and which questions are asked."""
 
@@ -46,6 +55,7 @@ class Sample(Section):
     image_folder: Text | None = None
     max_reject_rate: float = Field(default=0.001, ge=0, le=1)
     questions: Natural = 320
+    style: SceneStyle = SceneStyle()
 
 
 class Extract(Section):

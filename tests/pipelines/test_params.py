@@ -66,6 +66,8 @@ def test_the_shipped_file_lists_every_entry_of_our_own(shipped: dict[str, Any]) 
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"kep": 16}, ["kep: unknown key", "did you mean keep?", "top_k"]),
     ({"sample__imags": 1}, ["sample.imags: unknown key", "did you mean images?"]),
+    ({"sample__style": {"background": "grass"}}, ["sample.style.background", "grass", "natural"]),
+    ({"sample__style": {"small_share": 2}}, ["sample.style.small_share", "2"]),
     ({"train__lerning_rate": 1}, ["train.lerning_rate: unknown key", "did you mean learning_rate?"]),
     ({"train__seed": 1}, ["train.seed: unknown key"]),
     ({"train__pruner": {"slot_dims": 3}}, ["train.pruner.slot_dims: unknown key", "slot_dim"]),
