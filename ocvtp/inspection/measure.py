@@ -17,9 +17,9 @@ from ocvtp.data.coverage import Covered
 from ocvtp.data.decoding import open_image
 from ocvtp.errors import BadInput
 from ocvtp.inspection.segments import Picture, objects
-from ocvtp.methods import Budget, Look, Method, entry_of, options_of
+from ocvtp.methods import Budget, Encoded, Method, entry_of, options_of
 from ocvtp.pruner.seeding import derive
-from ocvtp.pruning.choosing import looks
+from ocvtp.pruning.choosing import encode_groups
 from ocvtp.selection import prototype_error, span_error
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Map
@@ -170,15 +170,15 @@ def measure(
         some = pictures[start : start + batch_size]
         opened = [open_image(picture.path) for picture in some]
         images = subject.images(opened)
-        vision = family.look(images, layers)
+        vision = family.encode(images, layers)
         hit = [
             objects(picture, image.size, subject.fit, subject.maps(images, number)) if picture.segments else None
             for number, (picture, image) in enumerate(zip(some, opened, strict=True))
         ]
         names = [picture.path.name for picture in some]
         for (_, keep, seed, method), total in zip(cells, sums, strict=True):
-            own = None if type(method).look is not Method.look else vision
-            for look in looks(
+            own = None if type(method).encode is not Method.encode else vision
+            for encoded in encode_groups(
                 family,
                 method,
                 Budget.parse(keep),
@@ -187,20 +187,20 @@ def measure(
                 [[]] * len(some),
                 vision=own,
             ):
-                _add(total, method, look, vision, reference, hit)
+                _add(total, method, encoded, vision, reference, hit)
         if progress is not None:
             progress(min(start + batch_size, len(pictures)), len(pictures))
     return [_row(*cell[:3], total) for cell, total in zip(cells, sums, strict=True)]
 
 
-def _add(total: _Sums, method: Method, look: Look, vision: Vision, reference: int, hit: Sequence[Any]) -> None:
-    tokens_GNC, values_GNV = vision.tokens(reference, look.members), vision.values(look.members)
+def _add(total: _Sums, method: Method, encoded: Encoded, vision: Vision, reference: int, hit: Sequence[Any]) -> None:
+    tokens_GNC, values_GNV = vision.tokens(reference, encoded.members), vision.values(encoded.members)
     _wait(tokens_GNC.device)
     before = time.perf_counter()
-    indices_Gk = method.choose(look).indices_Gk.to(tokens_GNC.device)
+    indices_Gk = method.choose(encoded).indices_Gk.to(tokens_GNC.device)
     _wait(tokens_GNC.device)
-    total.milliseconds.append(1000 * (time.perf_counter() - before) / len(look.members))
-    attention_GKN = method.slots(look)
+    total.milliseconds.append(1000 * (time.perf_counter() - before) / len(encoded.members))
+    attention_GKN = method.slots(encoded)
     if attention_GKN is None:
         distinct_G = (indices_Gk >= 0).sum(1)
     else:
@@ -214,8 +214,8 @@ def _add(total: _Sums, method: Method, look: Look, vision: Vision, reference: in
     }
     for name, values_G in numbers.items():
         total.numbers[name] += float(values_G.sum())
-    total.images += len(look.members)
-    for member, row in zip(look.members, indices_Gk.tolist(), strict=True):
+    total.images += len(encoded.members)
+    for member, row in zip(encoded.members, indices_Gk.tolist(), strict=True):
         if hit[member] is not None:
             total.covered += hit[member].covered_by(row)
 

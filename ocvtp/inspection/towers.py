@@ -130,7 +130,7 @@ class TowerFamily(Family):
     def spans(self, images: Images) -> NoReturn:  # noqa: D102
         raise Incompatible(_NO_PROMPTS)
 
-    def look(self, images: Images, layers: Collection[int], *, values: bool = True) -> TowerVision:  # noqa: D102
+    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TowerVision:  # noqa: D102
         model = self.model
         pixels = images.pixels.to(model.device, model.dtype)
         found = model(pixel_values=pixels, output_hidden_states=True)

@@ -18,7 +18,7 @@ from ocvtp.methods import (
     vanilla,
     visionzip,
 )
-from ocvtp.methods.base import Entry, Kept, Look, Method, nearest, options_of
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, nearest, options_of
 from ocvtp.methods.budget import Budget, Keep
 
 REGISTRY: Mapping[str, Entry] = {
@@ -40,7 +40,7 @@ REGISTRY: Mapping[str, Entry] = {
     )
 }
 
-__all__ = ["REGISTRY", "Budget", "Entry", "Keep", "Kept", "Look", "Method", "describe", "entry_of", "options_of"]
+__all__ = ["REGISTRY", "Budget", "Encoded", "Entry", "Keep", "Kept", "Method", "describe", "entry_of", "options_of"]
 
 
 def entry_of(name: str) -> Entry:

@@ -21,7 +21,7 @@ Acts = Literal["nowhere", "before the LLM", "inside the LLM"]
 
 
 @dataclass(frozen=True)
-class Look:
+class Encoded:
     """Images whose tokens stand alike, as a method before the LLM sees them.
 
     Attributes:
@@ -83,18 +83,18 @@ class Method(ABC):
         """Indices into `hidden_states` of the layers that it looks at."""
         return ()
 
-    def look(self, family: Family, images: Images, keeps: Sequence[int]) -> Vision:
+    def encode(self, family: Family, images: Images, keeps: Sequence[int]) -> Vision:
         """Run the tower once. A method that changes what the tower does has a pass of its own here.
 
         `keeps` is k of each image.
         """
-        return family.look(images, self.layers())
+        return family.encode(images, self.layers())
 
     @abstractmethod
-    def choose(self, look: Look) -> Kept:
-        """Choose `look.keep` tokens of each image."""
+    def choose(self, encoded: Encoded) -> Kept:
+        """Choose `encoded.keep` tokens of each image."""
 
-    def slots(self, look: Look) -> Tensor | None:
+    def slots(self, encoded: Encoded) -> Tensor | None:
         """Attention of K slots over the tokens by which it chooses, [G, K, N]; None of methods without slots."""
         return None
 

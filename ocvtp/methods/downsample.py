@@ -13,7 +13,7 @@ Letters: G images of a group, N tokens of an image, k cells, V width of the valu
 from collections.abc import Mapping
 from typing import Any
 
-from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, no_pruner
 from ocvtp.methods.tiles import cells
 from ocvtp.vlms.family import Family
 
@@ -21,9 +21,9 @@ from ocvtp.vlms.family import Family
 class Downsample(Method):
     """Means of the cells of a coarser grid."""
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102 - as in Method
-        values_GNV = look.vision.values(look.members)
-        weights_kN, centres_k = cells(look.layout, look.keep, values_GNV.device)
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102 - as in Method
+        values_GNV = encoded.vision.values(encoded.members)
+        weights_kN, centres_k = cells(encoded.layout, encoded.keep, values_GNV.device)
         pooled_GkV = (weights_kN @ values_GNV.float()).to(values_GNV.dtype)
         return Kept(centres_k.expand(len(pooled_GkV), -1), pooled_GkV)
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.methods.base import Entry, Kept, Look, Method, ascending, behave, highest, no_pruner, one_of, whole
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, ascending, behave, highest, no_pruner, one_of, whole
 from ocvtp.methods.tiles import TILES, budgets, neighbours
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Layout, Part
@@ -53,12 +53,12 @@ class HiPrune(Method):
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
         return {self._shallow, self._deep}
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102
-        shallow_GN, deep_GN = look.received(self._shallow), look.received(self._deep)
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
+        shallow_GN, deep_GN = encoded.received(self._shallow), encoded.received(self._deep)
         if self._options["tiles"] == "together":
-            return Kept(self._pick(shallow_GN, deep_GN, look.layout, look.keep))
+            return Kept(self._pick(shallow_GN, deep_GN, encoded.layout, encoded.keep))
         found = []
-        for members_n, grid, keep in budgets(look.layout, look.keep, self._options["tiles"], shallow_GN.device):
+        for members_n, grid, keep in budgets(encoded.layout, encoded.keep, self._options["tiles"], shallow_GN.device):
             picked_Gk = self._pick(shallow_GN[:, members_n], deep_GN[:, members_n], (Part(0, grid),), keep)
             found.append(torch.where(picked_Gk < 0, picked_Gk, members_n[picked_Gk]))
         return Kept(ascending(torch.cat(found, 1)))

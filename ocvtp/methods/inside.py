@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods.base import Kept, Look, Method, one_of
+from ocvtp.methods.base import Encoded, Kept, Method, one_of
 from ocvtp.vlms.family import Family
 
 BUDGETS = ("average", "reference")
@@ -104,9 +104,9 @@ class Inside(Method):
         """Tokens of an image that each layer reads."""
         return counts(self.depth, tokens, self.stages, self.planned(tokens, keep))
 
-    def choose(self, look: Look) -> Kept:
+    def choose(self, encoded: Encoded) -> Kept:
         """Hand everything on."""
-        return Kept(torch.arange(look.count).expand(len(look.members), -1))
+        return Kept(torch.arange(encoded.count).expand(len(encoded.members), -1))
 
     def refuse(self, tokens: int, keep: int, least: int, *, ways: Sequence[str] = ()) -> BadInput:
         """The error about a budget below the least average, and ways around it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner, whole
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, no_pruner, whole
 from ocvtp.pruner import OCPruner, PrunerConfig, checks
 from ocvtp.pruner.select import Selection
 from ocvtp.vlms.catalogue import weights_of
@@ -39,21 +39,23 @@ class OCVTP(Method):
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
         return {self._layer, self._fill_block} if self._fills else {self._layer}
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102
-        return Kept(self._select(look).indices_BS)
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
+        return Kept(self._select(encoded).indices_BS)
 
-    def slots(self, look: Look) -> Tensor | None:  # noqa: D102
-        return self._select(look).attention_BKN
+    def slots(self, encoded: Encoded) -> Tensor | None:  # noqa: D102
+        return self._select(encoded).attention_BKN
 
-    def _select(self, look: Look) -> Selection:
-        tokens_GNC = look.tokens(self._layer)
+    def _select(self, encoded: Encoded) -> Selection:
+        tokens_GNC = encoded.tokens(self._layer)
         if self.pruner.device != tokens_GNC.device:
             self.pruner.to(tokens_GNC.device)
         if self.pruner.training:  # its FFN may have dropout
             self.pruner.eval()
-        scores_GN = look.received(self._fill_block) if self._fills else None
+        scores_GN = encoded.received(self._fill_block) if self._fills else None
         options = {name: value for name, value in self._selection.items() if value is not None}
-        return self.pruner.select_details(tokens_GNC, look.keep, seeds=look.seeds, fill_scores=scores_GN, **options)
+        return self.pruner.select_details(
+            tokens_GNC, encoded.keep, seeds=encoded.seeds, fill_scores=scores_GN, **options
+        )
 
 
 def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:

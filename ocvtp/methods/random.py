@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from ocvtp.methods.base import Entry, Kept, Look, Method, no_pruner
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, no_pruner
 from ocvtp.vlms.family import Family
 
 
 class Random(Method):
     """A sample of each image's tokens from its own generator."""
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102 - as in Method
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102 - as in Method
         rows = [
-            torch.randperm(look.count, generator=torch.Generator().manual_seed(seed))[: look.keep].sort().values
-            for seed in look.seeds
+            torch.randperm(encoded.count, generator=torch.Generator().manual_seed(seed))[: encoded.keep].sort().values
+            for seed in encoded.seeds
         ]
         return Kept(torch.stack(rows))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.methods.base import Entry, Kept, Look, Method, ascending, no_pruner, one_of
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, ascending, no_pruner, one_of
 from ocvtp.methods.tiles import TILES, budgets
 from ocvtp.selection import CHOICES
 from ocvtp.vlms.family import Family
@@ -34,12 +34,12 @@ class Selection(Method):
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
         return {self._layer}
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102
-        tokens_GNC = look.tokens(self._layer)
-        if self._tiles == "together" or len(look.layout) == 1:
-            return Kept(self._choice(tokens_GNC, look.keep))
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
+        tokens_GNC = encoded.tokens(self._layer)
+        if self._tiles == "together" or len(encoded.layout) == 1:
+            return Kept(self._choice(tokens_GNC, encoded.keep))
         found = [torch.empty(len(tokens_GNC), 0, dtype=torch.int64, device=tokens_GNC.device)]
-        for members_n, _, keep in budgets(look.layout, look.keep, self._tiles, tokens_GNC.device):
+        for members_n, _, keep in budgets(encoded.layout, encoded.keep, self._tiles, tokens_GNC.device):
             if keep:
                 found.append(members_n[self._choice(tokens_GNC[:, members_n], keep)])
         return Kept(ascending(torch.cat(found, 1)))

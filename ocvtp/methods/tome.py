@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot, scaled_dot_product_attention
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of
 from ocvtp.methods.tiles import share_evenly
 from ocvtp.vlms import clip
 from ocvtp.vlms.family import Family, Vision, take
@@ -155,7 +155,7 @@ class ToMe(Method):
     def __init__(self, blocks: int, order: str) -> None:
         self._blocks, self._order = blocks, order
 
-    def look(self, family: Family, images: Images, keeps: Sequence[int]) -> Merged:  # noqa: D102 - as in Method
+    def encode(self, family: Family, images: Images, keeps: Sequence[int]) -> Merged:  # noqa: D102 - as in Method
         assert isinstance(family, clip.Tiled)  # noqa: S101 - as _build has seen
         tiles = family.tiles(images)
         shares = [
@@ -177,9 +177,9 @@ class ToMe(Method):
             kept.append((torch.cat(numbers), torch.cat([tokens_nC for _, _, tokens_nC in found])))
         return Merged(family, images, kept)
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102
-        assert isinstance(look.vision, Merged)  # noqa: S101 - it comes from `look`
-        rows = [look.vision.kept[member] for member in look.members]
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
+        assert isinstance(encoded.vision, Merged)  # noqa: S101 - it comes from `encode`
+        rows = [encoded.vision.kept[member] for member in encoded.members]
         values_GkV = torch.stack([values_kV for _, values_kV in rows])
         indices_Gk, order_Gk = torch.stack([numbers_k for numbers_k, _ in rows]).sort(1)
         return Kept(indices_Gk, values_GkV if self._order == "merged" else _rows(values_GkV, order_Gk))

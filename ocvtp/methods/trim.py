@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible, NotAvailable
-from ocvtp.methods.base import Entry, Kept, Look, Method, behave, highest, no_pruner, one_of
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, highest, no_pruner, one_of
 from ocvtp.vlms.family import Family
 
 _REFERENCE = {"similarity": ("cosine", "dot"), "rank": ("similarity", "softmax"), "mean": ("place", "end")}
@@ -56,16 +56,16 @@ class Trim(Method):
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
         return {self._layer}
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102
-        tokens_GNC, values_GNV = look.tokens(self._layer), look.vision.values(look.members)
-        text_GP = self.embed(self.questions(look.prompts), tokens_GNC.device)
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
+        tokens_GNC, values_GNV = encoded.tokens(self._layer), encoded.vision.values(encoded.members)
+        text_GP = self.embed(self.questions(encoded.prompts), tokens_GNC.device)
         image_GNP = self._image(tokens_GNC.to(self._text_projection.weight.dtype)).float()
         if self._options["similarity"] == "cosine":
             image_GNP, text_GP = (torch.nn.functional.normalize(each, dim=-1) for each in (image_GNP, text_GP))
         scores_GN = -(image_GNP @ text_GP[..., None])[..., 0]
         if self._options["rank"] == "softmax":
             scores_GN = scores_GN.softmax(1)
-        return self._with_mean(highest(scores_GN, look.keep - 1), values_GNV)
+        return self._with_mean(highest(scores_GN, encoded.keep - 1), values_GNV)
 
     def _with_mean(self, picked_Gp: Tensor, values_GNV: Tensor) -> Kept:
         """The tokens that were picked and the mean of the others."""

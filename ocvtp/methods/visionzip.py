@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import Incompatible
-from ocvtp.methods.base import Entry, Kept, Look, Method, behave, no_pruner, one_of, whole
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.tiles import TILES, budgets
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Facts
@@ -71,18 +71,20 @@ class VisionZip(Method):
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
         return {self._block}
 
-    def choose(self, look: Look) -> Kept:  # noqa: D102
-        vision, members = look.vision, look.members
-        scores_GN = vision.from_cls(self._block, members) if self._cls else look.received(self._block)
+    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
+        vision, members = encoded.vision, encoded.members
+        scores_GN = vision.from_cls(self._block, members) if self._cls else encoded.received(self._block)
         keys_GNE = torch.nn.functional.normalize(vision.keys(self._block, members).float(), dim=2)
         values_GNV = vision.values(members)
         if self._options["tiles"] == "together":
-            everything_N = torch.arange(look.count, device=scores_GN.device)
-            zipped = [self._zip(everything_N, look.keep, scores_GN, keys_GNE, values_GNV)]
+            everything_N = torch.arange(encoded.count, device=scores_GN.device)
+            zipped = [self._zip(everything_N, encoded.keep, scores_GN, keys_GNE, values_GNV)]
         else:
             zipped = [
                 self._zip(members_n, keep, scores_GN, keys_GNE, values_GNV)
-                for members_n, _, keep in budgets(look.layout, look.keep, self._options["tiles"], scores_GN.device)
+                for members_n, _, keep in budgets(
+                    encoded.layout, encoded.keep, self._options["tiles"], scores_GN.device
+                )
             ]
         return self._joined(zipped, values_GNV, vision, members)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocvtp.methods import Budget, Kept, Look, Method
+from ocvtp.methods import Budget, Encoded, Kept, Method
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Layout, Placed
 
@@ -36,10 +36,10 @@ def choose(
     """
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
-    for look in looks(family, method, budget, images, seeds, prompts):
+    for encoded in encode_groups(family, method, budget, images, seeds, prompts):
         with torch.no_grad():
-            kept = method.choose(look)
-        for member, (chosen, taken) in zip(look.members, _taken(kept, look), strict=True):
+            kept = method.choose(encoded)
+        for member, (chosen, taken) in zip(encoded.members, _taken(kept, encoded), strict=True):
             indices[member], values[member] = chosen, taken
     order = range(len(images))
     features = family.project([values[i] for i in order])
@@ -56,15 +56,15 @@ def slots(
 ) -> list[Tensor | None]:
     """Attention of the slots by which tokens of each image are chosen, [K, N]; None where there are none."""
     found: dict[int, Tensor | None] = {}
-    for look in looks(family, method, budget, images, seeds, prompts):
+    for encoded in encode_groups(family, method, budget, images, seeds, prompts):
         with torch.no_grad():
-            attention_GKN = method.slots(look)
-        for row, member in enumerate(look.members):
+            attention_GKN = method.slots(encoded)
+        for row, member in enumerate(encoded.members):
             found[member] = None if attention_GKN is None else attention_GKN[row]
     return [found[i] for i in range(len(images))]
 
 
-def looks(
+def encode_groups(
     family: Family,
     method: Method,
     budget: Budget,
@@ -72,14 +72,14 @@ def looks(
     seeds: Sequence[int],
     prompts: Sequence[list[int]],
     vision: Vision | None = None,
-) -> Iterator[Look]:
+) -> Iterator[Encoded]:
     """The images as the method sees them, in groups, after one pass of the tower, unless its `vision` is given."""
     counts = family.counts(images)
     keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
-    vision = method.look(family, images, keeps) if vision is None else vision
+    vision = method.encode(family, images, keeps) if vision is None else vision
     for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
-        yield Look(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
+        yield Encoded(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
 
 
 def _groups(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int], list[int]]:
@@ -89,11 +89,11 @@ def _groups(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int],
     return groups
 
 
-def _taken(kept: Kept, look: Look) -> list[tuple[Tensor, Tensor]]:
+def _taken(kept: Kept, encoded: Encoded) -> list[tuple[Tensor, Tensor]]:
     """Numbers, on the CPU, and values of what stays of each image."""
     values_GkV = kept.values_GkV
     if values_GkV is None:
-        values_GNV = look.vision.values(look.members)
+        values_GNV = encoded.vision.values(encoded.members)
         indices_Gk = kept.indices_Gk.to(values_GNV.device).clamp(min=0)
         values_GkV = values_GNV.gather(1, indices_Gk[..., None].expand(-1, -1, values_GNV.shape[2]))
     indices_Gk = kept.indices_Gk.cpu()

@@ -24,7 +24,7 @@ from ocvtp.vlms.family import Family
 
 
 @dataclass(frozen=True)
-class Looked:
+class EncodedCall:
     """Images of one call in `rows` prompts of `length` columns, looked at before the language model starts."""
 
     spots: list[Spot]
@@ -98,14 +98,14 @@ class Forward:
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
 
-    def shortened(self, call: dict[str, Any], looked: Looked, rows: int) -> tuple[Any, Told]:
+    def shortened(self, call: dict[str, Any], encoded: EncodedCall, rows: int) -> tuple[Any, Told]:
         """Run the model on prompts with the kept tokens only."""
         cache, ids_BL, mask_BL = call.get("past_key_values"), call["input_ids"], call.get("attention_mask")
         if mask_BL is not None and mask_BL.ndim != 2:
             raise BadInput(f"a pruned model needs a mask of two dimensions, not of shape {list(mask_BL.shape)}")
         if isinstance(call.get("logits_to_keep"), Tensor):
             raise BadInput("a pruned model needs logits_to_keep as a number: columns are others after pruning")
-        spots = _repeated(looked, rows)
+        spots = _repeated(encoded, rows)
         before_BS, positions_PBL, mask_BL = self._placed(call, cache, ids_BL, mask_BL)
         spliced = splice(mask_BL, positions_PBL, spots, self._positions)
         whole_BS = spliced.mask_BS if before_BS is None else torch.cat([before_BS, spliced.mask_BS], 1)
@@ -126,11 +126,11 @@ class Forward:
             assert self._method is not None  # noqa: S101 - else there are no layers
             run = shortening(
                 layers, self._method, self._budget, spliced, spots, self._positions,
-                labels_BS=labels_BS, length=looked.length, before_BS=before_BS, prefix=prefix,
+                labels_BS=labels_BS, length=encoded.length, before_BS=before_BS, prefix=prefix,
             )  # fmt: skip
             with layers.running(run):
                 output = self._plain(**call)
-            copies = len(spots) // len(looked.spots)
+            copies = len(spots) // len(encoded.spots)
             told = Told(run.prompts.columns_BS, kept_of(run, copies), counts_of(run, copies))
             held = tuple(run.held)
             if labels_BL is not None:
@@ -215,9 +215,9 @@ class Forward:
         return self._layers
 
 
-def _repeated(looked: Looked, rows: int) -> list[Spot]:
+def _repeated(encoded: EncodedCall, rows: int) -> list[Spot]:
     """The spots of prompts that were repeated, each as often as the others, for beams or several answers."""
-    if rows % looked.rows:
-        raise BadInput(f"{rows} prompts reached the model, which is no multiple of the {looked.rows} that were given")
-    copies = rows // looked.rows
-    return [replace(spot, row=spot.row * copies + copy) for spot in looked.spots for copy in range(copies)]
+    if rows % encoded.rows:
+        raise BadInput(f"{rows} prompts reached the model, which is no multiple of the {encoded.rows} that were given")
+    copies = rows // encoded.rows
+    return [replace(spot, row=spot.row * copies + copy) for spot in encoded.spots for copy in range(copies)]

@@ -24,7 +24,7 @@ from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
 from ocvtp.pruning.choosing import Choice, choose, slots
-from ocvtp.pruning.forward import Forward, Looked
+from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.vlms.families import family_of
@@ -180,32 +180,32 @@ class Handle:
         self._prompts.check(call, self._family.counts(images))
         ids_BL = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
         with torch.no_grad():
-            looked = self._look(self._method, ids_BL, call.get("attention_mask"), images)
+            encoded = self._encode(self._method, ids_BL, call.get("attention_mask"), images)
         dropped = self._family.vision_inputs - self._family.position_inputs
         kept = {name: value for name, value in call.items() if name not in dropped}
-        return self._run_generate(looked, kept)
+        return self._run_generate(encoded, kept)
 
-    def _run_generate(self, looked: Looked | None, call: dict[str, Any]) -> Any:
+    def _run_generate(self, encoded: EncodedCall | None, call: dict[str, Any]) -> Any:
         before = self._state()
-        self._running.state = (True, looked)
+        self._running.state = (True, encoded)
         try:
             return self._generate(**call)
         finally:
             self._running.state = before
 
-    def _state(self) -> tuple[bool, Looked | None]:
+    def _state(self) -> tuple[bool, EncodedCall | None]:
         """Whether this thread is inside `generate`, and the images it was given."""
-        state: tuple[bool, Looked | None] = getattr(self._running, "state", (False, None))
+        state: tuple[bool, EncodedCall | None] = getattr(self._running, "state", (False, None))
         return state
 
     def _pruned_forward(self, *args: Any, **kwargs: Any) -> Any:
         call = calls.by_name(self._forward, args, kwargs)
-        inside, looked = self._state()
+        inside, encoded = self._state()
         cache, ids_Bq = call.get("past_key_values"), call.get("input_ids")
-        if looked is not None:
+        if encoded is not None:
             fresh = Prefix.of(cache) is None
             if fresh and ids_Bq is not None and bool((ids_Bq == self._family.placeholder).any()):
-                return self._shortened(call, looked, len(ids_Bq))
+                return self._shortened(call, encoded, len(ids_Bq))
         elif not inside:
             if self._method is not None:
                 calls.refuse_hidden(call, self._family.placeholder)
@@ -213,8 +213,8 @@ class Handle:
             if images is not None and self._method is not None:
                 calls.refuse(call)
                 self._prompts.check(call, self._family.counts(images))
-                looked = self._look(self._method, ids_Bq, call.get("attention_mask"), images)
-                return self._shortened(call, looked, looked.rows)
+                encoded = self._encode(self._method, ids_Bq, call.get("attention_mask"), images)
+                return self._shortened(call, encoded, encoded.rows)
             if images is not None or Prefix.of(cache) is None:
                 self._keep_all(images)
         prefix = Prefix.of(cache)
@@ -222,7 +222,7 @@ class Handle:
 
     # --- Images ------------------------------------------------------------------------------------------------------
 
-    def _look(self, method: Method, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> Looked:
+    def _encode(self, method: Method, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> EncodedCall:
         """Choose tokens of each image, and find out where they go."""
         if ids_BL is None:
             raise BadInput("a pruned model needs input_ids beside images")
@@ -232,7 +232,7 @@ class Handle:
         self.last_kept = [choice.indices_k.tolist() for choice in choices]
         self.last_layers = [[len(choice.placed.places_X) for choice in choices] for _ in range(self._depth)]
         spots = [_spot(*where, choice) for where, choice in zip(found, choices, strict=True)]
-        return Looked(spots, *ids_BL.shape)
+        return EncodedCall(spots, *ids_BL.shape)
 
     def _prompts_of(self, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> list[list[int]]:
         """Token ids of the prompt that each image stands in, if the method reads them."""
@@ -241,9 +241,9 @@ class Handle:
         texts = _texts(ids_BL, mask_BL, self._family.placeholder)
         return [texts[row] for row, _, _ in self._family.find(ids_BL, images)]
 
-    def _shortened(self, call: dict[str, Any], looked: Looked, rows: int) -> Any:
+    def _shortened(self, call: dict[str, Any], encoded: EncodedCall, rows: int) -> Any:
         """Run the model on prompts with fewer tokens, and note what came of them."""
-        output, told = self._prompts.shortened(call, looked, rows)
+        output, told = self._prompts.shortened(call, encoded, rows)
         self.last_columns = told.columns_BS
         if told.kept is not None and told.layers is not None:
             self.last_kept, self.last_layers = told.kept, told.layers

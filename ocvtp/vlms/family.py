@@ -130,7 +130,7 @@ class Family(ABC):
     # --- Vision ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def look(self, images: Images, layers: Collection[int], *, values: bool = True) -> Vision:
+    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> Vision:
         """Run the tower once and keep `hidden_states` of these layers.
 
         It stops after the deepest layer that is asked for or, with `values`, that values come from.

@@ -105,7 +105,7 @@ class LlavaFamily(Family):
     def spans(self, images: Images) -> list[int]:  # noqa: D102
         return self.counts(images)
 
-    def look(self, images: Images, layers: Collection[int], *, values: bool = True) -> LlavaVision:  # noqa: D102
+    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> LlavaVision:  # noqa: D102
         wanted = {*layers, *([self.facts.feature_layer] if values else [])}
         states = clip.hidden_states(self.tower, images.pixels, wanted)
         return LlavaVision(self, states, self.counts(images), self.grids(images))

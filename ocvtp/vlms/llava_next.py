@@ -200,7 +200,7 @@ class LlavaNextFamily(Family):
     def spans(self, images: Images) -> list[int]:  # noqa: D102
         return [shape.span for shape in self._shapes(images)]
 
-    def look(self, images: Images, layers: Collection[int], *, values: bool = True) -> LlavaNextVision:  # noqa: D102
+    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> LlavaNextVision:  # noqa: D102
         wanted = {*layers, *([self.facts.feature_layer] if values else [])}
         shapes = self._shapes(images)
         return LlavaNextVision(

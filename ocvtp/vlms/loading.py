@@ -89,7 +89,7 @@ class VLM:
         """
         indices = {layer: self.family.index(layer) for layer in layers}
         with torch.inference_mode():
-            vision = self._seen.look(images, set(indices.values()), values=False)
+            vision = self._seen.encode(images, set(indices.values()), values=False)
             everyone = range(len(images))
             if len(set(vision.counts)) == 1:
                 return {layer: vision.tokens(index, everyone) for layer, index in indices.items()}

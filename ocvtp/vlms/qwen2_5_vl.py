@@ -196,7 +196,7 @@ class Qwen25VLFamily(Family):
 
     # --- Vision ------------------------------------------------------------------------------------------------------
 
-    def look(self, images: Images, layers: Collection[int], *, values: bool = True) -> Qwen25VLVision:  # noqa: D102
+    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> Qwen25VLVision:  # noqa: D102
         assert images.sizes is not None  # noqa: S101
         tower = self.tower
         deepest = self.facts.depth if values else max(layers)

@@ -26,7 +26,7 @@ def publish(maker: Maker, curves: dict[str, Curve], out: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).to(maker.device)
     features = tower.all_features(model.model.vision_tower, maker.unseen, maker.device)
 
-    def look(indices: np.ndarray, chosen_BV: torch.Tensor) -> torch.Tensor:
+    def encode(indices: np.ndarray, chosen_BV: torch.Tensor) -> torch.Tensor:
         tokens_BPC = features[indices].float()
         chosen_BVC = tokens_BPC.gather(1, chosen_BV[..., None].expand(-1, -1, tokens_BPC.shape[2]))
         projected: torch.Tensor = model.model.multi_modal_projector(chosen_BVC.to(maker.device))
@@ -34,7 +34,7 @@ def publish(maker: Maker, curves: dict[str, Curve], out: Path) -> None:
 
     found: dict[str, float] = {}
     for kept in KEPT:
-        found |= language.answer_accuracy(model, maker.asker, maker.unseen, look, kept, maker.device)
+        found |= language.answer_accuracy(model, maker.asker, maker.unseen, encode, kept, maker.device)
     constant = _best_constant(maker.unseen)
     rows = [
         f"| {kind} | {100 * constant[kind]:.1f} | "

@@ -163,13 +163,13 @@ def step_losses(
     model: LlavaForConditionalGeneration,
     asker: Asker,
     pool: Pool,
-    look: Callable[[NDArray[np.int64], Tensor], Tensor],
+    encode: Callable[[NDArray[np.int64], Tensor], Tensor],
     kept_at: Callable[[int, np.random.Generator], int],
     *,
     batch: int,
     seed: tuple[int, ...],
 ) -> Callable[[int], Losses]:
-    """The loss of a step; `look(indices, chosen_BV)` gives the vision embeddings of the chosen patches."""
+    """The loss of a step; `encode(indices, chosen_BV)` gives the vision embeddings of the chosen patches."""
     bos_user = _prefix(asker)
 
     def losses(step: int) -> Losses:
@@ -177,7 +177,7 @@ def step_losses(
         indices = rng.integers(0, len(pool), batch)
         chosen_BV = choose_tokens(pool, indices, kept_at(step, rng), rng)
         packed = asker.pack([pool.scenes[i] for i in indices], rng)
-        return {"answers": answer_losses(model, look(indices, chosen_BV), packed, bos_user)[0]}
+        return {"answers": answer_losses(model, encode(indices, chosen_BV), packed, bos_user)[0]}
 
     return losses
 
@@ -187,7 +187,7 @@ def answer_accuracy(
     model: LlavaForConditionalGeneration,
     asker: Asker,
     pool: Pool,
-    look: Callable[[NDArray[np.int64], Tensor], Tensor],
+    encode: Callable[[NDArray[np.int64], Tensor], Tensor],
     kept: int,
     device: str,
 ) -> Mapping[str, float]:
@@ -203,7 +203,7 @@ def answer_accuracy(
             packed = _pack_each(asker, [q for _, q in rows])
             some = [b for b, _ in rows]
             with autocast(device):
-                vision_BVD = look(indices[some], chosen_BV[some])
+                vision_BVD = encode(indices[some], chosen_BV[some])
                 _, logits_BQLK = answer_losses(model, vision_BVD, packed, _prefix(asker))
             wanted_B1L = packed.labels_BQL
             first_B = (wanted_B1L[:, 0] != IGNORED).float().argmax(1)

@@ -112,24 +112,24 @@ class Maker:
             vision = self.model.model.vision_tower
             self._features = {id(p): tower.all_features(vision, p, self.device) for p in (self.pool, self.unseen)}
 
-        def looker(pool: object) -> Callable[[NDArray[np.int64], Tensor], Tensor]:
+        def encoder(pool: object) -> Callable[[NDArray[np.int64], Tensor], Tensor]:
             features_SPC = self._features[id(pool)]
 
-            def look(indices: NDArray[np.int64], chosen_BV: Tensor) -> Tensor:
+            def encode(indices: NDArray[np.int64], chosen_BV: Tensor) -> Tensor:
                 tokens_BPC = features_SPC[indices].float()
                 chosen_BVC = tokens_BPC.gather(1, chosen_BV[..., None].expand(-1, -1, tokens_BPC.shape[2]))
                 projected: Tensor = self.model.model.multi_modal_projector(chosen_BVC.to(self.device))
                 return projected
 
-            return look
+            return encode
 
-        return looker
+        return encoder
 
     def _questions(
         self,
         name: str,
         parts: nn.ModuleDict,
-        looker: Callable[[object], Callable[[NDArray[np.int64], Tensor], Tensor]],
+        encoder: Callable[[object], Callable[[NDArray[np.int64], Tensor], Tensor]],
         kept_at: Callable[[int, np.random.Generator], int],
         schedule: Schedule,
     ) -> Curve:
@@ -137,7 +137,7 @@ class Maker:
             self.model,
             self.asker,
             self.pool,
-            looker(self.pool),
+            encoder(self.pool),
             kept_at,
             batch=self.recipe.batch,
             seed=(self.recipe.seed, 2 + STAGES.index(name)),
@@ -146,8 +146,8 @@ class Maker:
         def evaluate() -> Mapping[str, float]:
             found: dict[str, float] = {}
             for kept in (PATCHES, 48, 16):
-                look = looker(self.unseen)
-                found |= language.answer_accuracy(self.model, self.asker, self.unseen, look, kept, self.device)
+                encode = encoder(self.unseen)
+                found |= language.answer_accuracy(self.model, self.asker, self.unseen, encode, kept, self.device)
             return found
 
         return fit(name, parts, losses, schedule, self.work, device=self.device, evaluate=evaluate)

@@ -202,7 +202,7 @@ def test_the_choice_of_llava_is_that_of_the_function(llava: Any, scenes: Path) -
     found = pictures(images_of(scenes))
     (row,) = measure(subject, found, [Asked("css", 3)], [0.25], [0], layer=3)
     images = subject.images([Image.open(picture.path) for picture in found])
-    tokens = family.look(images, {3}).tokens(3, range(6))
+    tokens = family.encode(images, {3}).tokens(3, range(6))
     assert row.span == pytest.approx(float(span_error(tokens, css(tokens, 4)).mean()), rel=1e-4)
     assert row.cover is None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ocvtp
-from ocvtp.methods import Look, Method
+from ocvtp.methods import Encoded, Method
 from ocvtp.vlms import family_of
 from ocvtp.vlms.family import Vision
 from ocvtp.vlms.images import Facts, Layout, Part
@@ -78,9 +78,9 @@ class Numbers(Vision):
         return self.draw("cls_values", self._images, len(owners(self._layout)), self._width)[list(members)]
 
 
-def look_at(vision: Numbers, keep: int) -> Look:
+def encoded_of(vision: Numbers, keep: int) -> Encoded:
     members = range(len(vision.counts))
-    return Look(vision, list(members), keep, [0 for _ in members], vision.grids, [[] for _ in members])
+    return Encoded(vision, list(members), keep, [0 for _ in members], vision.grids, [[] for _ in members])
 
 
 FACTS = Facts(tokens=16, grid=(4, 4), width=5, depth=6, feature_layer=5, cls=True)
@@ -120,11 +120,11 @@ class Tools:
     @staticmethod
     def choose(method: Method, vision: Numbers, keep: int) -> tuple[Tensor, Tensor]:
         """Numbers, and the values that the LLM reads."""
-        look = look_at(vision, keep)
-        kept = method.choose(look)
+        encoded = encoded_of(vision, keep)
+        kept = method.choose(encoded)
         if kept.values_GkV is not None:
             return kept.indices_Gk, kept.values_GkV
-        values_GNV = vision.values(look.members)
+        values_GNV = vision.values(encoded.members)
         rows = [values_GNV[image, row[row >= 0]] for image, row in enumerate(kept.indices_Gk)]
         return kept.indices_Gk, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 

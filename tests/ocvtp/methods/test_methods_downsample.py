@@ -82,7 +82,7 @@ def test_every_budget_has_its_cells(tools: Any, name: str) -> None:
 def test_on_models(vlm: Any, pictures: Any, tools: Any, keep: int) -> None:
     seen = tools.prune(vlm, pictures, "downsample", keep)
     family = tools.family(vlm)
-    vision = family.look(family.images(pictures), ())
+    vision = family.encode(family.images(pictures), ())
     for image in range(8):
         centres, expected = slowly(vision.layout(image), vision.values([image])[0], keep)
         assert seen.kept[image] == centres

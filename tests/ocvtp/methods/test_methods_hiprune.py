@@ -155,7 +155,7 @@ def test_on_models(vlm: Any, pictures: Any, tools: Any, keep: int, alpha: float,
     family = tools.family(vlm)
     blocks = (2, family.facts.feature_layer - 1)
     seen = tools.prune(vlm, pictures, "hiprune", keep, behaviour=behaviour, object_layer=3, alpha=alpha)
-    vision = family.look(family.images(pictures), blocks)
+    vision = family.encode(family.images(pictures), blocks)
     for image in range(8):
         layout = vision.layout(image)
         shallow, deep = (vision.received(block, [image])[0] for block in blocks)

@@ -92,7 +92,7 @@ def test_on_models(vlm: Any, pictures: Any, tools: Any, keep: int, behaviour: st
         vlm, pictures, "trim", keep, behaviour=behaviour, clip=clip, clip_tokenizer=words,
         tokenizer=vlm.processor.tokenizer,
     )  # fmt: skip
-    vision = family.look(family.images(pictures), {family.facts.feature_layer})
+    vision = family.encode(family.images(pictures), {family.facts.feature_layer})
     texts = vlm.processor.tokenizer.batch_decode(pictures["input_ids"], skip_special_tokens=True)
     assert len(set(texts)) == 8
     for image in range(8):

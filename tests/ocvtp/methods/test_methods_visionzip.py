@@ -124,7 +124,7 @@ def test_ties_and_all(tools: Any, name: str, behaviour: str, has_cls: bool) -> N
 def test_on_models(vlm: Any, pictures: Any, tools: Any, keep: int, behaviour: str) -> None:
     seen, family = tools.prune(vlm, pictures, "visionzip", keep, behaviour=behaviour), tools.family(vlm)
     block = family.facts.feature_layer - 1
-    vision = family.look(family.images(pictures), {block})
+    vision = family.encode(family.images(pictures), {block})
     for image in range(8):
         owners, reference = tools.owners(vision.layout(image)), behaviour == "reference"
         if reference and keep < len(owners):

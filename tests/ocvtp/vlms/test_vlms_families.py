@@ -371,7 +371,7 @@ def test_the_tower_stops_after_the_layer_it_needs(vlm: Any, batch: Any) -> None:
     ]
     for layers, values, blocks in (([2], False, 2), ([1, 3], False, 3), ([2], True, family.facts.feature_layer)):
         ran.clear()
-        family.look(inputs, layers, values=values)
+        family.encode(inputs, layers, values=values)
         assert ran == list(range(blocks))
     ran.clear()
     with torch.no_grad(), prune(vlm, "oc-vtp", KEEP):
@@ -385,7 +385,7 @@ def test_the_tower_stops_after_the_layer_it_needs(vlm: Any, batch: Any) -> None:
 def test_what_is_projected_of_all_tokens_is_what_transformers_makes_of_the_images(vlm: Any, batch: Any) -> None:
     family = family_of(vlm.model)
     inputs = family.images(batch)
-    vision = family.look(inputs, ())
+    vision = family.encode(inputs, ())
     features = family.project([vision.values([i])[0] for i in range(len(inputs))])
     more = {name: batch[name] for name in ("image_sizes", "image_grid_thw") if name in batch}
     theirs = vlm.model.model.get_image_features(batch["pixel_values"], **more, return_dict=True).pooler_output

@@ -94,7 +94,7 @@ def test_paper_mode_has_as_many_tokens_for_every_image(paper: Any, picture_of: P
     pictures = [picture_of(0), picture_of(1, 200, 60), picture_of(2, 50, 90)]
     images = family.preprocess(paper.processor, pictures, mode="pad")
     assert family.counts(images) == [80, 80, 80]
-    vision = family.look(images, [2])
+    vision = family.encode(images, [2])
     assert vision.tokens(2, [0, 1, 2]).shape == (3, 80, 32)
     for number in range(3):
         tiles = features_of(paper, images.pixels[number])
@@ -127,7 +127,7 @@ def test_the_language_model_reads_tokens_without_newlines_in_paper_mode(
     for row in range(2):
         one = paper.row(pictures, row)
         images = family.images(one)
-        whole = family.project([family.look(images, ()).values([i])[0] for i in range(len(images))])
+        whole = family.project([family.encode(images, ()).values([i])[0] for i in range(len(images))])
         ids, image, at, parts, places = one["input_ids"][0].tolist(), 0, 0, list[Tensor](), list[int]()
         spans, column = iter(family.spans(images)), 0
         while column < len(ids):
@@ -180,7 +180,7 @@ def test_what_pruners_are_trained_on_is_tile_upon_tile(stock: Any, picture_of: P
     images = family.preprocess(stock.processor, [picture_of(0, 112, 56), picture_of(1, 100, 100)], mode="pad")
     assert (seen.grids(images), seen.facts.grid) == ([(12, 4), (20, 4)], None)
     states = stock.model.model.vision_tower(images.pixels[1], output_hidden_states=True).hidden_states[2]
-    assert torch.equal(seen.look(images, [2], values=False).tokens(2, [1])[0], states[:, 1:].flatten(0, 1))
+    assert torch.equal(seen.encode(images, [2], values=False).tokens(2, [1])[0], states[:, 1:].flatten(0, 1))
 
 
 def test_images_that_do_not_fit_are_refused(stock: Any, picture_of: Picture) -> None:

@@ -82,7 +82,7 @@ def stock(qwen: Any, images: Images) -> dict[str, Any]:
 def test_tokens_are_means_over_patches_in_rows_and_columns(qwen: Any, images: Images, stock: Any) -> None:
     family = family_of(qwen.model)
     assert family.grids(images) == GRIDS
-    vision = family.look(images, range(6))
+    vision = family.encode(images, range(6))
     for layer in range(6):
         states = stock["in"][0] if layer == 0 else stock["out"][layer - 1]
         for image, expected in enumerate(in_grids(states)):
@@ -102,11 +102,11 @@ def test_windows_are_undone_for_merged_tokens_too(qwen: Any, images: Images) -> 
         block.attn.proj.weight.zero_()
         block.attn.proj.bias.zero_()
     try:
-        values = family.look(one, ()).values([0])[0]
+        values = family.encode(one, ()).values([0])[0]
         # The processor puts the patches of a token together, and tokens row by row.
         swapped = one.pixels.clone().unflatten(0, (rows * columns, 4))
         swapped[[1, 19]] = swapped[[19, 1]]
-        changed = family.look(Images(swapped.flatten(0, 1), one.sizes), ()).values([0])[0]
+        changed = family.encode(Images(swapped.flatten(0, 1), one.sizes), ()).values([0])[0]
     finally:
         for block, weight, bias in zip(family.tower.blocks, before, biases, strict=True):
             block.attn.proj.weight.copy_(weight)
@@ -131,7 +131,7 @@ def test_attention_is_received_from_what_sees_a_token(qwen: Any, images: Images,
             for head in range(2):
                 scores = q[start:end, head] @ k_turned[start:end, head].T / 4
                 sums[start:end] += scores.softmax(1).sum(0) / 2
-        vision = family.look(images, [block])
+        vision = family.encode(images, [block])
         for image, expected in enumerate(in_grids(sums)):
             number = 4 * len(expected)
             found = vision.received(block, [image])[0]
@@ -144,9 +144,9 @@ def test_attention_is_received_from_what_sees_a_token(qwen: Any, images: Images,
 @torch.no_grad()
 def test_images_do_not_see_each_other(qwen: Any, images: Images) -> None:
     family = family_of(qwen.model)
-    together = family.look(images, [2, 3])
+    together = family.encode(images, [2, 3])
     for image, (first, last) in enumerate(itertools.pairwise(STARTS)):
-        alone = family.look(Images(images.pixels[first:last], images.sizes[image : image + 1]), [2, 3])
+        alone = family.encode(Images(images.pixels[first:last], images.sizes[image : image + 1]), [2, 3])
         torch.testing.assert_close(together.values([image]), alone.values([0]))
         torch.testing.assert_close(together.received(2, [image]), alone.received(2, [0]))
         torch.testing.assert_close(together.tokens(3, [image]), alone.tokens(3, [0]))
@@ -154,7 +154,7 @@ def test_images_do_not_see_each_other(qwen: Any, images: Images) -> None:
 
 
 def test_there_is_no_cls(qwen: Any, images: Images) -> None:
-    vision = family_of(qwen.model).look(images, [2])
+    vision = family_of(qwen.model).encode(images, [2])
     for ask in (lambda: vision.from_cls(2, [0]), lambda: vision.cls_values([0])):
         with pytest.raises(Incompatible, match=r"vision tower of Qwen2.5-VL has no CLS token"):
             ask()

@@ -17,7 +17,7 @@ def test_hidden_states_are_transformers_own_bit_for_bit(llava: Any, picture_of: 
     images = family.preprocess(llava.processor, [picture_of(i) for i in range(3)], mode="pad")
     with torch.no_grad():
         whole = llava.model.model.vision_tower(images.pixels, output_hidden_states=True).hidden_states
-        vision = family.look(images, range(6))
+        vision = family.encode(images, range(6))
     assert len(whole) == 6
     for layer, states in enumerate(whole):
         assert torch.equal(vision.tokens(layer, range(3)), states[:, 1:])
@@ -30,7 +30,7 @@ def test_projected_values_are_transformers_image_features(llava: Any, picture_of
     images = family.preprocess(llava.processor, [picture_of(i) for i in range(3)], mode="squash")
     with torch.no_grad():
         whole = llava.model.model.get_image_features(images.pixels, return_dict=True).pooler_output
-        projected = family.project(list(family.look(images, ()).values(range(3))))
+        projected = family.project(list(family.encode(images, ()).values(range(3))))
     for ours, theirs in zip(projected, whole, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -48,7 +48,7 @@ def test_the_tower_stops_after_the_deepest_layer(
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
         for i, block in enumerate(llava.model.model.vision_tower.encoder.layers)
     ]
-    family.look(images, layers, values=values)
+    family.encode(images, layers, values=values)
     for hook in hooks:
         hook.remove()
     assert ran == list(range(blocks))
@@ -61,7 +61,7 @@ def test_attention_received_is_what_eager_attention_gives(
     family = family_of(model)
     images = family.preprocess(processor, [picture_of(i) for i in range(3)], mode="pad")
     with torch.no_grad():
-        ours = [family.look(images, [block]).received(block, range(3)) for block in range(5)]
+        ours = [family.encode(images, [block]).received(block, range(3)) for block in range(5)]
         model.set_attn_implementation({"vision_config": "eager"})
         theirs = model.model.vision_tower(images.pixels, output_attentions=True).attentions
     for block in range(5):

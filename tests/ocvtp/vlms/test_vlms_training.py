@@ -64,7 +64,7 @@ def test_a_pruner_is_trained_on_a_family_and_prunes_it(
     for number in (1, 3, 5):  # as the tower has them of the image alone
         images = family.preprocess(loaded.processor, [picture_of(number, *SIZES[number])], mode="pad")
         with torch.no_grad():
-            expected = family.look(images, [2], values=False).tokens(2, [0])[0]
+            expected = family.encode(images, [2], values=False).tokens(2, [0])[0]
         torch.testing.assert_close(dataset[number].tokens_NC, expected, atol=1e-5, rtol=1e-5)
 
     trained = TrainedFor(vlm=loaded.name, weights=loaded.weights, layer=2, tower_layer=2)
