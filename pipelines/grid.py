@@ -222,5 +222,6 @@ def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, wh
             pruner = PrunerCell(vlm, layer, *made, seed, part.training)
         count = tokens_kept(keep, whole)
         share = keep.share if whole is None or count is None else count / whole
-        options = tuple(sorted(given.items()))
+        drawn = {"weights_seed": seed} if "weights_seed" in method.options and seed is not None else {}
+        options = tuple(sorted({**drawn, **given}.items()))
         yield Cell(vlm, method.name, keep, count, share, seed, layer, top_k, pruner, options, changes=part.changes)

@@ -27,6 +27,9 @@ READS: Mapping[str, tuple[str, ...]] = {
     "evaluate": (
         "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
     ),
+    "measure": (
+        "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "seed", "ablate", "extract", "evaluate", "measure",
+    ),
     "efficiency": ("vlm", "top_k", "keep", "method", "train", "evaluate", "efficiency"),
     "report": (),
 }  # fmt: skip
@@ -160,6 +163,12 @@ class Evaluate(Section):
     options: dict[str, dict[str, Any]] = Field(default={"css": {"layer": -2}})
 
 
+class Measure(Section):
+    """On what the choices of methods are measured without a language model."""
+
+    images: Positive = 256
+
+
 class Efficiency(Section):
     """What the closed-form cost counts."""
 
@@ -208,7 +217,7 @@ class Params(Section):
     loss: Axis[Loss] = ("aw_mse",)
     slots: SlotsAxis = ((16, 32, 48),)
     top_k: Axis[Positive] = (1,)
-    keep: Axis[Keep] = tuple(map(Budget.parse, (48, 32, 16)))
+    keep: Axis[Keep] = tuple(map(Budget.parse, (48, 32, 16, 8, 4)))
     method: Axis[Text] = (
         "vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "qr", "css", "fps", "medoids",
         "visionzip", "hiprune", "tome", "fastv", "sparsevlm", "pyramiddrop",
@@ -220,6 +229,7 @@ class Params(Section):
     extract: Extract = Extract()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    measure: Measure = Measure()
     efficiency: Efficiency = Efficiency()
     cluster: Cluster = Cluster()
     mlflow: Mlflow = Mlflow()

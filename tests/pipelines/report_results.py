@@ -67,6 +67,7 @@ def write_results(
                 summary[-1]["difference"] = _paired(summary[-1], grid["oc-vtp"], half_width)
     _json(root / "results/scores.json", scores)
     _json(root / "results/summary.json", summary)
+    _json(root / "results/measures.json", [_measured(row) for row in summary if row["keep"] is not None])
     _json(root / "results/efficiency.json", _efficiency())
     _json(root / "data/sample/sample.json", {"source": "scenes", "images": 2048, "seed": 0})
     for layer in layers:
@@ -126,6 +127,14 @@ def _coverage(mean: float) -> dict[str, Any]:
         size: {"share": share, "ci_low": share - 0.01, "ci_high": share + 0.01, "objects": count}
         for size, share, count in (("all", mean / 120, 900), ("small", mean / 140, 400))
     }
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    """What covers more answers better, what leaves more unexplained worse; the rest says nothing."""
+    good = row["average"]["relative"] / 110
+    axes = {name: row[name] for name in ("vlm", "method", "keep", "tokens", "share", "layer", "loss", "slots", "top_k")}
+    numbers = {"cover": good, "small": None, "span": 0.5, "span_on": 1 - good, "near": 0.1, "distinct": row["tokens"]}
+    return {**axes, "changes": row["changes"], "seeds": len(SEEDS), **numbers}
 
 
 def _paired(a: dict[str, Any], b: dict[str, Any], half: float) -> dict[str, float]:

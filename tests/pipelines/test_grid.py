@@ -21,25 +21,30 @@ TOKENS: dict[str, int | None] = {"tiny-llava": 144, "variable": None}
 
 @pytest.fixture(scope="module")
 def shipped() -> Params:
-    return load(ROOT / "params.yaml")
+    """With three budgets of the five."""
+    budgets = tuple(Budget(count, count=count) for count in (48, 32, 16))
+    return load(ROOT / "params.yaml").model_copy(update={"keep": budgets})
 
 
 def expand(params: Params, **changes: Any) -> list[Cell]:
     return settings(params.model_copy(update=changes), REGISTRY, TOKENS)
 
 
-def test_the_default_grid(shipped: Params) -> None:
+def test_the_default_grid() -> None:
+    shipped = load(ROOT / "params.yaml")
     found = expand(shipped)
     by_method = {name: [one for one in found if one.method == name] for name in shipped.method}
     assert {name: len(some) for name, some in by_method.items()} == {
-        **dict.fromkeys(shipped.method, 3),
+        **dict.fromkeys(shipped.method, 5),
         "vanilla": 1,
-        **dict.fromkeys(("random", "oc-vtp-untrained", "oc-vtp"), 9),
+        **dict.fromkeys(("random", "oc-vtp-untrained", "oc-vtp"), 15),
     }
     assert set(shipped.method) == set(REGISTRY) - {"trim"}, "tiny-llava has no text tower"
     assert len(pruner_cells(shipped)) == 3
     assert {one.pruner for one in by_method["oc-vtp"]} == set(pruner_cells(shipped))
-    assert {(one.tokens, one.seed) for one in by_method["random"]} == {(k, s) for k in (48, 32, 16) for s in (0, 1, 2)}
+    assert {(one.tokens, one.seed) for one in by_method["random"]} == {
+        (k, s) for k in (48, 32, 16, 8, 4) for s in (0, 1, 2)
+    }
 
 
 def with_ablate(params: Params, *changes: Change) -> Params:
@@ -88,7 +93,7 @@ def test_vanilla_is_always_there_and_once_for_each_vlm(shipped: Params) -> None:
 def test_the_untrained_pruner_has_a_layer_but_no_loss(shipped: Params) -> None:
     found = expand(shipped, method=("oc-vtp-untrained",), layer=(9, 10), loss=("mse", "aw_mse"), seed=(0,))
     assert len(found) == 1 + 3 * 2
-    assert found[1].options == {"top_k": 1, "layer": 9}
+    assert found[1].options == {"top_k": 1, "layer": 9, "weights_seed": 0}
     assert found[1].axes["loss"] is None
     ours = expand(shipped, method=("oc-vtp",))[1]
     assert ours.options == {"top_k": 1}  # the pruner knows its layer

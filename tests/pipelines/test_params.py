@@ -58,7 +58,7 @@ def test_the_shipped_file_is_sound_and_is_what_the_defaults_say(tmp_path: Path) 
 
 def test_the_shipped_file_lists_every_entry_of_our_own(shipped: dict[str, Any]) -> None:
     assert set(shipped) == set(Params.model_fields)
-    for name in ("sample", "extract", "evaluate", "efficiency", "mlflow"):
+    for name in ("sample", "extract", "evaluate", "measure", "efficiency", "mlflow"):
         fields = type(getattr(load(ROOT / "params.yaml"), name)).model_fields
         assert set(shipped[name]) == set(fields), name
 
@@ -93,7 +93,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"slots": [[16], 32]}, ["slots[1]: 32 is not a list"]),
     ({"slots": [16, 400]}, ["slots: 400 slots", "144 tokens"]),
     ({"slots": [0]}, ["slots[0]: 0 should be greater than or equal to 1"]),
-    ({"top_k": 17}, ["top_k: 17 tokens a slot are more than the 16 that are kept"]),
+    ({"top_k": 17}, ["top_k: 17 tokens a slot are more than the 4 that are kept"]),
     ({"keep": 400}, ["keep: keep is 400", "144 tokens"]),
     ({"keep": [48, 0]}, ["keep[1]: keep is 0", "at least 1"]),
     ({"keep": [48, "33.3%"]}, ["keep[1]: '33.3%' and 48 are both 48 tokens"]),
