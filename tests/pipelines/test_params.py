@@ -45,7 +45,7 @@ def test_the_shipped_file_is_sound_and_is_what_the_defaults_say(tmp_path: Path) 
     params = load(ROOT / "params.yaml")
     assert params.vlm == ("tiny-llava",)
     assert params.slots == ((16, 32, 48),)
-    assert [budget.tokens(144) for budget in params.keep] == [48, 32, 16]
+    assert [budget.tokens(144) for budget in params.keep] == [48, 32, 16, 8, 4]
     empty = tmp_path / "params.yaml"
     empty.write_text("")
     defaults = load(empty)
