@@ -261,23 +261,43 @@ def _together_table(results: Results, vlm: str) -> Table | None:
     for (method, what), found in groups.items():
         cells = [_average_cell(found.get(share)) for _, share in shown]
         lines.append(Line(f"{names.method(method)}: {what}", cells))
-        lines.append(Line("points to the grid's own", [_points_cell(found.get(share)) for _, share in shown]))
+        lines.append(
+            Line(
+                "points to the grid's own",
+                [_points_cell((found.get(share) or {}).get("difference")) for _, share in shown],
+            )
+        )
+        if any(row["against"] for row in found.values()):
+            best = [_best_untrained(results, vlm, found.get(share)) for _, share in shown]
+            lines.append(Line("points to the best without training", best))
     return Table(
         name=f"together-{vlm}",
         caption=f"Changed together ({vlm})",
         head=["Changes", *(names.budget(tokens, share) for tokens, share in shown)],
         blocks=[Block("", lines)],
         note="Average relative accuracy with its 95% interval; below it the difference to the same method as the grid "
-        "has it, paired by question.",
+        "has it, and to the most accurate method of the budget that is not trained, both paired by question.",
     )
 
 
-def _points_cell(row: Row | None) -> Cell:
-    found = (row or {}).get("difference") or {}
-    if found.get("points") is None:
+def _points_cell(found: Row | None, name: str = "") -> Cell:
+    """A paired difference; `name` says to what."""
+    if found is None or found.get("points") is None:
         return MISSING
     points, low, high = (found[key] for key in ("points", "ci_low", "ci_high"))
-    return Cell(f"{points:+.1f}", names.interval(low, high), points, low, high)
+    return Cell(f"{points:+.1f} {name}".rstrip(), names.interval(low, high), points, low, high)
+
+
+def _best_untrained(results: Results, vlm: str, row: Row | None) -> Cell:
+    """Points of a row to the most accurate method of its budget that no one trained."""
+    if row is None:
+        return MISSING
+    same = [one for one in base_rows(results, vlm) if one["share"] == row["share"] and one["method"] in row["against"]]
+    known = [one for one in same if one["average"]["relative"] is not None]
+    if not known:
+        return MISSING
+    best = max(known, key=lambda one: one["average"]["relative"])["method"]
+    return _points_cell(row["against"][best], names.method(best))
 
 
 def _covered(row: Row | None, size: str) -> Cell:

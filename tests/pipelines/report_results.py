@@ -65,6 +65,7 @@ def write_results(
                 _add(root, scores, summary, "oc-vtp", tokens, axes, RELATIVE["oc-vtp", tokens] - worse, half_width,
                      changes)  # fmt: skip
                 summary[-1]["difference"] = _paired(summary[-1], grid["oc-vtp"], half_width)
+                summary[-1]["against"] = {"random": _paired(summary[-1], grid["random"], half_width)}
     _json(root / "results/scores.json", scores)
     _json(root / "results/summary.json", summary)
     _json(root / "results/measures.json", [_measured(row) for row in summary if row["keep"] is not None])

@@ -318,9 +318,12 @@ def test_what_was_ablated_has_its_tables_and_stays_out_of_the_others(ablated: Re
     steps = "train-steps-oc-vtp-tiny-llava"
     assert list(tables) == ["layer-tiny-llava", "loss-tiny-llava", "together-tiny-llava", steps]
     together = tables["together-tiny-llava"].blocks[0].lines
-    assert [line.label for line in together] == ["OC-VTP: layer 11, loss span, steps 800", "points to the grid's own"]
+    assert [line.label for line in together] == [
+        "OC-VTP: layer 11, loss span, steps 800", "points to the grid's own", "points to the best without training",
+    ]  # fmt: skip
     assert [cell.top for cell in together[0].cells] == ["102.0%", "99.5%", "96.5%"]
     assert {(cell.top, cell.bottom) for cell in together[1].cells} == {("+2.5", "[1.0, 4.0]")}
+    assert [cell.top for cell in together[2].cells] == ["+10.5 Random", "+16.0 Random", "+25.0 Random"]
     assert tables["layer-tiny-llava"].head == ["Tokens", "Layer 9", "Layer 10"]
     steps = tables["train-steps-oc-vtp-tiny-llava"]
     assert steps.head == ["Tokens", "as in the grid", "50", "800"]
