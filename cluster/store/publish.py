@@ -115,13 +115,9 @@ def is_published(folder: Path) -> bool:
 
 
 def verify(folder: Path, *, remembered: bool = False) -> Manifest:
-    """Compare every file of a published folder with its manifest.
+    """Compare every file of a published folder with its manifest; others are ignored, with a warning.
 
-    Files that the manifest does not list are no part of the result: they are ignored, with a warning.
-
-    Args:
-        folder: of a store.
-        remembered: read nothing if it was found whole once and nobody touched it since (`cluster.store.verdicts`).
+    If `remembered`, nothing is read of what was found whole once and nobody touched since (`cluster.store.verdicts`).
 
     Raises:
         CorruptResult: naming the first file that is missing, of another size or of other content.
@@ -133,26 +129,23 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
     if seen and seen == verdicts.recall(folder):
         return manifest
     for file in manifest.files:
-        _verify_file(folder / file.path, file)
+        path = folder / file.path
+        try:
+            found = patient(path.lstat)()
+            if not stat.S_ISREG(found.st_mode):
+                raise CorruptResult(f"{path} is not a regular file")
+            if found.st_size != file.bytes:
+                raise CorruptResult(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
+            if _sha256(path) != file.sha256:
+                raise CorruptResult(f"{path} has other content than its manifest says (SHA-256 differs)")
+        except GONE as error:
+            raise CorruptResult(f"{path} is missing, its manifest lists it") from error
     if seen:
         verdicts.remember(folder, seen)
     strays = {path for path, _ in _files(folder)} - {*manifest.sums, MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
     return manifest
-
-
-def _verify_file(path: Path, file: File) -> None:
-    try:
-        found = patient(path.lstat)()
-        if not stat.S_ISREG(found.st_mode):
-            raise CorruptResult(f"{path} is not a regular file")
-        if found.st_size != file.bytes:
-            raise CorruptResult(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
-        if _sha256(path) != file.sha256:
-            raise CorruptResult(f"{path} has other content than its manifest says (SHA-256 differs)")
-    except GONE as error:
-        raise CorruptResult(f"{path} is missing, its manifest lists it") from error
 
 
 @patient
@@ -206,19 +199,19 @@ def _seal(folder: Path, about: About) -> Manifest:
 
 
 def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] | None = None) -> bool:
-    """Publish what lies in the workspace; False if an equal task was published first (ours is then dropped).
+    """Publish what lies in the workspace, which is gone afterwards; False if an equal task was first (ours is dropped).
 
     Args:
-        workspace: of the attempt; it is gone afterwards.
+        workspace: of the attempt.
         about: the head of the manifest.
         expected: SHA-256 of each file, where it is known beforehand.
 
     Raises:
         BadTask: the call wrote nothing, or something that is not a file.
-        CorruptResult: the files are not the expected ones; nothing was published.
-        Fenced: the attempt lost its lease; nothing was published.
+        CorruptResult: the files are not the expected ones.
+        Fenced: the attempt lost its lease.
         StoreUnavailable: the file system failed for longer than it was waited for.
-        OSError: the disk is full; nothing was published.
+        OSError: the disk is full. As after every error, nothing was published.
     """
     folder, out = workspace.folder, workspace.out
     with unavailable(f"{out} cannot be published"):
@@ -287,10 +280,8 @@ def _is_same(path: Path, known: os.stat_result) -> bool:
 def set_aside(folder: Path, *, remembered: bool = False) -> CorruptResult | None:
     """Verify a published folder as `verify` does; move it away if it is damaged, so that its task is planned again.
 
-    Another run may do the same at the same time, and publish it anew: what it published is left, or put back.
-
-    Returns:
-        What is wrong with it, and where it lies now if it was this call that moved it; None if it is sound.
+    Another run may do the same at the same time, and publish it anew: what it published is left, or put back. Returns
+    what is wrong with it, and where it lies now if it was this call that moved it; None if it is sound.
     """
     while True:
         try:
@@ -325,13 +316,9 @@ def drop(folder: Path) -> None:
 def publish_copy(
     workspace: Workspace, about: About, sums: Mapping[str, str], fetch: Callable[[str, Path], None]
 ) -> None:
-    """Publish files that exist elsewhere, by `publish` (which see), once `fetch` has put each of them at its place.
+    """`publish` files that exist elsewhere, once `fetch(path, target)` has put each of those in `sums` at its place.
 
-    Args:
-        workspace: an empty one; it is gone afterwards, whatever happens.
-        about: the head of the manifest.
-        sums: SHA-256 of each file, by path.
-        fetch: is called with the path of each file, and where to put it.
+    The workspace is gone afterwards, whatever happens; `sums` has the SHA-256 of each file by its path.
     """
     try:
         with workspace.heartbeat():
@@ -345,14 +332,11 @@ def publish_copy(
 
 
 def adopt(src_subfolder: Path, out: Path) -> Manifest:
-    """Publish a subfolder of a published folder as a result of its own, by hard links, in one step.
+    """Publish a subfolder of a published folder as a result of its own, in one step.
 
     So one task can make several results (all layers of one pass) that live on their own afterwards. The files are
-    linked, or copied where the file system cannot link; a result that is already there is left as it is.
-
-    Args:
-        src_subfolder: a folder strictly inside a published folder.
-        out: where to publish; its name becomes the key, its parent's name the kind.
+    linked, or copied where the file system cannot link. The name of `out` becomes the key, its parent's name the kind;
+    a result that is there already is left as it is.
 
     Raises:
         BadTask: `src_subfolder` is not inside a published folder, or holds no file of it.

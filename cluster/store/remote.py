@@ -23,11 +23,7 @@ AT_ONCE = 8  # transfers
 
 
 class Remote:
-    """A place for results beside the store.
-
-    Raises:
-        CannotRun: it cannot be reached, or its kind of file system needs a package that is not installed.
-    """
+    """A place for results beside the store; `CannotRun` if its kind of file system needs a package that is missing."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -40,11 +36,7 @@ class Remote:
         self._root: str = root.rstrip("/")
 
     def names(self) -> list[str]:
-        """`KIND/KEY` of all that it holds, sorted.
-
-        Raises:
-            CannotRun: it cannot be read.
-        """
+        """`KIND/KEY` of all that it holds, sorted; `CannotRun` if it cannot be read."""
         kinds = [name for name in self._list("") if not name.startswith(".")]
         leaves = {kind: self._list(f"/{kind}") for kind in kinds}
         return sorted(f"{kind}/{leaf[:-5]}" for kind in kinds for leaf in leaves[kind] if leaf.endswith(".json"))
@@ -74,9 +66,7 @@ class Remote:
     def pull(self, out: Path) -> None:
         """Publish a result here, verified; whatever the client raises is passed on.
 
-        Raises:
-            Busy: somebody makes it here right now.
-            CorruptResult: it is damaged there.
+        `Busy` if somebody makes it here right now, `CorruptResult` if it is damaged there.
         """
         place = f"{self._root}/{out.parent.name}/{out.name}"
         manifest = Manifest.from_text(self._fs.cat_file(f"{place}.json"), f"{place}.json")

@@ -62,9 +62,7 @@ class Workspace:
     @classmethod
     @patient
     def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Workspace:
-        """Open a workspace: fence dead attempts, and those in `supersedes`, and take over their `resume/`.
-
-        Of several that claim at once one at most gets it.
+        """Fence dead attempts, and those in `supersedes`, and take over their `resume/`. Of several, one gets it.
 
         Raises:
             Busy: others are at work, or may be; nothing was changed.
