@@ -108,9 +108,8 @@ def sweep(parent: Path, watch: Watch, *, published: Collection[str] = (), resume
     removed = []
     for root, name, _ in temporaries(parent):
         if not remove_empty(root):
-            if not watch.abandoned(root):
-                continue
-            if resume_of(root) is not None and name not in published and not resume_too:
+            is_useful = not resume_too and name not in published and resume_of(root) is not None
+            if not watch.abandoned(root) or is_useful:
                 continue
             remove(root)
         removed.append(root)

@@ -142,7 +142,7 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
             raise CorruptResult(f"{path} is missing, its manifest lists it") from error
     if seen:
         verdicts.remember(folder, seen)
-    strays = {path for path, _ in _files(folder)} - {*manifest.sums, MANIFEST}
+    strays = {*_files(folder)} - {*manifest.sums, MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
     return manifest
@@ -159,13 +159,13 @@ def _fail(error: OSError) -> None:
 
 
 @patient
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """(relative path with `/`, path) of every file, sorted. Links are files, those to folders too: none is followed."""
+def _files(folder: Path) -> list[str]:
+    """Path, with `/`, of every file in `folder`, sorted. Links are files, those to folders too: none is followed."""
     found = []
     for root, folders, names in os.walk(folder, onerror=_fail):
         links = [name for name in folders if Path(root, name).is_symlink()]
-        found += [Path(root, name) for name in names + links]
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+        found += [Path(root, name).relative_to(folder).as_posix() for name in names + links]
+    return sorted(found)
 
 
 def _fsync(path: Path) -> None:
@@ -180,7 +180,8 @@ def _fsync(path: Path) -> None:
 def _seal(folder: Path, about: About) -> Manifest:
     """Write the manifest of `folder`, and force all that is in it to disk."""
     files = []
-    for name, path in (found := _files(folder)):
+    for name in _files(folder):
+        path = folder / name
         if name == MANIFEST:
             raise BadTask(f"the call wrote a file named {MANIFEST}: that name is the store's, use another")
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -190,7 +191,7 @@ def _seal(folder: Path, about: About) -> Manifest:
         raise BadTask("the call returned but wrote no file into its folder")
     manifest = Manifest(about, tuple(files))
     patient((folder / MANIFEST).write_text)(manifest.to_text())
-    paths = {folder / MANIFEST, *(path for _, path in found)}
+    paths = {folder / MANIFEST, *(folder / file.path for file in files)}
     everything = paths | {parent for path in paths for parent in path.parents if parent.is_relative_to(folder)}
     # Beside each other: the file system commits what waits in one go, instead of once a file.
     with ThreadPoolExecutor(min(len(everything), FSYNC_THREADS)) as pool:

@@ -7,12 +7,9 @@ checksums of the manifest.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import SimpleQueue
 
 from cluster.errors import CannotRun, CorruptResult
 from cluster.store.layout import new_attempt
@@ -82,17 +79,7 @@ class Remote:
 
 
 def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tuple[Path, Exception | None]]:
-    """Push or pull results, several at a time, and say of each how it ended.
-
-    Its threads are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
-    """
-    waiting, ended = deque(outs), SimpleQueue[tuple[Path, Exception | None]]()
-    count = len(waiting)
-
-    def work() -> None:
-        with contextlib.suppress(IndexError):  # none is waiting
-            while True:
-                ended.put(attempt(waiting.popleft()))
+    """Push or pull results, several at a time, and say of each how it ended."""
 
     def attempt(out: Path) -> tuple[Path, Exception | None]:
         try:
@@ -101,7 +88,6 @@ def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tupl
             return out, error
         return out, None
 
-    for _ in range(min(count, AT_ONCE)):
-        threading.Thread(target=work, name="transfer", daemon=True).start()
-    for _ in range(count):
-        yield ended.get()
+    # Its threads are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
+    with ThreadPool(AT_ONCE) as pool:
+        yield from pool.imap_unordered(attempt, outs)
