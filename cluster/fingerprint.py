@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,12 +51,8 @@ def module_name(call: Callable[..., Any]) -> str:
 def dotted_name(file: Path) -> str:
     """Dotted name of a source file: its packages are the folders above it that hold an `__init__.py`."""
     file = file.resolve()
-    parts = [file.stem]
-    for folder in file.parents:
-        if not (folder / "__init__.py").exists():
-            break
-        parts.append(folder.name)
-    return ".".join(reversed(parts))
+    packages = [folder.name for folder in takewhile(lambda above: (above / "__init__.py").exists(), file.parents)]
+    return ".".join([*reversed(packages), file.stem])
 
 
 def call_name(call: Callable[..., Any]) -> str:

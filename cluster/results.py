@@ -51,30 +51,22 @@ class Store:
         resources: Resources | None = None,
         code: str | None = None,
     ) -> Task:
-        """A `Task` (which see) whose result lies in this store under a key of its call, spec and code.
+        """A `Task` whose result lies in this store, in the folder `kind`, under a key of its call, spec and code.
 
-        Args:
-            kind: folder of the store, such as "tokens".
-            name: for people: progress, logs, reports.
-            call: module-level `call(spec, folder)`.
-            spec: JSON that determines the result.
-            resources: what one attempt may use; one core without GPU if left out.
-            code: a declared version instead of the fingerprint of the source.
+        `code` may be a declared version, instead of the fingerprint of the source.
         """
         task = Task(name, call, spec, self.root, resources or Resources(), kind, code or "")
         return replace(task, out=self.path(kind, task.key))
 
     def published(self) -> Iterator[Path]:
         """Every published folder, by kind and key."""
-        for parent in self.kinds():
-            folders = (folder for folder in sorted(parent.iterdir()) if not folder.name.startswith("."))
-            yield from (folder for folder in folders if is_published(folder))
+        for kind in self.kinds():
+            yield from (path for path in sorted(kind.iterdir()) if path.name[0] != "." and is_published(path))
 
     def kinds(self) -> list[Path]:
         """The folders that hold results."""
-        if not self.root.is_dir():
-            return []
-        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in _OWN)
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(path for path in folders if path.is_dir() and path.name not in _OWN)
 
     @property
     def logs(self) -> Path:

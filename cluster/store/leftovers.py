@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import shutil
 import time
@@ -17,6 +18,9 @@ from cluster.store.lease import Watch, read_owner, replace_owner
 
 log = logging.getLogger(__name__)
 
+Marks = list[list[str | int]]
+"""Path (with `/`), size (bytes), mtime (ns), inode and ctime (ns) of each file of a folder, sorted by path."""
+
 
 def files_in(folder: Path) -> list[Path]:
     """Every regular file below `folder`, sorted; none if there is no such folder."""
@@ -28,14 +32,20 @@ def resume_of(root: Path) -> Path | None:
     return next((found for found in (root / RESULT / RESUME, root / RESUME) if files_in(found)), None)
 
 
+def marks(folder: Path) -> Marks:
+    """What changes whenever a file below `folder` is added, changed or replaced, and in its ctime if it is linked."""
+    found: Marks = []
+    for path in files_in(folder):
+        with contextlib.suppress(*GONE):
+            stat, name = path.lstat(), path.relative_to(folder).as_posix()
+            found.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns])
+    return found
+
+
 def signature(folder: Path) -> str:
     """Changes whenever a file below `folder` is added, grown or replaced; "" if there is none."""
-    seen = []
-    for path in files_in(folder):
-        with contextlib.suppress(FileNotFoundError):
-            stat = path.stat()
-            seen.append((str(path.relative_to(folder)), stat.st_size, stat.st_ino, stat.st_mtime_ns))
-    return hashlib.sha256(ascii(seen).encode()).hexdigest() if seen else ""
+    found = [one[:4] for one in marks(folder)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
 
 
 @patient
@@ -99,11 +109,8 @@ def remove(root: Path) -> None:
 def sweep(parent: Path, watch: Watch, *, published: Collection[str] = (), resume_too: bool = False) -> list[Path]:
     """Remove the temporaries in `parent` that nobody works in, and say which those were.
 
-    Args:
-        parent: a folder that results are published in.
-        watch: remembers beats between calls: owners on other hosts are judged by the second call or later.
-        published: names of targets that are done: their `resume/` is of no use.
-        resume_too: also drop what a next attempt could resume from.
+    `watch` remembers beats between calls: owners on other hosts are judged by the second call or later. A `resume/`
+    that holds something is spared, but for targets that are `published`, or if it is to be dropped too.
     """
     removed = []
     for root, name, _ in temporaries(parent):

@@ -202,10 +202,7 @@ def _seal(folder: Path, about: About) -> Manifest:
 def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] | None = None) -> bool:
     """Publish what lies in the workspace, which is gone afterwards; False if an equal task was first (ours is dropped).
 
-    Args:
-        workspace: of the attempt.
-        about: the head of the manifest.
-        expected: SHA-256 of each file, where it is known beforehand.
+    `about` is the head of the manifest; `expected` has the SHA-256 of each file, where it is known beforehand.
 
     Raises:
         BadTask: the call wrote nothing, or something that is not a file.

@@ -14,28 +14,21 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.store.faults import GONE, patient
+from cluster.store import leftovers
+from cluster.store.faults import patient
 from cluster.store.layout import VERDICTS, new_attempt
-from cluster.store.leftovers import files_in
+from cluster.store.leftovers import Marks
 
 log = logging.getLogger(__name__)
 
-Marks = list[list[str | int]]
-"""Path (with `/`), size (bytes), mtime (ns), inode and ctime (ns) of each file, sorted."""
 _TICK_NS = 20_000_000
 """Two changes within a tick of a file system's clock (10 ms at most) may leave the same times."""
 
 
-@patient
 def marks(folder: Path) -> Marks:
-    """What changes whenever a file below `folder` does; empty if one did just now: its next change might not."""
-    try:
-        found = [(path.relative_to(folder).as_posix(), path.lstat()) for path in files_in(folder)]
-    except GONE:
-        return []
-    if any(time.time_ns() - status.st_ctime_ns <= _TICK_NS for _, status in found):
-        return []
-    return [[path, one.st_size, one.st_mtime_ns, one.st_ino, one.st_ctime_ns] for path, one in found]
+    """Those of every file below `folder`; none if one was changed just now, since its next change might not show."""
+    found = patient(leftovers.marks)(folder)
+    return [] if any(time.time_ns() - int(one[4]) <= _TICK_NS for one in found) else found
 
 
 def recall(folder: Path) -> Marks:
