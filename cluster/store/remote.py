@@ -7,9 +7,12 @@ checksums of the manifest.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import SimpleQueue
 
 from cluster.errors import CannotRun, CorruptResult
 from cluster.store.layout import new_attempt
@@ -79,15 +82,24 @@ class Remote:
 
 
 def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tuple[Path, Exception | None]]:
-    """Push or pull results, several at a time, and say of each how it ended."""
+    """Push or pull results, several at a time, and say of each how it ended.
 
-    def attempt(out: Path) -> tuple[Path, Exception | None]:
-        try:
-            one(out)
-        except Exception as error:  # whatever a client raises: the others go on
-            return out, error
-        return out, None
+    Its threads are daemons, and no pool: when the caller is interrupted nothing waits for a transfer that hangs.
+    """
+    waiting, ended = deque(outs), SimpleQueue[tuple[Path, Exception | None]]()
 
-    # Its threads are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
-    with ThreadPool(AT_ONCE) as pool:
-        yield from pool.imap_unordered(attempt, outs)
+    def work() -> None:
+        with contextlib.suppress(IndexError):  # none is waiting
+            while True:
+                out, error = waiting.popleft(), None
+                try:
+                    one(out)
+                except Exception as raised:  # whatever a client raises: the others go on
+                    error = raised
+                ended.put((out, error))
+
+    count = len(waiting)
+    for _ in range(min(count, AT_ONCE)):
+        threading.Thread(target=work, name="transfer", daemon=True).start()
+    for _ in range(count):
+        yield ended.get()
