@@ -238,6 +238,7 @@ def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] |
 
 
 def _move_into_place(workspace: Workspace, about: About) -> bool:
+    """Rename the folder to its name; False if a sound result of the same task is there (a damaged one is set aside)."""
     folder, out = workspace.folder, workspace.out
     ours = patient(os.stat)(folder)
     try:
