@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,11 +34,7 @@ _FILE = re.compile(r"\w[\w./-]*\.\w+")
 
 
 def module_name(call: Callable[..., Any]) -> str:
-    """Importable name of the module of `call`, the same whether its file was imported or run as a script.
-
-    Raises:
-        BadTask: the call was defined where no other process can import it.
-    """
+    """Importable name of the module of `call`, the same whether its file was imported or run as a script."""
     name = call.__module__
     if name != "__main__":
         return name
@@ -55,20 +51,12 @@ def module_name(call: Callable[..., Any]) -> str:
 def dotted_name(file: Path) -> str:
     """Dotted name of a source file: its packages are the folders above it that hold an `__init__.py`."""
     file = file.resolve()
-    parts = [file.stem]
-    for folder in file.parents:
-        if not (folder / "__init__.py").exists():
-            break
-        parts.append(folder.name)
-    return ".".join(reversed(parts))
+    packages = [folder.name for folder in takewhile(lambda above: (above / "__init__.py").exists(), file.parents)]
+    return ".".join([*reversed(packages), file.stem])
 
 
 def call_name(call: Callable[..., Any]) -> str:
-    """`module:function` of a module-level function.
-
-    Raises:
-        BadTask: a lambda, a nested function, a method, or an object without a name.
-    """
+    """`module:function` of a call; `BadTask` if it is none that another process can import."""
     qualname = getattr(call, "__qualname__", None)
     if qualname is None or not hasattr(call, "__module__"):
         raise BadTask(f"{call!r} has no name another process could import: use a module-level function")
@@ -78,35 +66,20 @@ def call_name(call: Callable[..., Any]) -> str:
 
 
 @cache
-def _root_of(top: str) -> Path | None:
-    """File of a top-level module, or folder of a top-level package, without importing it."""
-    module = sys.modules.get(top)
-    spec = getattr(module, "__spec__", None) if module is not None else None
+def source_of(name: str) -> Path | None:
+    """Source file of a module, found by path alone: nothing is imported (that may take seconds)."""
+    top, *rest = name.split(".")
     try:
-        spec = spec or importlib.util.find_spec(top)
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
     if spec is None:
         return None
     if spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations)))
-    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-
-
-@cache
-def source_of(name: str) -> Path | None:
-    """Source file of a module, found by path alone: nothing is imported (that may take seconds)."""
-    top, *rest = name.split(".")
-    path = _root_of(top)
-    if path is None:
-        return None
-    if path.suffix == ".py":
-        return path if not rest else None
-    path = path.joinpath(*rest)
-    for candidate in (path / "__init__.py", path.with_name(path.name + ".py")):
-        if candidate.is_file():
-            return candidate
-    return None
+        path = Path(next(iter(spec.submodule_search_locations)), *rest)
+        found = (path / "__init__.py", path.with_name(f"{path.name}.py"))
+        return next((candidate for candidate in found if candidate.is_file()), None)
+    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") and not rest else None
 
 
 def _is_idle(node: object) -> bool:
@@ -138,13 +111,13 @@ def normal_form(node: object) -> str:
 def _declared(tree: ast.Module, name: str, kind: type, wanted: str) -> Any:
     """The literal that a module assigns to `name`; None if it does not."""
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if isinstance(node, ast.AnnAssign):
-            targets = [node.target]
-        if not any(isinstance(target, ast.Name) and target.id == name for target in targets):
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if name not in (getattr(target, "id", None) for target in targets):
             continue
         try:
-            value = ast.literal_eval(getattr(node, "value", None) or "None")
+            value = ast.literal_eval(node.value or "None")
         except ValueError:
             value = None
         if isinstance(value, kind):
@@ -153,58 +126,46 @@ def _declared(tree: ast.Module, name: str, kind: type, wanted: str) -> Any:
     return None
 
 
-def _is_type_checking(test: ast.expr) -> bool:
-    return getattr(test, "id", getattr(test, "attr", "")) == "TYPE_CHECKING"
-
-
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node but those under `if TYPE_CHECKING:`, which never run, and docstrings."""
     for child in ast.iter_child_nodes(tree):
         if _is_idle(child):
             continue
-        if isinstance(child, ast.If) and _is_type_checking(child.test):
-            for other in child.orelse:
-                yield other
-                yield from _executed(other)
-        else:
-            yield child
-            yield from _executed(child)
-
-
-def _from_import(node: ast.ImportFrom, module: str, is_package: bool) -> Iterator[str]:
-    base = node.module or ""
-    if node.level:
-        parents = module.split(".")
-        keep = len(parents) - node.level + is_package
-        base = ".".join([*parents[: max(keep, 0)], *([base] if base else [])])
-    for alias in node.names:
-        # `from package import x`: x is a submodule, or a name made by the package's `__init__`.
-        inner = f"{base}.{alias.name}"
-        yield inner if source_of(inner) else base
+        nodes: list[ast.AST] = [child]
+        if isinstance(child, ast.If) and getattr(child.test, "id", getattr(child.test, "attr", "")) == "TYPE_CHECKING":
+            nodes = [*child.orelse]
+        for node in nodes:
+            yield node
+            yield from _executed(node)
 
 
 def _imports(tree: ast.Module, module: str, is_package: bool, packages: frozenset[str]) -> Iterator[str]:
+    """Names of first-party modules that a module imports, and of some that are none."""
+    package = module if is_package else module.rpartition(".")[0]
     for node in _executed(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            top = module if node.level else node.module or ""
-            if top.partition(".")[0] in packages:
-                yield from _from_import(node, module, is_package)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = node.value
-            if "." in text and text.replace(".", "_").isidentifier():
-                yield f"{module}{text}" if text.startswith(".") and is_package else text
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=base, names=names, level=level):
+                base = base or ""
+                if level:
+                    base = f"{package.rsplit('.', level - 1)[0]}.{base}".strip(".")
+                if base.partition(".")[0] in packages:
+                    # `from package import x`: x is a submodule, or a name made by the package's `__init__`.
+                    inner = [f"{base}.{alias.name}" for alias in names]
+                    yield from (name if source_of(name) else base for name in inner)
+            case ast.Constant(value=str(text)) if "." in text and text.replace(".", "_").isidentifier():
+                if text.strip("."):  # dots alone would be the package itself, again and again
+                    yield f"{module}{text}" if text.startswith(".") and is_package else text
 
 
-def _with_packages(name: str) -> Iterator[str]:
+def _with_packages(name: str) -> set[str]:
     """The module and the packages whose `__init__` its import runs, without the top-level one."""
     parts = name.split(".")
-    yield name
-    yield from (".".join(parts[:stop]) for stop in range(2, len(parts)))
+    return {name, *(".".join(parts[:stop]) for stop in range(2, len(parts)))}
 
 
-def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[dict[str, str], list[str]]:
+def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[dict[str, str], set[str]]:
     """What stands for one module and for each file of data that it reads, and the first-party modules it imports."""
     try:
         tree = ast.parse(path.read_bytes())
@@ -213,39 +174,32 @@ def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[dict[str, st
     except (SyntaxError, BadTask) as error:
         raise BadTask(f"cannot fingerprint {path}: {error}") from error
     if version is not None:
-        return {name: f"version {version}"}, []
-    found: set[str] = set()
-    for imported in _imports(tree, name, path.name == "__init__.py", packages):
-        if imported.partition(".")[0] in packages:
-            found.update(_with_packages(imported))
-    strings = {node.value for node in _executed(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    data = {text: path.parent / text for text in strings - {*in_specs} if _FILE.fullmatch(text)}
-    sums = {
-        f"{name}:{text}": hashlib.sha256(file.read_bytes()).hexdigest() for text, file in data.items() if file.is_file()
-    }
-    return {name: hashlib.sha256(normal_form(tree).encode()).hexdigest(), **sums}, sorted(found)
-
-
-def _first_party(top: str) -> frozenset[str]:
-    """The top-level package of a call, and those whose source counts with it."""
-    path = source_of(top)
-    declared = path and _declared(ast.parse(path.read_bytes()), "FIRST_PARTY", tuple, "tuple of packages")
-    return frozenset({top, *(declared or ())})
+        return {name: f"version {version}"}, set()
+    digests = {name: hashlib.sha256(normal_form(tree).encode()).hexdigest()}
+    for node in _executed(tree):
+        text = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and text not in in_specs and _FILE.fullmatch(text) and (path.parent / text).is_file():
+            digests[f"{name}:{text}"] = hashlib.sha256((path.parent / text).read_bytes()).hexdigest()
+    imported = _imports(tree, name, path.name == "__init__.py", packages)
+    first_party = [found for found in imported if found.partition(".")[0] in packages]
+    return digests, set().union(*map(_with_packages, first_party))
 
 
 @cache
 def _closure(root: str) -> dict[str, str]:
-    packages = _first_party(root.partition(".")[0])
+    top = root.partition(".")[0]
+    path = source_of(top)
+    declared = path and _declared(ast.parse(path.read_bytes()), "FIRST_PARTY", tuple, "tuple of packages")
+    packages = frozenset({top, *(declared or ())})
     found: dict[str, str] = {}
-    todo = [root, *_with_packages(root)]
+    seen, todo = set[str](), _with_packages(root)
     while todo:
         name = todo.pop()
-        path = source_of(name)
-        if name in found or path is None:
-            continue
-        digests, imported = _read(name, path, packages)
-        found |= digests
-        todo.extend(imported)
+        seen.add(name)
+        if (path := source_of(name)) is not None:
+            digests, imported = _read(name, path, packages)
+            found |= digests
+            todo |= imported - seen
     if root not in found:
         raise BadTask(f"no Python source found for module {root!r}: declare a code version for its tasks")
     return dict(sorted(found.items()))
@@ -253,33 +207,25 @@ def _closure(root: str) -> dict[str, str]:
 
 def parts(call_or_module: Callable[..., Any] | ModuleType | str) -> dict[str, str]:
     """All that a fingerprint covers: modules, and files of data as `module:path`, each with its digest."""
-    return dict(_closure(_name_of(call_or_module)))
+    if isinstance(call_or_module, str):
+        name = call_or_module
+    elif isinstance(call_or_module, ModuleType):
+        name = call_or_module.__name__
+    else:
+        name = module_name(call_or_module)
+    return dict(_closure(name))
 
 
 def fingerprint(call_or_module: Callable[..., Any] | ModuleType | str) -> str:
-    """Hash (32 hex digits) of the code behind a call or module; computed once a process.
+    """Hash (32 hex digits) of the code behind a call or module, which is read once a process.
 
-    Raises:
-        BadTask: no source, a syntax error, or a declaration that is not a literal.
+    `BadTask` if there is no source, a syntax error in it, or a declaration that is not a literal.
     """
-    return _digest(_name_of(call_or_module))
-
-
-def _name_of(call_or_module: Callable[..., Any] | ModuleType | str) -> str:
-    if isinstance(call_or_module, str):
-        return call_or_module
-    if isinstance(call_or_module, ModuleType):
-        return call_or_module.__name__
-    return module_name(call_or_module)
-
-
-@cache
-def _digest(root: str) -> str:
-    text = "".join(f"{name}\0{digest}\0" for name, digest in _closure(root).items())
+    text = "".join(f"{name}\0{digest}\0" for name, digest in parts(call_or_module).items())
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def forget() -> None:
     """Drop what was remembered: for tests, and for sessions that reload modules."""
-    for cached in (_root_of, source_of, _closure, _digest):
+    for cached in (source_of, _closure):
         cached.cache_clear()

@@ -1,24 +1,23 @@
 """The store: published results, each in a folder named after all that determines it.
 
-<root>/<kind>/<key>/      a result and its manifest.json
-<root>/logs/<run>/        logs of a run and of its attempts
-<root>/locks/<label>.json owners of the runs at work
-<root>/verdicts/         which files were read and found whole
+<root>/<kind>/<key>/       a result and its manifest.json
+<root>/logs/<run>/         logs of a run and of its attempts
+<root>/locks/<label>.json  owners of the runs at work
+<root>/verdicts/           which results were read and found whole
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import fingerprint as code_module
 from cluster.errors import BadTask
 from cluster.store.layout import LOCKS, LOGS, VERDICTS
 from cluster.store.publish import is_published
-from cluster.task import Call, Resources, Task, check_json, task_key
+from cluster.task import Call, Resources, Task
 
 _OWN = (LOGS, LOCKS, VERDICTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -52,35 +51,22 @@ class Store:
         resources: Resources | None = None,
         code: str | None = None,
     ) -> Task:
-        """A task whose result lies in this store under a key of its call, spec and code.
+        """A `Task` whose result lies in this store, in the folder `kind`, under a key of its call, spec and code.
 
-        Args:
-            kind: folder of the store, such as "tokens".
-            name: for people: progress, logs, reports.
-            call: module-level `call(spec, folder)`.
-            spec: JSON that determines the result.
-            resources: what one attempt may use; one core without GPU if left out.
-            code: a declared version instead of the fingerprint of the source.
+        `code` may be a declared version, instead of the fingerprint of the source.
         """
-        try:
-            check_json(spec)
-            code = code or code_module.fingerprint(call)
-            key = task_key(code_module.call_name(call), spec, code)
-        except BadTask as error:
-            raise BadTask(f"task {name!r}: {error}") from error
-        return Task(name, call, spec, self.path(kind, key), resources or Resources(), kind, code, key)
+        task = Task(name, call, spec, self.root, resources or Resources(), kind, code or "")
+        return replace(task, out=self.path(kind, task.key))
 
     def published(self) -> Iterator[Path]:
         """Every published folder, by kind and key."""
-        for parent in self.kinds():
-            folders = (folder for folder in sorted(parent.iterdir()) if not folder.name.startswith("."))
-            yield from (folder for folder in folders if is_published(folder))
+        for kind in self.kinds():
+            yield from (path for path in sorted(kind.iterdir()) if path.name[0] != "." and is_published(path))
 
     def kinds(self) -> list[Path]:
         """The folders that hold results."""
-        if not self.root.is_dir():
-            return []
-        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in _OWN)
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(path for path in folders if path.is_dir() and path.name not in _OWN)
 
     @property
     def logs(self) -> Path:

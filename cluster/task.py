@@ -31,21 +31,18 @@ class Resources:
     minutes: float = 60.0
 
     def __post_init__(self) -> None:
-        whole = {"cpus": self.cpus, "gpus": self.gpus}
-        for name, value in whole.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < (name == "cpus"):
-                raise BadTask(f"resources.{name} is {value!r}: a whole number, at least {int(name == 'cpus')}")
-        for name, share in {"memory_gb": self.memory_gb, "minutes": self.minutes}.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
-                raise BadTask(f"resources.{name} is {share!r}: a number greater than zero")
+        for name, least in (("cpus", 1), ("gpus", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise BadTask(f"resources.{name} is {value!r}: a whole number, at least {least}")
+        for name in ("memory_gb", "minutes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise BadTask(f"resources.{name} is {value!r}: a number greater than zero")
 
 
 def check_json(value: object, where: str = "spec") -> None:
-    """Make sure that `value` is the same after a trip through JSON.
-
-    Raises:
-        BadTask: naming the path of the first offending entry.
-    """
+    """Raise `BadTask`, which names the first offending entry, unless `value` is the same after a trip through JSON."""
     if value is None or isinstance(value, str | bool | int):
         return
     if isinstance(value, float):
@@ -124,11 +121,7 @@ class Task:
 
 
 def resolve_call(name: str) -> Call:
-    """The function that `module:function` names.
-
-    Raises:
-        BadTask: the module cannot be imported or has no such function.
-    """
+    """The function that `module:function` names; `BadTask` if there is none that can be imported."""
     module, _, function = name.partition(":")
     try:
         call = getattr(importlib.import_module(module), function)

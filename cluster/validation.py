@@ -83,11 +83,7 @@ def _without(error: ValidationError, data: Any) -> Any:
 
 
 def settle(model: type[S], data: object, where: str, above: str = "") -> S:
-    """Make a section of `data`.
-
-    Raises:
-        BadConfig: lists all that is wrong with it.
-    """
+    """Make a section of `data`; `BadConfig` lists all that is wrong with it."""
     problems = Problems(where)
     made = read(model, data, problems, above)
     problems.raise_as(BadConfig)
@@ -162,11 +158,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_SCIENTIFIC = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
 
 
 def load_yaml(path: Path) -> Any:

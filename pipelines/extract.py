@@ -121,8 +121,8 @@ def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
                 continue  # adopted before, by a run that was cut off or that is at work beside this one
             try:
                 before = verdicts.marks(source)
-                files = adopt(source, out).files  # has read every byte
-                read[out] = {file.path: (before[file.path], file.sha256) for file in files if file.path in before}
+                adopt(source, out)  # has read every byte
+                read[out] = before
             except (ClusterError, OSError) as error:
                 if is_published(out):  # another run adopted and dropped the pass meanwhile
                     continue

@@ -6,7 +6,8 @@ import errno
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 from cluster.errors import StoreUnavailable
@@ -17,43 +18,44 @@ PAUSES = (0.1, 0.5, 2.0, 5.0)  # seconds before the second, third, ... try
 GONE = (FileNotFoundError, NotADirectoryError)
 """What says that a file is not there; every other error says nothing about it."""
 _TRANSIENT = frozenset(
-    getattr(errno, name)
+    getattr(errno, name, errno.EIO)  # not every system has them all
     for name in "EIO ESTALE EAGAIN EBUSY EINTR ETIMEDOUT EREMOTEIO EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"
     " ECONNREFUSED ECONNRESET ECONNABORTED ENOTCONN ESHUTDOWN ENOBUFS ENOMEM ENFILE EMFILE".split()
-    if hasattr(errno, name)
 )
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def is_transient(error: OSError) -> bool:
-    """Whether the same call may well succeed in a moment."""
-    return error.errno in _TRANSIENT
+@contextmanager
+def unavailable(what: str) -> Iterator[None]:
+    """Raise `StoreUnavailable`, which begins with `what`, for an error that might be gone in a moment."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _TRANSIENT:
+            raise StoreUnavailable(f"{what}: {error}") from error
+        raise
 
 
 def patient(action: Callable[P, R]) -> Callable[P, R]:
     """Try an action that may be repeated again, with back-off, while the file system fails for a moment.
 
-    Raises:
-        StoreUnavailable: it failed for longer.
-        OSError: anything that waiting does not mend, at once.
+    Raises `StoreUnavailable` if it fails for longer, and at once any `OSError` that waiting does not mend.
     """
 
     @functools.wraps(action)
     def tried(*args: P.args, **kwargs: P.kwargs) -> R:
-        for pause in (*PAUSES, None):
+        for pause in PAUSES:
             try:
                 return action(*args, **kwargs)
             except OSError as error:
-                if not is_transient(error):
+                if error.errno not in _TRANSIENT:
                     raise
-                if pause is None:
-                    raise StoreUnavailable(
-                        f"the file system of the store failed {len(PAUSES) + 1} times: {error}"
-                    ) from error
                 log.warning("%s; again in %g s", error, pause)
             time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+        with unavailable(f"the file system of the store failed {len(PAUSES) + 1} times"):
+            return action(*args, **kwargs)
+        raise AssertionError("it returned or raised")
 
     return tried

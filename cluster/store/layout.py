@@ -20,9 +20,9 @@ from cluster.store.faults import GONE, patient
 LOGS, LOCKS, VERDICTS = "logs", "locks", "verdicts"  # folders of the store that hold no results
 STATUS, ATTEMPTS = "status.json", "attempts.jsonl"  # of a run, in its folder of the logs
 RESULT, RESUME = "result", "resume"
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<attempt>[0-9a-f]{32})", re.DOTALL)
-PUT_ASIDE = re.compile(r"\.(?P<name>.+)\.(?:corrupt|dropped)(?:-[0-9a-f]{8})?", re.DOTALL)
-LONGEST_NAME = 180  # bytes of a folder name, so that the names beside it stay within the usual 255
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<attempt>[0-9a-f]{32})", re.DOTALL)
+_PUT_ASIDE = re.compile(r"\..+\.(corrupt|dropped)(-[0-9a-f]{8})?", re.DOTALL)
+_LONGEST_NAME = 180  # bytes of a folder name, so that the names beside it stay within the usual 255
 
 
 def new_attempt() -> str:
@@ -31,15 +31,11 @@ def new_attempt() -> str:
 
 
 def check_out(out: Path) -> None:
-    """Make sure that `out` can have temporaries beside it.
-
-    Raises:
-        BadTask: no folder name, or one that is too long.
-    """
+    """Raise `BadTask` if `out` cannot have temporaries beside it: no folder name, or one that is too long."""
     if out.name in ("", ".", "..") or "\0" in str(out):
         raise BadTask(f"{str(out)!r} is not the path of a folder to publish")
-    if len(os.fsencode(out.name)) > LONGEST_NAME:
-        raise BadTask(f"the folder name of {out} is longer than {LONGEST_NAME} bytes: use a shorter one")
+    if len(os.fsencode(out.name)) > _LONGEST_NAME:
+        raise BadTask(f"the folder name of {out} is longer than {_LONGEST_NAME} bytes: use a shorter one")
 
 
 def temporary(out: Path, attempt: str) -> Path:
@@ -54,13 +50,13 @@ def aside(out: Path, why: Literal["corrupt", "dropped"]) -> Path:
 
 def temporaries(parent: Path, name: str | None = None) -> list[tuple[Path, str, str]]:
     """(folder, name of its target, attempt) of every temporary in `parent`, or of those of one target."""
-    matches = [(entry, TEMPORARY.fullmatch(entry)) for entry in _names(parent)]
+    matches = [(entry, _TEMPORARY.fullmatch(entry)) for entry in _names(parent)]
     return [(parent / entry, m["name"], m["attempt"]) for entry, m in matches if m and name in (None, m["name"])]
 
 
 def put_aside(parent: Path) -> list[Path]:
     """Published folders in `parent` that were found corrupt, or whose removal was cut short."""
-    return [parent / entry for entry in _names(parent) if PUT_ASIDE.fullmatch(entry)]
+    return [parent / entry for entry in _names(parent) if _PUT_ASIDE.fullmatch(entry)]
 
 
 @patient

@@ -1,24 +1,23 @@
 """Leases: who is at work in a temporary folder, and whether they still are.
 
-An owner file names the process at work and holds a counter that its heartbeat raises. In its own domain a
-process is looked up exactly. From elsewhere it counts as dead when its counter has not moved for a lease by
-the *observer's* monotonic clock: no decision rests on file times or on two clocks that agree.
+An owner file names the process at work and holds a counter that its heartbeat raises. In its own domain a process is
+looked up exactly. From elsewhere it counts as dead when its counter has not moved for a lease by the *observer's*
+monotonic clock: no decision rests on file times or on two clocks that agree.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cluster.host.process import Process
 from cluster.store.faults import GONE, patient
 
 OWNER_FILE = "owner.json"
-# A folder without a readable owner file is one whose maker was stopped between two system calls, or is just
-# there.
 UNOWNED_PATIENCE = 2.0
+"""Seconds for a folder without a readable owner file: just made, or of one stopped between two system calls."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Owner:
 
 @patient
 def read_owner(root: Path) -> Owner | None:
-    """The owner of a temporary folder; None if there is no owner file, or a half written one."""
+    """The owner of a temporary folder; None if there is no owner file, or none that can be read."""
     try:
         data = json.loads((root / OWNER_FILE).read_bytes())
         return Owner(**{**data, "process": Process.from_json(data["process"])})
@@ -52,21 +51,10 @@ def create_owner(root: Path, owner: Owner) -> None:
 
 
 def replace_owner(root: Path, owner: Owner) -> None:
-    """Replace the owner file in one step.
-
-    Raises:
-        FileNotFoundError: the folder was taken away: the lease is lost.
-    """
+    """Replace the owner file in one step; `FileNotFoundError` if the folder was taken away: the lease is lost."""
     fresh = root / f"{OWNER_FILE}.new"
     fresh.write_text(json.dumps(asdict(owner)))
     fresh.replace(root / OWNER_FILE)
-
-
-def release(root: Path) -> None:
-    """Say that nobody works in this folder any more."""
-    owner = read_owner(root)
-    if owner is not None and not owner.released:
-        replace_owner(root, replace(owner, released=True))
 
 
 @dataclass
@@ -77,8 +65,8 @@ class Watch:
 
     def expired(self, name: str, beat: int, patience: float) -> bool:
         """Whether the beat of `name` has not moved for `patience` seconds of watching."""
-        known = self._seen.get(name)
         now = time.monotonic()
+        known = self._seen.get(name)
         if known is None or known[0] != beat:
             self._seen[name] = (beat, now)
             return False

@@ -11,13 +11,15 @@ from cluster.store.layout import ATTEMPTS, LOGS, temporaries
 from cluster.store.lease import read_owner
 from cluster.store.publish import is_published
 
+Status = Literal["published", "running", "failed", "missing"]
+"""Running: an attempt holds its lease, on whatever machine; failed: the last attempt did not publish."""
+
 
 @dataclass(frozen=True)
 class Lookup:
     """What is known of a task."""
 
-    status: Literal["published", "running", "failed", "missing"]
-    """Running: an attempt holds its lease, on whatever machine; failed: the last attempt did not publish."""
+    status: Status
     folder: Path
     """Of the result, once it is published."""
     attempts: tuple[dict[str, Any], ...]
@@ -30,18 +32,14 @@ def lookup(out: Path, key: str) -> Lookup:
     """Look up the task of this key that publishes `out` in a store."""
     found = []
     for path in sorted((out.parent.parent / LOGS).glob(f"*/{ATTEMPTS}")):
-        for line in path.read_text().splitlines():
-            if key in line and line.endswith("}"):  # not of one that is being written
-                note = json.loads(line)
-                if note["key"] == key:
-                    found.append((note["time"], path.parent / note.get("log", ""), note))
-    found.sort(key=lambda one: one[0])
+        lines = [line for line in path.read_text().splitlines() if key in line and line.endswith("}")]  # whole ones
+        found += [(note, path.parent / note.get("log", "")) for note in map(json.loads, lines) if note["key"] == key]
+    found.sort(key=lambda one: one[0]["time"])
     owners = [read_owner(root) for root, _, _ in temporaries(out.parent, out.name)]
+    status: Status = "failed" if found else "missing"
     if is_published(out):
-        status: Literal["published", "running", "failed", "missing"] = "published"
+        status = "published"
     elif any(owner is not None and owner.alive() is not False for owner in owners):
         status = "running"
-    else:
-        status = "failed" if found else "missing"
-    logs = [log for _, log, _ in found if log.is_file()]
-    return Lookup(status, out, tuple(note for _, _, note in found), logs[-1] if logs else None)
+    logs = [log for _, log in found if log.is_file()]
+    return Lookup(status, out, tuple(note for note, _ in found), logs[-1] if logs else None)

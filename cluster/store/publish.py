@@ -1,8 +1,12 @@
 """Publication: a result appears under its name whole, verified and at most once, or not at all.
 
-A published folder is its files and a `manifest.json` that lists them with size and SHA-256. The manifest is a
-function of the task and the files: no times, hosts or random names, so that equal results are equal byte for
-byte.
+A published folder is its files and a `manifest.json` that lists them with size and SHA-256. The manifest is a function
+of the task and the files: no times, hosts or random names, so that equal results are equal byte for byte.
+
+`publish` writes the manifest into the folder of an attempt, forces both to disk and renames the folder to its name,
+which fails if the name holds anything: that one rename decides. `publish_copy` and `adopt` do the same with files that
+exist already. `verify` compares a published folder with its manifest, `set_aside` also renames a damaged one away, and
+`drop` removes one.
 """
 
 from __future__ import annotations
@@ -16,15 +20,15 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cluster.errors import BadTask, CorruptResult, Fenced, StoreUnavailable
+from cluster.errors import BadTask, CorruptResult, Fenced
 from cluster.store import verdicts
-from cluster.store.faults import GONE, is_transient, patient
+from cluster.store.faults import GONE, patient, unavailable
 from cluster.store.layout import RESUME, aside, check_out, new_attempt
 from cluster.store.lease import Watch
 from cluster.store.leftovers import remove_tree
@@ -65,52 +69,55 @@ class Manifest:
     about: About
     files: tuple[File, ...]
 
+    @property
+    def sums(self) -> dict[str, str]:
+        """SHA-256 of each file, by path."""
+        return {file.path: file.sha256 for file in self.files}
+
     def to_text(self) -> str:
         """The one text of this manifest."""
         data = {"format": FORMAT, **asdict(self.about), "files": [asdict(file) for file in self.files]}
         return json.dumps(data, sort_keys=True, indent=1) + "\n"
 
     @classmethod
-    @patient
-    def read(cls, folder: Path) -> Manifest:
-        """Manifest of a published folder.
-
-        Raises:
-            CorruptResult: there is none, or it is not one.
-            StoreUnavailable: it cannot be read.
-        """
-        path = folder / MANIFEST
+    def from_text(cls, text: bytes, place: str) -> Manifest:
+        """What `to_text` wrote, found at `place`; `CorruptResult` if it is something else, or a path leads out."""
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(text)
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
             about = About(**{name: data[name] for name in ("key", "kind", "call", "spec", "code", "part")})
             files = tuple(File(str(f["path"]), str(f["sha256"]), int(f["bytes"])) for f in data["files"])
-        except GONE as error:
-            raise CorruptResult(f"{folder} holds no {MANIFEST}: it was never published as a whole") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptResult(f"{path} is not a manifest: {error!r}") from error
+            raise CorruptResult(f"{place} is not a manifest: {error!r}") from error
+        for path in (PurePosixPath(file.path) for file in files):
+            if path.is_absolute() or ".." in path.parts:
+                raise CorruptResult(f"{place} lists '{path}', which is outside of the folder")
         return cls(about, files)
 
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Manifest of a published folder; `CorruptResult` if it has none, `StoreUnavailable` if it cannot be read."""
+        path = Path(folder) / MANIFEST
+        try:
+            text = patient(path.read_bytes)()
+        except GONE as error:
+            raise CorruptResult(f"{folder} holds no {MANIFEST}: it was never published as a whole") from error
+        return cls.from_text(text, str(path))
 
-@patient
+
 def is_published(folder: Path) -> bool:
     """Whether a result is there: one look-up. `verify` reads every byte."""
     try:
-        return stat.S_ISREG((Path(folder) / MANIFEST).stat().st_mode)
+        return stat.S_ISREG(patient(os.stat)(Path(folder) / MANIFEST).st_mode)
     except GONE:
         return False
 
 
 def verify(folder: Path, *, remembered: bool = False) -> Manifest:
-    """Compare every file of a published folder with its manifest.
+    """Compare every file of a published folder with its manifest; others are ignored, with a warning.
 
-    Files that the manifest does not list are no part of the result: they are ignored, with a warning.
-
-    Args:
-        folder: of a store.
-        remembered: leave out files that were read once and that nobody touched since (`cluster.store.verdicts`), and
-            remember those that are read now.
+    If `remembered`, nothing is read of what was found whole once and nobody touched since (`cluster.store.verdicts`).
 
     Raises:
         CorruptResult: naming the first file that is missing, of another size or of other content.
@@ -118,46 +125,30 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    known = verdicts.recall(folder) if remembered else {}
-    whole = {}
+    seen = verdicts.marks(folder) if remembered else []
+    if seen and seen == verdicts.recall(folder):
+        return manifest
     for file in manifest.files:
-        verdict = _verify_file(folder / safe(file.path, folder), file, known.get(file.path))
-        if verdict is not None:
-            whole[file.path] = verdict
-    if remembered and whole != known:
-        verdicts.remember(folder, whole)
-    strays = {path for path, _ in _files(folder)} - {file.path for file in manifest.files} - {MANIFEST}
+        path = folder / file.path
+        try:
+            found = patient(path.lstat)()
+            if not stat.S_ISREG(found.st_mode):
+                raise CorruptResult(f"{path} is not a regular file")
+            if found.st_size != file.bytes:
+                raise CorruptResult(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
+            if _sha256(path) != file.sha256:
+                raise CorruptResult(f"{path} has other content than its manifest says (SHA-256 differs)")
+        except GONE as error:
+            raise CorruptResult(f"{path} is missing, its manifest lists it") from error
+    if seen:
+        verdicts.remember(folder, seen)
+    strays = {*_files(folder)} - {*manifest.sums, MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
     return manifest
 
 
 @patient
-def _verify_file(path: Path, file: File, known: verdicts.Verdict | None) -> verdicts.Verdict | None:
-    """What to remember of a file that is whole; None if its next change might not show."""
-    try:
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            raise CorruptResult(f"{path} is not a regular file")
-        if found.st_size != file.bytes:
-            raise CorruptResult(f"{path} has {found.st_size} bytes, its manifest says {file.bytes}")
-        verdict = verdicts.mark(found), file.sha256
-        settled = verdicts.settled(verdict[0])
-        if known != verdict and _sha256(path) != file.sha256:
-            raise CorruptResult(f"{path} has other content than its manifest says (SHA-256 differs)")
-    except GONE as error:
-        raise CorruptResult(f"{path} is missing, its manifest lists it") from error
-    return verdict if settled else None
-
-
-def safe(path: str, folder: Path) -> Path:
-    """The path of a file within a result; `CorruptResult` if it leads out of it."""
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise CorruptResult(f"the manifest of {folder} lists {path!r}, which is outside of the folder")
-    return Path(pure)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -168,24 +159,20 @@ def _fail(error: OSError) -> None:
 
 
 @patient
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """(relative path with `/`, path) of every file, sorted. Links are files, those to folders too: none is followed."""
+def _files(folder: Path) -> list[str]:
+    """Path, with `/`, of every file in `folder`, sorted. Links are files, those to folders too: none is followed."""
     found = []
     for root, folders, names in os.walk(folder, onerror=_fail):
-        for path in [Path(root) / name for name in names + folders]:
-            if path.name in names or path.is_symlink():
-                found.append((path.relative_to(folder).as_posix(), path))
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        found += [Path(root, name).relative_to(folder).as_posix() for name in names + links]
     return sorted(found)
 
 
 def _fsync(path: Path) -> None:
     handle = patient(os.open)(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError as error:
-        if is_transient(error):  # never twice: the kernel says once that it lost what was written
-            raise StoreUnavailable(f"{path} cannot be forced to disk: {error}") from error
-        raise
+        with unavailable(f"{path} cannot be forced to disk"):
+            os.fsync(handle)  # never twice: the kernel says once that it lost what was written
     finally:
         os.close(handle)
 
@@ -193,17 +180,18 @@ def _fsync(path: Path) -> None:
 def _seal(folder: Path, about: About) -> Manifest:
     """Write the manifest of `folder`, and force all that is in it to disk."""
     files = []
-    for name, path in _files(folder):
+    for name in _files(folder):
+        path = folder / name
         if name == MANIFEST:
             raise BadTask(f"the call wrote a file named {MANIFEST}: that name is the store's, use another")
         if not stat.S_ISREG(path.lstat().st_mode):
             raise BadTask(f"the call left {name}, which is not a regular file: a result holds files only")
-        files.append(File(name, patient(_sha256)(path), path.stat().st_size))
+        files.append(File(name, _sha256(path), path.stat().st_size))
     if not files:
         raise BadTask("the call returned but wrote no file into its folder")
     manifest = Manifest(about, tuple(files))
     patient((folder / MANIFEST).write_text)(manifest.to_text())
-    paths = {folder / MANIFEST, *(path for _, path in _files(folder))}
+    paths = {folder / MANIFEST, *(folder / file.path for file in files)}
     everything = paths | {parent for path in paths for parent in path.parents if parent.is_relative_to(folder)}
     # Beside each other: the file system commits what waits in one go, instead of once a file.
     with ThreadPoolExecutor(min(len(everything), FSYNC_THREADS)) as pool:
@@ -212,84 +200,78 @@ def _seal(folder: Path, about: About) -> Manifest:
 
 
 def publish(workspace: Workspace, about: About, *, expected: Mapping[str, str] | None = None) -> bool:
-    """Publish what lies in the workspace; False if an equal task was published first (ours is then dropped).
+    """Publish what lies in the workspace, which is gone afterwards; False if an equal task was first (ours is dropped).
 
-    Args:
-        workspace: of the attempt; it is gone afterwards.
-        about: the head of the manifest.
-        expected: SHA-256 of each file, where it is known beforehand.
+    `about` is the head of the manifest; `expected` has the SHA-256 of each file, where it is known beforehand.
 
     Raises:
         BadTask: the call wrote nothing, or something that is not a file.
-        CorruptResult: the files are not the expected ones; nothing was published.
-        Fenced: the attempt lost its lease; nothing was published.
+        CorruptResult: the files are not the expected ones.
+        Fenced: the attempt lost its lease.
         StoreUnavailable: the file system failed for longer than it was waited for.
-        OSError: the disk is full; nothing was published.
+        OSError: the disk is full. As after every error, nothing was published.
     """
-    try:
-        return _publish(workspace, about, expected)
-    except OSError as error:
-        if is_transient(error):
-            raise StoreUnavailable(f"{workspace.out} cannot be published: {error}") from error
-        raise
-
-
-def _publish(workspace: Workspace, about: About, expected: Mapping[str, str] | None) -> bool:
-    workspace.check()
     folder, out = workspace.folder, workspace.out
-    with contextlib.suppress(FileNotFoundError):
-        patient(os.rename)(folder / RESUME, workspace.root / RESUME)
-    try:
-        manifest = _seal(folder, about)
-    except FileNotFoundError:
-        workspace.check()  # the folder was taken away while we read it
-        raise
-    found = {file.path: file.sha256 for file in manifest.files}
-    wanted = found if expected is None else expected
-    for path, sha256 in sorted(found.items() ^ wanted.items()):
-        if path in found and path in wanted:
-            raise CorruptResult(f"{path} for {out} has other content than its manifest says (SHA-256 differs)")
-        raise CorruptResult(
-            f"{path} (SHA-256 {sha256}) for {out} is {'missing' if path in wanted else 'not in its manifest'}"
-        )
-    workspace.check()
-    won = _move_into_place(workspace, about)
-    _fsync(out.parent)
-    # What was handed over is of no use now; without it the rest goes too.
-    shutil.rmtree(workspace.root / RESUME, ignore_errors=True)
-    if not won:
-        shutil.rmtree(folder, ignore_errors=True)
-    workspace.discard()
+    with unavailable(f"{out} cannot be published"):
+        workspace.check()
+        with contextlib.suppress(FileNotFoundError):
+            patient(os.rename)(folder / RESUME, workspace.root / RESUME)
+        try:
+            found = _seal(folder, about).sums
+        except FileNotFoundError:
+            workspace.check()  # the folder was taken away while we read it
+            raise
+        wrong = {} if expected is None else dict(found.items() ^ expected.items())
+        if wrong:
+            path = min(wrong)
+            is_, was = (sums.get(path, "missing") for sums in (found, expected or {}))
+            raise CorruptResult(f"{path} for {out} is {is_}, but {was} in its manifest (SHA-256)")
+        workspace.check()
+        won = _move_into_place(workspace, about)
+        _fsync(out.parent)
+        # What was handed over is of no use now; without it the rest goes too.
+        shutil.rmtree(workspace.root / RESUME, ignore_errors=True)
+        if not won:
+            shutil.rmtree(folder, ignore_errors=True)
+        workspace.discard()
     return won
 
 
 def _move_into_place(workspace: Workspace, about: About) -> bool:
+    """Rename the folder to its name; False if a sound result of the same task is there (a damaged one is set aside)."""
     folder, out = workspace.folder, workspace.out
     ours = patient(os.stat)(folder)
-    while True:
-        try:
-            patient(os.rename)(folder, out)  # fails if the target holds anything, and if we were fenced
-        except FileNotFoundError as error:
-            if is_same(out, ours):  # a rename that was said to have failed
-                return True
+    try:
+        while not _rename(folder, out):
+            corrupt = set_aside(out)
+            if corrupt is not None:
+                log.warning("%s", corrupt)
+            elif (theirs := Manifest.read(out)).about.key != about.key:
+                raise BadTask(f"{out} holds the result of another task: {theirs.about.key}")
+            else:
+                return False
+    except FileNotFoundError as error:
+        if not _is_same(out, ours):  # or it was a rename that was said to have failed
             workspace.lost = True
             raise Fenced(f"another attempt took over {out}: this result is dropped") from error
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            if (corrupt := set_aside(out)) is not None:
-                log.warning("%s", corrupt)
-                continue
-            if (theirs := Manifest.read(out)).about.key != about.key:
-                raise BadTask(f"{out} holds the result of another task: {theirs.about.key}") from error
-            return False
-        return True
+    return True
 
 
-def is_same(path: Path, known: os.stat_result | None) -> bool:
+def _rename(source: Path, target: Path) -> bool:
+    """Give a folder another name; False if that one holds anything. `FileNotFoundError` if `source` is gone."""
+    try:
+        patient(os.rename)(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def _is_same(path: Path, known: os.stat_result) -> bool:
     """Whether `path` is still what was seen before."""
     try:
-        return known is not None and os.path.samestat(patient(os.lstat)(path), known)
+        return os.path.samestat(patient(os.lstat)(path), known)
     except GONE:
         return False
 
@@ -297,10 +279,8 @@ def is_same(path: Path, known: os.stat_result | None) -> bool:
 def set_aside(folder: Path, *, remembered: bool = False) -> CorruptResult | None:
     """Verify a published folder as `verify` does; move it away if it is damaged, so that its task is planned again.
 
-    Another run may do the same at the same time, and publish it anew: what it published is left, or put back.
-
-    Returns:
-        What is wrong with it, and where it lies now if it was this call that moved it; None if it is sound.
+    Another run may do the same at the same time, and publish it anew: what it published is left, or put back. Returns
+    what is wrong with it, and where it lies now if it was this call that moved it; None if it is sound.
     """
     while True:
         try:
@@ -309,49 +289,53 @@ def set_aside(folder: Path, *, remembered: bool = False) -> CorruptResult | None
         except GONE:
             return CorruptResult(f"{folder} is not there")
         except CorruptResult as corrupt:
-            if not is_same(folder, seen):
-                continue
             target = aside(folder, "corrupt")
             try:
-                patient(os.rename)(folder, target)
-            except GONE:
+                if not _is_same(folder, seen) or not _rename(folder, target):
+                    continue
+            except FileNotFoundError:
                 continue
-            if is_same(target, seen):
+            if _is_same(target, seen):
                 return CorruptResult(f"{corrupt}; moved to {target}")
-            _put_back(target, folder)
+            # Ours was published in the instant before: it goes back, unless yet another run has published an equal one.
+            if not _rename(target, folder):
+                drop(target)
         else:
             return None
-
-
-def _put_back(target: Path, folder: Path) -> None:
-    """Undo the renaming of a result that was published in the instant before."""
-    try:
-        patient(os.rename)(target, folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise
-        drop(target)  # yet another run has published an equal one
 
 
 def drop(folder: Path) -> None:
     """Remove a published folder, or one put aside: gone for readers at once, however long removing takes."""
     doomed = aside(folder, "dropped")
-    try:
+    with contextlib.suppress(*GONE):  # another run was faster
         patient(os.rename)(folder, doomed)
-    except GONE:
-        return  # another run was faster
-    remove_tree(doomed)
+        remove_tree(doomed)
+
+
+def publish_copy(
+    workspace: Workspace, about: About, sums: Mapping[str, str], fetch: Callable[[str, Path], None]
+) -> None:
+    """`publish` files that exist elsewhere, once `fetch(path, target)` has put each of those in `sums` at its place.
+
+    The workspace is gone afterwards, whatever happens; `sums` has the SHA-256 of each file by its path.
+    """
+    try:
+        with workspace.heartbeat():
+            for path in sums:
+                target = workspace.folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fetch(path, target)
+            publish(workspace, about, expected=sums)
+    finally:
+        workspace.discard()
 
 
 def adopt(src_subfolder: Path, out: Path) -> Manifest:
-    """Publish a subfolder of a published folder as a result of its own, by hard links, in one step.
+    """Publish a subfolder of a published folder as a result of its own, in one step.
 
-    So one task can make several results (all layers of one pass) that live on their own afterwards. The files
-    are linked, or copied where the file system cannot link; a result that is already there is left as it is.
-
-    Args:
-        src_subfolder: a folder strictly inside a published folder.
-        out: where to publish; its name becomes the key, its parent's name the kind.
+    So one task can make several results (all layers of one pass) that live on their own afterwards. The files are
+    linked, or copied where the file system cannot link. The name of `out` becomes the key, its parent's name the kind;
+    a result that is there already is left as it is.
 
     Raises:
         BadTask: `src_subfolder` is not inside a published folder, or holds no file of it.
@@ -366,36 +350,24 @@ def adopt(src_subfolder: Path, out: Path) -> Manifest:
         raise BadTask(f"{src} is not inside a published folder")
     source = Manifest.read(owner)
     part = src.relative_to(owner).as_posix()
-    listed = [(file.path[len(part) + 1 :], file) for file in source.files if file.path.startswith(f"{part}/")]
-    if not listed:
+    inside = f"{part}/"
+    sums = {path.removeprefix(inside): sum_ for path, sum_ in source.sums.items() if path.startswith(inside)}
+    if not sums:
         raise BadTask(f"{owner} was published without files in {part!r}")
-    about = About(out.name, out.parent.name, source.about.call, source.about.spec, source.about.code, part)
-    workspace = _claim(out)
-    if workspace is not None:
-        try:
-            with workspace.heartbeat():
-                for name, _ in listed:
-                    _link(src / name, workspace.folder / name)
-                publish(workspace, about, expected={name: file.sha256 for name, file in listed})
-        finally:
-            workspace.discard()
-    return Manifest.read(out)
-
-
-def _claim(out: Path) -> Workspace | None:
-    """A workspace for `out`, once nobody else is at work on it; None if they published it."""
+    about = replace(source.about, key=out.name, kind=out.parent.name, part=part)
     watch, dead = Watch(), set[str]()
     while not is_published(out):
         try:
-            return Workspace.claim(out, new_attempt(), supersedes=dead)
+            workspace = Workspace.claim(out, new_attempt(), supersedes=dead)
         except Busy as busy:
             dead.update(other.attempt for other in busy.others if other.expired(watch))
-        time.sleep(0.05)
-    return None
+            time.sleep(0.05)
+        else:
+            publish_copy(workspace, about, sums, lambda path, target: _link(src / path, target))
+    return Manifest.read(out)
 
 
 def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target, follow_symlinks=False)
     except GONE as error:

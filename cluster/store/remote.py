@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from cluster.errors import CannotRun, CorruptResult
 from cluster.store.layout import new_attempt
-from cluster.store.publish import MANIFEST, Manifest, publish, safe
+from cluster.store.publish import MANIFEST, Manifest, publish_copy
 from cluster.store.workspace import Workspace
 
 AT_ONCE = 8  # transfers
 
 
 class Remote:
-    """A place for results beside the store.
-
-    Raises:
-        CannotRun: it cannot be reached, or its kind of file system needs a package that is not installed.
-    """
+    """A place for results beside the store; `CannotRun` if its kind of file system needs a package that is missing."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -39,11 +36,7 @@ class Remote:
         self._root: str = root.rstrip("/")
 
     def names(self) -> list[str]:
-        """`KIND/KEY` of all that it holds, sorted.
-
-        Raises:
-            CannotRun: it cannot be read.
-        """
+        """`KIND/KEY` of all that it holds, sorted; `CannotRun` if it cannot be read."""
         kinds = [name for name in self._list("") if not name.startswith(".")]
         leaves = {kind: self._list(f"/{kind}") for kind in kinds}
         return sorted(f"{kind}/{leaf[:-5]}" for kind in kinds for leaf in leaves[kind] if leaf.endswith(".json"))
@@ -73,49 +66,40 @@ class Remote:
     def pull(self, out: Path) -> None:
         """Publish a result here, verified; whatever the client raises is passed on.
 
-        Raises:
-            Busy: somebody makes it here right now.
-            CorruptResult: it is damaged there.
+        `Busy` if somebody makes it here right now, `CorruptResult` if it is damaged there.
         """
         place = f"{self._root}/{out.parent.name}/{out.name}"
+        manifest = Manifest.from_text(self._fs.cat_file(f"{place}.json"), f"{place}.json")
+        if manifest.about.key != out.name:
+            raise CorruptResult(f"{place}.json is the manifest of {manifest.about.key}")
         workspace = Workspace.claim(out, new_attempt())
-        try:
-            with workspace.heartbeat():
-                self._fs.get_file(f"{place}.json", str(workspace.root / MANIFEST))
-                manifest = Manifest.read(workspace.root)
-                if manifest.about.key != out.name:
-                    raise CorruptResult(f"{self.url}/{out.parent.name}/{out.name}.json is of {manifest.about.key}")
-                (workspace.root / MANIFEST).unlink()
-                for file in manifest.files:
-                    target = workspace.folder / safe(file.path, out)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    self._fs.get_file(f"{place}/{file.path}", str(target))
-                publish(workspace, manifest.about, expected={file.path: file.sha256 for file in manifest.files})
-        finally:
-            workspace.discard()
+        publish_copy(
+            workspace,
+            manifest.about,
+            manifest.sums,
+            lambda path, target: self._fs.get_file(f"{place}/{path}", str(target)),
+        )
 
 
 def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tuple[Path, Exception | None]]:
     """Push or pull results, several at a time, and say of each how it ended.
 
-    Its threads are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
+    Its threads are daemons, and no pool: when the caller is interrupted nothing waits for a transfer that hangs.
     """
-    waiting, ended = SimpleQueue[Path](), SimpleQueue[tuple[Path, Exception | None]]()
+    waiting, ended = deque(outs), SimpleQueue[tuple[Path, Exception | None]]()
 
     def work() -> None:
-        with contextlib.suppress(Empty):
+        with contextlib.suppress(IndexError):  # none is waiting
             while True:
-                out = waiting.get_nowait()
+                out, error = waiting.popleft(), None
                 try:
                     one(out)
-                except Exception as error:  # whatever a client raises: the others go on
-                    ended.put((out, error))
-                else:
-                    ended.put((out, None))
+                except Exception as raised:  # whatever a client raises: the others go on
+                    error = raised
+                ended.put((out, error))
 
-    for out in (todo := list(outs)):
-        waiting.put(out)
-    for _ in todo[:AT_ONCE]:
+    count = len(waiting)
+    for _ in range(min(count, AT_ONCE)):
         threading.Thread(target=work, name="transfer", daemon=True).start()
-    for _ in todo:
+    for _ in range(count):
         yield ended.get()

@@ -1,8 +1,8 @@
 """What was found whole once is not read again as long as the file system says that nobody touched it.
 
-<store>/verdicts/<kind>/<key>.json has, for each file of a result, its size, mtime, inode, ctime and the SHA-256 that
-its content had. A file that was changed, or replaced under an old mtime, has another ctime or inode, and is read again.
-What a disk loses by itself shows in none of these: `verify` without verdicts reads every byte.
+<store>/verdicts/<kind>/<key>.json has what the file system said of the files of a result when they were read and found
+whole. A file that was changed since, or replaced under an old mtime, has another ctime or inode: all are read again.
+What a disk loses by itself does not show: `verify` without verdicts reads every byte.
 """
 
 from __future__ import annotations
@@ -10,60 +10,46 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.store.layout import VERDICTS
+from cluster.store import leftovers
+from cluster.store.faults import patient
+from cluster.store.layout import VERDICTS, new_attempt
+from cluster.store.leftovers import Marks
 
 log = logging.getLogger(__name__)
 
-Mark = tuple[int, int, int, int]
-"""Size (bytes), mtime (ns), inode and ctime (ns) of a file."""
-Verdict = tuple[Mark, str]
-"""What a file looked like when it was read, and its SHA-256."""
 _TICK_NS = 20_000_000
 """Two changes within a tick of a file system's clock (10 ms at most) may leave the same times."""
 
 
-def mark(status: os.stat_result) -> Mark:
-    """What changes whenever the file does."""
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
+def marks(folder: Path) -> Marks:
+    """Those of every file below `folder`; none if one was changed just now, since its next change might not show."""
+    found = patient(leftovers.marks)(folder)
+    return [] if any(time.time_ns() - int(one[4]) <= _TICK_NS for one in found) else found
 
 
-def marks(folder: Path) -> dict[str, Mark]:
-    """The mark of every file below a folder whose next change will show, by path with `/`."""
-    files = {path.relative_to(folder).as_posix(): mark(path.lstat()) for path in folder.rglob("*") if path.is_file()}
-    return {path: found for path, found in files.items() if settled(found)}
-
-
-def settled(found: Mark) -> bool:
-    """Whether the next change of the file will show in its times."""
-    return time.time_ns() - found[3] > _TICK_NS
-
-
-def recall(folder: Path) -> dict[str, Verdict]:
-    """Mark and SHA-256 of the files of a published folder, as they were when they were read; empty if never."""
+def recall(folder: Path) -> Marks:
+    """The marks of a published folder when it was read; empty if never."""
     try:
-        found = json.loads(_path(folder).read_bytes())
-        return {path: ((size, mtime, inode, ctime), sha) for path, (size, mtime, inode, ctime, sha) in found.items()}
+        found: Marks = json.loads(_path(folder).read_bytes())
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return []
+    except (OSError, ValueError) as error:
         log.warning("%s: %r; the files are read again", _path(folder), error)
-        return {}
+        return []
+    return found
 
 
-def remember(folder: Path, found: Mapping[str, Verdict]) -> None:
+def remember(folder: Path, whole: Marks) -> None:
     """Keep what `recall` gives; a store that cannot be written to remembers nothing."""
     path = _path(folder)
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    text = json.dumps({name: [*one, sha256] for name, (one, sha256) in found.items()}, sort_keys=True)
+    fresh = path.with_name(f".{path.name}.{new_attempt()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text)
+        fresh.write_text(json.dumps(whole))
         fresh.replace(path)
     except OSError as error:
         log.info("%s is not remembered to be whole: %s", folder, error)
@@ -71,16 +57,17 @@ def remember(folder: Path, found: Mapping[str, Verdict]) -> None:
             fresh.unlink()
 
 
-def remember_linked(read: Mapping[Path, Mapping[str, Verdict]]) -> None:
-    """Remember files that were read when they had these marks, and that were linked or unlinked since.
+def remember_linked(read: Mapping[Path, Marks]) -> None:
+    """Remember results whose files were read when they had these marks, and were linked or unlinked since.
 
     That changes their ctime; their size, mtime and inode must still be those of before.
     """
     time.sleep(_TICK_NS / 1e9)
-    for folder, files in read.items():
+    for folder, before in read.items():
         now = marks(folder)
-        same = {path: now[path] for path, (old, _) in files.items() if path in now and now[path][:3] == old[:3]}
-        remember(folder, {path: (found, files[path][1]) for path, found in same.items()})
+        but_ctime = [one[:4] for one in now]
+        if before and all(one[:4] in but_ctime for one in before):
+            remember(folder, now)
 
 
 def forget_absent(root: Path) -> None:

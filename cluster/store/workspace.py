@@ -32,7 +32,7 @@ class Other:
     """Another attempt at the same result, as seen by one that wants to start."""
 
     attempt: str
-    beat: int
+    beat: int  # at least 1: at work; less: it has not decided yet
     patience: float  # seconds without a beat after which it may be fenced; 0: it is known to live
 
     def expired(self, watch: Watch) -> bool:
@@ -57,15 +57,12 @@ class Workspace:
         self.folder = self.root / RESULT
         self.lost = False
         self._owner = owner
-        # Open handle of `root`: a folder made anew under its name is another one.
-        self._pin: int | None = None
+        self._pin: int | None = None  # open handle of `root`: a folder made anew under its name is another one
 
     @classmethod
     @patient
     def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Workspace:
-        """Open a workspace: fence dead attempts, and those in `supersedes`, and take over their `resume/`.
-
-        Of several that claim at once one at most gets it.
+        """Fence dead attempts, and those in `supersedes`, and take over their `resume/`. Of several, one gets it.
 
         Raises:
             Busy: others are at work, or may be; nothing was changed.
@@ -73,9 +70,9 @@ class Workspace:
             StoreUnavailable: the file system failed for longer than it was waited for.
         """
         self = cls(out, attempt, Owner(Process.me(), lease))
-        while not self._begin():
-            pass
         try:
+            while not self._begin():
+                pass
             stale = self._decide(supersedes)
             self.folder.mkdir(exist_ok=True)
             _take_over(stale, self)
@@ -90,23 +87,6 @@ class Workspace:
             raise
         return self
 
-    def _decide(self, supersedes: Collection[str]) -> list[Path]:
-        """Attempts that are over, once it is sure that no other is at work; raises Busy if one is.
-
-        Our folder was made before we look, so of two claims at least one sees the other. The one of the lower name
-        waits until the other has decided, and the other gives way.
-        """
-        deadline = time.monotonic() + DECISION
-        while True:
-            stale, others, undecided = _look(self.out, self.attempt, supersedes)
-            if others or any(one.attempt < self.attempt for one in undecided):
-                raise Busy(others + undecided)
-            if not undecided:
-                return stale
-            if time.monotonic() > deadline:
-                raise Busy(undecided)
-            time.sleep(0.01)
-
     def _begin(self) -> bool:
         """Make the folder and say whose it is; False if it was swept in between, since nobody's was empty."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,12 +95,40 @@ class Workspace:
             self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
             create_owner(self.root, self._owner)
         except FileNotFoundError:
-            self._unpin()
-            return False
-        except BaseException:
             self.discard()
-            raise
+            return False
         return True
+
+    def _decide(self, supersedes: Collection[str]) -> list[Path]:
+        """Attempts that are over, once it is sure that no other is at work; raises Busy if one is.
+
+        Our folder was made before we look, so of two claims at least one sees the other. The one of the lower name
+        waits until the other has decided, and the other gives way.
+        """
+        deadline = time.monotonic() + DECISION
+        while True:
+            stale, others = self._look(supersedes)
+            if not others:
+                return stale
+            if any(one.beat > 0 or one.attempt < self.attempt for one in others) or time.monotonic() > deadline:
+                raise Busy(others)
+            time.sleep(0.01)
+
+    def _look(self, supersedes: Collection[str]) -> tuple[list[Path], list[Other]]:
+        """The folders of attempts that are over, and the attempts that are not, or may not be."""
+        stale, others = [], []
+        for root, _, attempt in temporaries(self.out.parent, self.out.name):
+            if attempt == self.attempt:
+                continue
+            owner = read_owner(root)
+            alive = None if owner is None else owner.alive()
+            if attempt in supersedes or alive is False:
+                stale.append(root)
+            elif owner is not None:
+                others.append(Other(attempt, owner.beat, 0.0 if alive else owner.lease))
+            elif not remove_empty(root):
+                others.append(Other(attempt, -1, UNOWNED_PATIENCE))
+        return stale, others
 
     def beat(self) -> bool:
         """Renew the lease; False, for ever, once it is lost."""
@@ -152,14 +160,9 @@ class Workspace:
             thread.join()
 
     def check(self) -> None:
-        """Raise `Fenced` if the lease is lost.
+        """Raise `Fenced` if the lease is lost: the folder is gone, or another one; `StoreUnavailable` if none can tell.
 
-        A call that makes its folders as it needs them may have made the fenced one again: that one does not
-        count.
-
-        Raises:
-            Fenced: the folder is gone, or another one.
-            StoreUnavailable: whether it is cannot be told.
+        A call that makes its folders as it needs them may have made the fenced one again: that one does not count.
         """
         try:
             here = patient(os.stat)(self.root)
@@ -172,33 +175,9 @@ class Workspace:
     def discard(self) -> None:
         """Remove this attempt, all but a `resume/` that holds something."""
         discard(self.root)
-        self._unpin()
-
-    def _unpin(self) -> None:
         if self._pin is not None:
             os.close(self._pin)
             self._pin = None
-
-
-def _look(out: Path, me: str, supersedes: Collection[str]) -> tuple[list[Path], list[Other], list[Other]]:
-    """The other attempts: the folders of those that are over, those at work, and those that have not decided yet."""
-    stale: list[Path] = []
-    others: list[Other] = []
-    undecided: list[Other] = []
-    for root, _, attempt in temporaries(out.parent, out.name):
-        if attempt == me:
-            continue
-        owner = read_owner(root)
-        alive = None if owner is None else owner.alive()
-        if attempt in supersedes or alive is False:
-            stale.append(root)
-        elif owner is None:
-            if not remove_empty(root):
-                undecided.append(Other(attempt, -1, UNOWNED_PATIENCE))
-        else:
-            found = Other(attempt, owner.beat, 0.0 if alive else owner.lease)
-            (others if owner.beat else undecided).append(found)
-    return stale, others, undecided
 
 
 def _take_over(stale: list[Path], workspace: Workspace) -> None:
@@ -206,15 +185,13 @@ def _take_over(stale: list[Path], workspace: Workspace) -> None:
     fenced = []
     for root in stale:
         target = temporary(workspace.out, new_attempt())
-        try:
+        with contextlib.suppress(*GONE):  # it ended, published or was swept in the meantime
             root.rename(target)
             replace_owner(target, replace(workspace._owner, released=True))
-        except GONE:
-            continue  # ended, published or was swept in the meantime
-        fenced.append(target)
-    kept = [found for root in fenced if (found := resume_of(root)) is not None]
-    if kept:
-        best = max(kept, key=lambda found: sum(file.stat().st_size for file in files_in(found)))
-        best.rename(workspace.folder / RESUME)
+            fenced.append(target)
+    resumes = [found for root in fenced if (found := resume_of(root)) is not None]
+    if resumes:
+        fullest = max(resumes, key=lambda found: sum(file.stat().st_size for file in files_in(found)))
+        fullest.rename(workspace.folder / RESUME)
     for root in fenced:
         remove(root)

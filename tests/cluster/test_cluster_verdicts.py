@@ -101,10 +101,11 @@ def test_a_file_that_was_written_just_now_is_read_again(result: Path) -> None:
     """A second change in the same tick of the clock would not show."""
     os.utime(result / "data.bin")
     verify(result, remembered=True)
-    assert "data.bin" not in verdicts.recall(result)
+    assert verdicts.recall(result) == []
+    assert read_by(lambda: verify(result, remembered=True)) >= SIZE
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"data.bin": 3}', '{"data.bin": [1, 2]}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"data.bin": 3}', '{"data.bin": [1, 2]}', "[[1]]"])
 def test_verdicts_that_cannot_be_read_are_none(result: Path, text: str) -> None:
     verify(result, remembered=True)
     (path,) = (result.parents[1] / "verdicts").glob("*/*.json")
@@ -122,14 +123,15 @@ def test_a_store_that_cannot_be_written_to_remembers_nothing(result: Path) -> No
 def test_links_made_and_dropped_are_not_read_again_but_a_change_meanwhile_is(result: Path, tmp_path: Path) -> None:
     for change in (False, True):
         before = verdicts.marks(result)
-        sums = {file.path: file.sha256 for file in verify(result).files}
+        verify(result)
         other = tmp_path / "other"
         os.link(result / "data.bin", other)
         if change:
             flip(other)
         other.unlink()
-        verdicts.remember_linked({result: {path: (before[path], sums[path]) for path in sums}})
-        assert ("data.bin" in verdicts.recall(result)) == (not change)
+        verdicts.remember(result, [])
+        verdicts.remember_linked({result: before})
+        assert verdicts.recall(result) == ([] if change else verdicts.marks(result))
     with pytest.raises(CorruptResult, match="other content"):
         verify(result, remembered=True)
 
@@ -141,4 +143,4 @@ def test_verdicts_are_no_results_and_go_with_theirs(result: Path, store: Store) 
     assert verdicts.recall(result)
     drop(result)
     verdicts.forget_absent(store.root)
-    assert verdicts.recall(result) == {}
+    assert verdicts.recall(result) == []

@@ -126,6 +126,12 @@ def test_a_lazy_table_counts_as_imports(package: Path) -> None:
     assert list(code.parts("acme.lazy")) == ["acme.deeper", "acme.lazy"]
 
 
+def test_a_package_whose_strings_are_dots_is_read_once(package: Path) -> None:
+    (package / "parts/__init__.py").write_text("JOINT, REST = '.', '...'\n")
+    code.forget()
+    assert list(code.parts("acme.parts.one")) == ["acme.parts", "acme.parts.one"]
+
+
 def test_imports_for_type_checkers_do_not_count(package: Path) -> None:
     assert list(code.parts("acme.typed")) == ["acme.typed"]
 
