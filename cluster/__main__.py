@@ -1,4 +1,4 @@
-"""`python -m cluster status | results | verify | clean | push | pull`: runs and published results of a store."""
+"""`python -m cluster plan | status | results | verify | clean | push | pull`: runs and published results of a store."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cluster.config import ClusterConfig
+from cluster.driver.explain import explain, tasks_of
 from cluster.driver.journal import STATES, read_status
 from cluster.driver.lock import sweep_locks
 from cluster.driver.view import clock
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         store = Store(options.store or ClusterConfig.from_params().store)
-        if not store.root.is_dir() and options.command is not _pull:
+        if not store.root.is_dir() and options.command not in (_plan, _pull):
             raise BadConfig(f"there is no store at {store.root}: name it with --store or OCVTP_STORE")
         code, data, lines = options.command(store, options)
     except ClusterError as error:
@@ -63,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
+    plan = add("plan", _plan, "say what of some tasks would run, and why, without running it")
+    plan.add_argument("tasks", metavar="MODULE:FUNCTION", help="a function without arguments that returns the tasks")
     status = add("status", _status, "show the runs of this store, newest first")
     status.add_argument("--all", action="store_true", help="also those that have ended, not only the last one")
     add("results", _results, "list published results")
@@ -98,6 +102,11 @@ def _size(folder: Path) -> int:
 
 def _age(path: Path) -> str:
     return clock(max(time.time() - path.lstat().st_ctime, 0.0))
+
+
+def _plan(store: Store, options: argparse.Namespace) -> Said:
+    kinds = explain(tasks_of(options.tasks), store)
+    return 0, [asdict(kind) for kind in kinds], [line for kind in kinds for line in kind.lines()] or ["no tasks"]
 
 
 def _status(store: Store, options: argparse.Namespace) -> Said:

@@ -31,8 +31,8 @@ def check_tasks(tasks: Iterable[Task]) -> list[Planned]:
     """Check every task.
 
     Raises:
-        BadTask: two tasks with one `out`, one inside another's, a call that workers would not find, a folder
-            that cannot be written, or an `out` that holds the result of another task.
+        BadTask: two tasks with one `out`, one inside another's, a call that workers would not find, or an `out` that
+            holds the result of another task.
     """
     planned: list[Planned] = []
     by_out: dict[Path, Task] = {}
@@ -54,7 +54,6 @@ def check_tasks(tasks: Iterable[Task]) -> list[Planned]:
     for one in planned:
         if one.published:
             _check_same(one)
-    _check_writable({one.out.parent for one in planned if not one.published})
     return planned
 
 
@@ -94,8 +93,9 @@ def _check_same(one: Planned) -> None:
         )
 
 
-def _check_writable(folders: set[Path]) -> None:
-    for folder in sorted(folders):
+def make_folders(planned: Iterable[Planned]) -> None:
+    """Make the folders to publish in; `BadTask` names one that cannot be written."""
+    for folder in sorted({one.out.parent for one in planned if not one.published}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

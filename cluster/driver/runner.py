@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.config import ClusterConfig
+from cluster.driver.explain import record_code
 from cluster.driver.interrupt import Signals, signals_caught
 from cluster.driver.journal import Board, Journal, Running
 from cluster.driver.lock import run_lock
-from cluster.driver.plan import Planned, check_tasks
+from cluster.driver.plan import Planned, check_tasks, make_folders
 from cluster.driver.report import Outcome, Report
 from cluster.driver.retry import ELSEWHERE, Policy, pause
 from cluster.driver.view import View
@@ -64,7 +65,7 @@ def run(
     if isinstance(executor, str):
         check_executor(executor)
     tasks = list(tasks)
-    check_tasks(tasks)
+    make_folders(check_tasks(tasks))
     store = Store(config.store)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{new_attempt()[:8]}"
     context = Context(run_id, store.logs / run_id, config)
@@ -82,6 +83,7 @@ def run(
             made = _make_executor(executor, context) if isinstance(executor, str) else executor
             with closing(made) if isinstance(executor, str) else nullcontext():
                 made.check([one.task for one in missing])
+                record_code(store, (one.task for one in missing))
                 _Run(missing, report, made, context, label, fail_fast, signals, watch).go()
             _sweep(planned, watch)
         return report
