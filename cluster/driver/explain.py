@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 NOTHING_LIKE_IT = "nothing like it is published"
 UNKNOWN_CODE = "code (which module is not on record)"
 SHOWN, LONGEST = 3, 30  # values or names of a group, characters of a value
+_DIGEST = re.compile("[0-9a-f]{32}")
 _CODE = ""  # the path of no entry
 
 
@@ -164,13 +165,13 @@ def _grouped(tasks: Sequence[Task], there: Sequence[tuple[dict[str, Any], str]],
     """Tasks of one call by what of them differs from the nearest result, of which `there` has the spec and the code."""
     if not there:
         return [Group([NOTHING_LIKE_IT], [task.name for task in tasks])]
-    old = [{_CODE: code, **_leaves(spec)} for spec, code in sorted(there, key=lambda one: canonical(one[0]))]
-    new = [{_CODE: task.code, **_leaves(task.spec)} for task in tasks]
+    old = [_leaves(spec, "", {_CODE: code}) for spec, code in sorted(there, key=lambda one: canonical(one[0]))]
+    new = [_leaves(task.spec, "", {_CODE: task.code}) for task in tasks]
     groups: dict[tuple[str, ...], tuple[dict[str, dict[str, None]], list[str]]] = {}
     for task, ours, nearest in zip(tasks, new, _nearest(old, new), strict=True):
         theirs = old[nearest]
         found: dict[str, dict[str, None]] = {}
-        for path in {**theirs, **ours}:
+        for path in sorted({**theirs, **ours}):
             if path == _CODE and theirs[path] != ours[path]:
                 found.setdefault(_changed_code(store, theirs[path], task), {})
             elif theirs.get(path) != ours.get(path):
@@ -186,14 +187,16 @@ def _grouped(tasks: Sequence[Task], there: Sequence[tuple[dict[str, Any], str]],
     ]
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, str]:
-    """Every entry of a spec, as text, by its dotted path."""
-    if not isinstance(value, dict | list) or not value:
-        return {path: repr(value)}
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    found: dict[str, str] = {}
-    for name, one in inner:
-        found |= _leaves(one, f"{path}[{name}]" if isinstance(name, int) else f"{path}.{name}" if path else name)
+def _leaves(value: Any, path: str, found: dict[str, str]) -> dict[str, str]:
+    """Add every entry of a spec, as text, by its dotted path."""
+    if isinstance(value, dict) and value:
+        for name, one in value.items():
+            _leaves(one, f"{path}.{name}" if path else name, found)
+    elif isinstance(value, list) and value:
+        for index, one in enumerate(value):
+            _leaves(one, f"{path}[{index}]", found)
+    else:
+        found[path] = repr(value)
     return found
 
 
@@ -225,6 +228,8 @@ def _changed_code(store: Store, old: str, task: Task) -> str:
             return None
         return found
 
+    if not (_DIGEST.fullmatch(old) and _DIGEST.fullmatch(task.code)):
+        return f"code: version {_short(old)} -> {_short(task.code)}"
     before, after = behind(old), behind(task.code)
     if before is None or after is None:
         return UNKNOWN_CODE
