@@ -5,42 +5,27 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
 
 from cluster.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Signals:
-    """Which signal has come, if any."""
-
-    signum: int | None = None
-
-    def check(self) -> None:
-        """Raise `Interrupted` if one has come."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
-
 
 @contextlib.contextmanager
-def signals_caught() -> Iterator[Signals]:
-    """Note signals instead of being ended by them; handlers are restored afterwards.
+def signals_caught() -> Iterator[Callable[[], None]]:
+    """Note signals instead of being ended by them; yields what raises `Interrupted` if one has come.
 
     Only the main thread can do that: in any other, signals keep their effect.
     """
-    seen = Signals()
+    seen: list[int] = []
 
-    def note(signum: int, frame: FrameType | None) -> None:
-        seen.signum = seen.signum or signum
+    def check() -> None:
+        if seen:
+            raise Interrupted(seen[0])
 
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in caught}
     try:
-        yield seen
+        yield check
     finally:
         for number, handler in before.items():
             # None: a handler that was not set from Python cannot be restored from Python either

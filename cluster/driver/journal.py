@@ -17,7 +17,8 @@ from cluster.store.layout import ATTEMPTS, STATUS
 log = logging.getLogger(__name__)
 
 STATES = ("waiting", "running", "done", "skipped", "retried", "failed", "cancelled")
-SILENCE = 60.0  # seconds; a driver writes its status every second
+PERIOD = 1.0  # seconds between two status files
+SILENCE = 60.0  # seconds
 
 
 @dataclass
@@ -73,50 +74,45 @@ class Board:
         left = len(self.running) + self.waiting - fractions
         return self.elapsed / finished * left if finished else None
 
-    def end(self, job: str) -> None:
-        """An attempt ended."""
-        running = self.running.pop(job, None)
-        if running is not None:
-            self.gpu_seconds += running.gpus * (time.monotonic() - running.started)
+    def end(self, job: str) -> float | None:
+        """An attempt ended; seconds that it ran, if it had begun."""
+        if (running := self.running.pop(job, None)) is None:
+            return None
+        seconds = time.monotonic() - running.started
+        self.gpu_seconds += running.gpus * seconds
+        return seconds
 
     def counts(self) -> dict[str, int]:
         """Tasks by state, in the order people read them."""
-        running = len(self.running)
-        numbers = (self.waiting, running, self.done, self.skipped, self.retried, self.failed, self.cancelled)
-        return dict(zip(STATES, numbers, strict=True))
+        return {name: len(self.running) if name == "running" else getattr(self, name) for name in STATES}
 
 
 class Journal:
     """Writes the board and every attempt to the logs of a run, for `python -m cluster status`."""
 
-    PERIOD = 1.0
-
     def __init__(self, folder: Path, board: Board) -> None:
         self._folder, self._board = folder, board
-        self._process = Process.me().to_json()
-        self._since = time.time()
-        self._last = 0.0
-        self._warned = False
+        self._process, self._since = Process.me().to_json(), time.time()
+        self._last, self._warned = 0.0, False
 
     def attempt(self, **facts: Any) -> None:
         """Note how an attempt ended."""
         with self._forgiving(), (self._folder / ATTEMPTS).open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
 
-    def write(self, state: str = "") -> None:
-        """Write the board, at most once a period unless a final `state` is given."""
-        now = time.monotonic()
-        if not state and now - self._last < self.PERIOD:
+    def write(self, state: str = "running") -> None:
+        """Write the board; while the run goes on at most once a period."""
+        now, board = time.monotonic(), self._board
+        if state == "running" and now - self._last < PERIOD:
             return
         self._last = now
-        board = self._board
         running = [
             {"name": r.name, "attempt": r.number, "seconds": round(now - r.started, 1), "done": r.done,
              "total": r.total, "note": r.note}
             for r in board.running.values()
         ]  # fmt: skip
         data = {
-            "run": board.run_id, "label": board.label, "state": state or "running", "process": self._process,
+            "run": board.run_id, "label": board.label, "state": state, "process": self._process,
             "since": self._since, "seconds": round(board.elapsed, 1), "total": board.total, **board.counts(),
             "gpu_hours": round(board.gpu_hours, 4), "seconds_left": board.seconds_left, "now": running,
         }  # fmt: skip
@@ -138,20 +134,17 @@ class Journal:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The last status of a run.
+    """The last status of a run, with the seconds since it was written as `silent`.
 
     Its state is "killed" if its driver is gone without having ended it, and "silent" if that cannot be seen from this
-    machine and it has written nothing for a minute; `silent` are the seconds since it last did.
+    machine and it has written nothing for a minute.
     """
     try:
         data: dict[str, Any] = json.loads((folder / STATUS).read_bytes())
         data["silent"] = round(max(time.time() - (folder / STATUS).stat().st_mtime, 0.0), 1)
-        if data["state"] == "running":
-            alive = Process.from_json(data["process"]).alive()
-            if alive is False:
-                data["state"] = "killed"
-            elif alive is None and data["silent"] > SILENCE:
-                data["state"] = "silent"
+        if data["state"] == "running" and not (alive := Process.from_json(data["process"]).alive()):
+            silent = "silent" if data["silent"] > SILENCE else "running"
+            data["state"] = "killed" if alive is False else silent
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return data

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from cluster.config import ClusterConfig
 from cluster.driver.explain import record_code
-from cluster.driver.interrupt import Signals, signals_caught
+from cluster.driver.interrupt import signals_caught
 from cluster.driver.journal import Board, Journal, Running
 from cluster.driver.lock import run_lock
 from cluster.driver.plan import Planned, check_tasks, make_folders
 from cluster.driver.report import Outcome, Report
-from cluster.driver.retry import ELSEWHERE, Policy, pause
+from cluster.driver.retry import ELSEWHERE, next_resources, pause
 from cluster.driver.view import View
+from cluster.errors import Interrupted
 from cluster.executors import EXECUTORS, check_executor
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.results import Store
@@ -69,23 +70,22 @@ def run(
     store = Store(config.store)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{new_attempt()[:8]}"
     context = Context(run_id, store.logs / run_id, config)
-    with (
-        signals_caught() as signals,
-        run_lock(store.locks, label, run_id, config.on_locked, signals.check),
-    ):
+    with signals_caught() as check, run_lock(store.locks, label, run_id, config.on_locked, check):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
         missing = [one for one in planned if not one.published]
         _sweep(planned, watch := Watch())
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
         if not missing:
             log.info("%s: all %d tasks were published before", label or "run", len(planned))
-        else:
-            made = _make_executor(executor, context) if isinstance(executor, str) else executor
-            with closing(made) if isinstance(executor, str) else nullcontext():
-                made.check([one.task for one in missing])
-                record_code(store, (one.task for one in missing))
-                _Run(missing, report, made, context, label, fail_fast, signals, watch).go()
-            _sweep(planned, watch)
+            return report
+        made = _make_executor(executor, context) if isinstance(executor, str) else executor
+        with closing(made) if isinstance(executor, str) else nullcontext():
+            made.check([one.task for one in missing])
+            record_code(store, (one.task for one in missing))
+            board = Board(label, run_id, len(planned), skipped=len(report.skipped))
+            entries = [_Entry(one, one.task.resources) for one in missing]
+            _Run(entries, report, made, context, board, watch, fail_fast).go(check)
+        _sweep(planned, watch)
         return report
 
 
@@ -120,63 +120,53 @@ class _Entry:
     log: Path | None = None
     detail: str = ""
 
-    @property
-    def task(self) -> Task:
-        return self.planned.task
-
     def outcome(self, cause: Cause) -> Outcome:
-        return Outcome(self.task, cause, len(self.causes), self.log, self.detail, tuple(self.causes))
+        return Outcome(self.planned.task, cause, len(self.causes), self.log, self.detail, tuple(self.causes))
+
+    def job(self, context: Context) -> Job:
+        """Its next attempt."""
+        task, number = self.planned.task, len(self.causes) + 1
+        log = context.logs / f"{self.planned.log_name}-{number}.log"
+        return Job(
+            id=new_attempt(), name=task.name, number=number, call=task.call_name, spec=task.spec, inputs=task.inputs,
+            out=self.planned.out, key=task.key, kind=task.kind, code=task.code, resources=self.resources, log=log,
+            lease=context.config.lease_seconds, supersedes=tuple(sorted(self.supersedes)),
+            avoid=tuple(sorted(self.avoid)),
+        )  # fmt: skip
 
 
 class _Run:
     """The missing tasks of one run, from the first attempt to the last."""
 
     def __init__(
-        self,
-        missing: list[Planned],
-        report: Report,
-        executor: Executor,
-        context: Context,
-        label: str,
+        self, missing: list[_Entry], report: Report, executor: Executor, context: Context, board: Board, watch: Watch,
         fail_fast: bool,
-        signals: Signals,
-        watch: Watch,
-    ) -> None:
-        config = context.config
-        self._report, self._executor, self._context = report, executor, context
-        self._fail_fast, self._signals, self._watch = fail_fast, signals, watch
-        self._policy = Policy(config.tries, config.preemptions)
-        self._waiting = [_Entry(one, one.task.resources) for one in missing]
+    ) -> None:  # fmt: skip
+        self._waiting, self._report, self._executor, self._context = missing, report, executor, context
         self._flying: dict[str, tuple[_Entry, Job]] = {}
-        total = len(missing) + len(report.skipped)
-        self._board = Board(label, context.run_id, total, skipped=len(report.skipped))
-        self._journal = Journal(context.logs, self._board)
-        self._view = View(self._board)
+        self._board, self._watch, self._fail_fast = board, watch, fail_fast
+        self._journal, self._view = Journal(context.logs, board), View(board)
 
-    def go(self) -> None:
-        """Run all tasks to their end."""
+    def go(self, check: Callable[[], None]) -> None:
+        """Run all tasks to their end, or until `check` raises."""
         state = "failed"
         try:
-            with self._view:
+            with self._view.shown():
                 while self._waiting or self._flying:
-                    self._signals.check()
+                    check()
                     self._submit()
-                    for event in self._executor.poll(self._patience()):
+                    soonest = min((entry.ready_at for entry in self._waiting), default=float("inf"))
+                    for event in self._executor.poll(max(0.0, min(POLL, soonest - time.monotonic()))):
                         self._handle(event)
                     self._view.refresh()
                     self._journal.write()
             state = "done" if self._report.ok else "failed"
-        except BaseException:
-            state = "interrupted" if self._signals.signum else "failed"
+        except BaseException as error:
+            state = "interrupted" if isinstance(error, Interrupted) else "failed"
             self._stop()
             raise
         finally:
             self._journal.write(state)
-
-    def _patience(self) -> float:
-        """How long to wait for news: not beyond the next retry."""
-        soonest = min((entry.ready_at for entry in self._waiting), default=float("inf"))
-        return max(0.0, min(POLL, soonest - time.monotonic()))
 
     def _submit(self) -> None:
         now = time.monotonic()
@@ -185,73 +175,41 @@ class _Run:
             return
         self._waiting = [entry for entry in self._waiting if entry.ready_at > now]
         self._look_at_others(ready)
-        jobs = [self._job(entry) for entry in ready]
-        self._flying.update({job.id: (entry, job) for entry, job in zip(ready, jobs, strict=True)})
-        self._executor.submit(jobs)
-
-    def _job(self, entry: _Entry) -> Job:
-        task, number = entry.task, len(entry.causes) + 1
-        return Job(
-            id=new_attempt(),
-            name=task.name,
-            number=number,
-            call=task.call_name,
-            spec=task.spec,
-            inputs=task.inputs,
-            out=entry.planned.out,
-            key=task.key,
-            kind=task.kind,
-            code=task.code,
-            resources=entry.resources,
-            log=self._context.logs / f"{entry.planned.log_name}-{number}.log",
-            lease=self._context.config.lease_seconds,
-            supersedes=tuple(sorted(entry.supersedes)),
-            avoid=tuple(sorted(entry.avoid)),
-        )
+        started = {job.id: (entry, job) for entry in ready for job in [entry.job(self._context)]}
+        self._flying |= started
+        self._executor.submit([job for _, job in started.values()])
 
     def _handle(self, event: Event) -> None:
         entry, job = self._flying[event.job]
-        now = time.monotonic()
         if event.kind == "started":
-            self._board.running[job.id] = Running(job.name, job.number, job.resources.gpus, now)
-        elif event.kind == "progress":
-            running = self._board.running.get(job.id)
-            if running is not None:
-                running.done, running.total, running.note = event.done, event.total, event.note
-        else:
+            self._board.running[job.id] = Running(job.name, job.number, job.resources.gpus, time.monotonic())
+        elif event.kind == "ended":
             self._ended(entry, job, event)
+        elif running := self._board.running.get(job.id):
+            running.done, running.total, running.note = event.done, event.total, event.note
 
     def _ended(self, entry: _Entry, job: Job, event: Event) -> None:
         del self._flying[job.id]
-        running = self._board.running.get(job.id)
-        self._board.end(job.id)
+        seconds = self._board.end(job.id)
         if event.cause is Cause.BUSY:
             self._wait_for_others(entry)
             return
-        cause, detail = self._settled(job, event)
+        cause, entry.detail = self._settled(job, event)
         progressed = has_progressed(job.out, job.id)
         fence(job.out, job.id)
         entry.causes.append(cause)
         if cause in ELSEWHERE and event.node:
             entry.avoid.add(event.node)
-        entry.detail, entry.log = detail, job.log if job.log.exists() else None
-        seconds = round(time.monotonic() - running.started, 3) if running else None
+        entry.log = job.log if job.log.exists() else None
         self._journal.attempt(
-            task=job.name,
-            key=job.key,
-            attempt=job.number,
-            id=job.id,
-            cause=cause,
-            detail=detail,
-            node=event.node,
-            seconds=seconds,
-            log=job.log.name,
-        )
+            task=job.name, key=job.key, attempt=job.number, id=job.id, cause=cause, detail=entry.detail,
+            node=event.node, seconds=None if seconds is None else round(seconds, 3), log=job.log.name,
+        )  # fmt: skip
         if cause is Cause.DONE:
             self._board.done += 1
             self._report.done.append(entry.outcome(cause))
         elif cause is Cause.CANCELLED:
-            self._give_up(entry)
+            self._cancelled(entry)
         else:
             self._retry_or_fail(entry, job, progressed)
 
@@ -280,7 +238,8 @@ class _Run:
             entry.supersedes |= over
             if is_published(out):
                 ready.remove(entry)
-                self._skip(entry)
+                self._board.skipped += 1
+                self._report.skipped.append(entry.outcome(Cause.DONE))
             elif len(over) < len(theirs):
                 ready.remove(entry)
                 self._wait_for_others(entry)
@@ -291,20 +250,12 @@ class _Run:
         entry.ready_at = time.monotonic() + entry.look_pause
         self._waiting.append(entry)
 
-    def _skip(self, entry: _Entry) -> None:
-        """Another run has published it."""
-        self._board.skipped += 1
-        self._report.skipped.append(entry.outcome(Cause.DONE))
-
     def _retry_or_fail(self, entry: _Entry, job: Job, progressed: bool) -> None:
-        cause = entry.causes[-1]
-        resources = self._policy.next(
-            entry.causes,
-            entry.resources,
-            progressed=progressed,
+        config, name, cause = self._context.config, display(job.name), entry.causes[-1]
+        resources = next_resources(
+            entry.causes, entry.resources, tries=config.tries, preemptions=config.preemptions, progressed=progressed,
             memory_limit_gb=self._executor.memory_limit_gb(entry.resources),
-        )
-        name = display(job.name)
+        )  # fmt: skip
         if resources is not None and not (self._fail_fast and self._report.failed):
             entry.resources = resources
             entry.ready_at = time.monotonic() + pause(len(entry.causes), job.id)
@@ -318,10 +269,10 @@ class _Run:
         if self._fail_fast:
             self._executor.cancel(list(self._flying))
             for waiting in self._waiting:
-                self._give_up(waiting)
+                self._cancelled(waiting)
             self._waiting = []
 
-    def _give_up(self, entry: _Entry) -> None:
+    def _cancelled(self, entry: _Entry) -> None:
         self._board.cancelled += 1
         self._report.cancelled.append(entry.outcome(Cause.CANCELLED))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from types import TracebackType
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -52,17 +53,16 @@ class View:
         self._all = self._progress.add_task(escape(board.label) or "tasks", total=board.total, note="")
         self._rows: dict[str, TaskID] = {}
 
-    def __enter__(self) -> View:
-        self._progress.start()
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the board, and in the end what it came to."""
         if self._progress.disable:
             self.note(f"{self._board.total} tasks, {self._board.skipped} published before")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-        self.note(summary(self._board))
+        try:
+            with self._progress:
+                yield
+        finally:
+            self.note(summary(self._board))
 
     def note(self, text: str) -> None:
         """One line that stays."""
@@ -84,11 +84,10 @@ class View:
                 again = f" (attempt {running.number})" if running.number > 1 else ""
                 self._rows[job] = self._progress.add_task(f"  {escape(display(running.name))}{again}", note="")
             if job in self._rows:
-                self._progress.update(
-                    self._rows[job], completed=running.done, total=running.total or None, note=escape(running.note)
-                )
+                total, note = running.total or None, escape(running.note)
+                self._progress.update(self._rows[job], completed=running.done, total=total, note=note)
         finished = board.done + board.failed + board.cancelled + board.skipped
-        hidden = len(board.running) - len(self._rows)
-        note = f"{finished}/{board.total} {escape(summary(board))}{f', {hidden} not shown' if hidden else ''}"
+        hidden = f", {rest} not shown" if (rest := len(board.running) - len(self._rows)) else ""
+        note = f"{finished}/{board.total} {escape(summary(board))}{hidden}"
         self._progress.update(self._all, completed=finished, note=note)
         self._progress.refresh()

@@ -16,13 +16,9 @@ _THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB", "BLIS")
 
 def worker_environment(threads: int, gpus: Sequence[str]) -> dict[str, str]:
     """Environment of a worker: threads as the task asked, so that results do not depend on the machine."""
-    return {
-        "PYTHONHASHSEED": "0",
-        **os.environ,
-        **{f"{library}_NUM_THREADS": str(threads) for library in _THREADS},
-        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-        "PYTHONUNBUFFERED": "1",
-    }
+    limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADS}
+    fixed = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONUNBUFFERED": "1"}
+    return {"PYTHONHASHSEED": "0", **os.environ, **limits, **fixed}
 
 
 def worker_path() -> list[str]:

@@ -220,7 +220,8 @@ def test_the_live_view_shows_each_running_task(monkeypatch: pytest.MonkeyPatch) 
         board.running[str(number)] = Running(f"task {number}\n[red]", 1 + number, 0, time.monotonic(), 1, 4, "loss 3")
     out = io.StringIO()
     monkeypatch.setattr(view, "Console", lambda **options: Console(file=out, width=200, force_terminal=True))
-    with View(board) as live:
+    live = View(board)
+    with live.shown():
         live.refresh()
         del board.running["3"]
         board.done += 1
