@@ -3,8 +3,6 @@
 Exit codes: 0 all well, 1 something was found or failed, 2 wrong use, 130 Ctrl-C.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -20,13 +18,14 @@ from cluster.config import ClusterConfig
 from cluster.driver.explain import explain, tasks_of
 from cluster.driver.journal import STATES, read_status
 from cluster.driver.lock import sweep_locks
+from cluster.driver.runner import tidy
 from cluster.driver.view import clock
 from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
 from cluster.results import Store
 from cluster.store.layout import put_aside, temporaries
 from cluster.store.lease import UNOWNED_PATIENCE, Watch
-from cluster.store.leftovers import files_in, remove_tree, sweep
-from cluster.store.publish import MANIFEST, Manifest, drop, is_published, set_aside, verify
+from cluster.store.leftovers import files_in, remove_tree
+from cluster.store.publish import MANIFEST, Manifest, drop, set_aside, verify
 from cluster.store.remote import Remote, transfer
 from cluster.store.verdicts import forget_absent
 from cluster.task import canonical, display
@@ -172,9 +171,7 @@ def _sweep(store: Store, options: argparse.Namespace) -> list[Path]:
     """Remove what dead attempts left; those of other machines are watched for a while."""
     watch, removed, deadline = Watch(), list[Path](), time.monotonic() + options.wait
     while True:
-        for kind in store.kinds():
-            published = {name for _, name, _ in temporaries(kind) if is_published(kind / name)}
-            removed += sweep(kind, watch, published=published, resume_too=options.resume)
+        removed += [path for kind in store.kinds() for path in tidy(kind, watch, resume_too=options.resume)]
         if time.monotonic() >= deadline or not any(temporaries(kind) for kind in store.kinds()):
             return removed
         time.sleep(min(0.5, options.wait))

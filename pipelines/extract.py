@@ -70,9 +70,9 @@ def plan(run: Stage) -> Plan:
     tasks, ready, passes = list[Task](), set[str](), list[str]()
     for part in (part for some in _all_parts(run).values() for part in some):
         tasks += part.layers.values()
-        missing = [layer for layer, task in part.layers.items() if fault_of(task.out)[1]]
-        task = part.whole if not fault_of(part.whole.out)[1] else _pass(run, part, missing)
-        if missing and not fault_of(task.out)[1]:
+        missing = [layer for layer, task in part.layers.items() if not fault_of(task.out)[1]]
+        task = part.whole if fault_of(part.whole.out)[1] else _pass(run, part, missing)
+        if missing and fault_of(task.out)[1]:
             ready.update(part.layers[layer].key for layer in missing)
         elif missing:
             passes.append(f"  {task.name}")

@@ -1,7 +1,5 @@
 """What a run of some tasks would do, and why. Nothing is run or written, and no file of a result is read."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import json
@@ -26,18 +24,11 @@ from cluster.task import Task, canonical, display, resolve_call
 log = logging.getLogger(__name__)
 
 NOTHING_LIKE_IT = "nothing like it is published"
+DAMAGED = "damaged"
 UNKNOWN_CODE = "code (which module is not on record)"
-SHOWN, LONGEST = 3, 30  # values or names of a group, characters of a value
+SHOWN, LONGEST = 3, 30  # names or values in a list, characters of a value
 _DIGEST = re.compile("[0-9a-f]{32}")
 _CODE = ""  # the path of no entry
-
-
-@dataclass
-class Group:
-    """Tasks that would run for one reason."""
-
-    why: list[str]
-    tasks: list[str]
 
 
 @dataclass
@@ -46,18 +37,19 @@ class Kind:
 
     kind: str
     published: int = 0
-    changed: list[str] = field(default_factory=list)
-    """Of those, files that were touched since they were found whole: a run reads them, and mends what is damaged."""
-    run: list[Group] = field(default_factory=list)
+    run: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the tasks that would run, by reason."""
+    faults: list[str] = field(default_factory=list)
+    """What is wrong with results: damaged, or touched since they were found whole, so that a run reads them first."""
 
     def lines(self) -> Iterator[str]:
         """The same for people."""
-        yield f"{self.kind}: {self.published} published, {sum(len(group.tasks) for group in self.run)} would run"
-        for group in self.run:
-            yield f"  {len(group.tasks)} of them: {'; '.join(group.why)}"
-            yield f"    {_some([display(task) for task in group.tasks])}"
-        if self.changed:
-            yield f"  read first, and made anew if damaged: {_some(self.changed)}"
+        yield f"{self.kind}: {self.published} published, {sum(map(len, self.run.values()))} would run"
+        for reason, tasks in self.run.items():
+            yield f"  {len(tasks)} of them: {reason}"
+            yield f"    {_some([display(task) for task in tasks])}"
+        if self.faults:
+            yield f"  {_some(self.faults)}"
 
 
 def explain(
@@ -77,46 +69,38 @@ def explain(
     """
     kinds: dict[str, Kind] = {}
     missing: dict[tuple[Path, str], list[Task]] = {}
-    damaged: dict[str, list[tuple[str, str]]] = {}
     for one in check_tasks(tasks):
         kind = kinds.setdefault(one.task.kind, Kind(one.task.kind))
-        if not one.published:
+        fault, usable = fault_of(one.out) if one.published else ("", False)
+        kind.faults += [fault] if fault else []
+        kind.published += usable
+        if fault and not usable:
+            kind.run.setdefault(DAMAGED, []).append(one.task.name)
+        elif not usable:
             missing.setdefault((one.out.parent, one.task.call_name), []).append(one.task)
-            continue
-        fault, sure = fault_of(one.out)
-        if sure:
-            damaged.setdefault(kind.kind, []).append((one.task.name, fault))
-            continue
-        kind.published += 1
-        kind.changed += [fault] if fault else []
-    for name, faults in damaged.items():
-        kinds[name].run.append(
-            Group([f"damaged: {_some([fault for _, fault in faults])}"], [task for task, _ in faults])
-        )
     for (folder, call), some in missing.items():
         there = [(spec_of(about), about.code) for about in _published(folder) if about.call == call]
-        kinds[some[0].kind].run += _grouped(some, there, store)
+        for reason, names in _grouped(some, there, store).items():
+            kinds[some[0].kind].run.setdefault(reason, []).extend(names)
     return list(kinds.values())
 
 
 def fault_of(out: Path) -> tuple[str, bool]:
-    """What speaks against a published result, by sizes and remembered verdicts; and whether it is surely damaged."""
+    """What sizes and remembered verdicts say against a published result, "" if nothing; and whether it may be whole."""
     try:
-        manifest = Manifest.read(out)
-    except CorruptResult as error:
-        return str(error), True
-    known, changed = verdicts.recall(out), ""
-    for file in manifest.files:
-        path = f"{out}/{file.path}"
-        try:
+        manifest, known, fault = Manifest.read(out), verdicts.recall(out), ""
+        for file in manifest.files:
+            path = f"{out}/{file.path}"
             found = os.lstat(path)
-        except GONE:
-            return f"{path} is missing", True
-        if found.st_size != file.bytes:
-            return f"{path} has {found.st_size} bytes, its manifest says {file.bytes}", True
-        if file.path in known and known[file.path] != (verdicts.mark(found), file.sha256):
-            changed = f"{path} was changed since it was found whole"
-    return changed, False
+            if found.st_size != file.bytes:
+                return f"{path} has {found.st_size} bytes, its manifest says {file.bytes}", False
+            if file.path in known and known[file.path] != (verdicts.mark(found), file.sha256):
+                fault = f"{path} was touched since it was found whole: it is read first"
+    except GONE as error:
+        return f"{error.filename} is missing", False
+    except CorruptResult as error:
+        return str(error), False
+    return fault, True
 
 
 def record_code(store: Store, tasks: Iterable[Task]) -> None:
@@ -161,30 +145,29 @@ def _published(folder: Path) -> Iterator[About]:
                 yield Manifest.read(entry).about
 
 
-def _grouped(tasks: Sequence[Task], there: Sequence[tuple[dict[str, Any], str]], store: Store) -> list[Group]:
-    """Tasks of one call by what of them differs from the nearest result, of which `there` has the spec and the code."""
+def _grouped(tasks: Sequence[Task], there: Sequence[tuple[dict[str, Any], str]], store: Store) -> dict[str, list[str]]:
+    """Names by what differs from the nearest result, of tasks of one call; `there` has specs and codes of results."""
     if not there:
-        return [Group([NOTHING_LIKE_IT], [task.name for task in tasks])]
+        return {NOTHING_LIKE_IT: [task.name for task in tasks]}
     old = [_leaves(spec, "", {_CODE: code}) for spec, code in sorted(there, key=lambda one: canonical(one[0]))]
     new = [_leaves(task.spec, "", {_CODE: task.code}) for task in tasks]
-    groups: dict[tuple[str, ...], tuple[dict[str, dict[str, None]], list[str]]] = {}
+    groups: dict[tuple[str, ...], tuple[list[str], dict[str, dict[str, None]]]] = {}
     for task, ours, nearest in zip(tasks, new, _nearest(old, new), strict=True):
-        theirs = old[nearest]
-        found: dict[str, dict[str, None]] = {}
-        for path in sorted({**theirs, **ours}):
-            if path == _CODE and theirs[path] != ours[path]:
-                found.setdefault(_changed_code(store, theirs[path], task), {})
-            elif theirs.get(path) != ours.get(path):
-                values = found.setdefault(re.sub(r"\[\d+\]", "[]", path), {})
+        theirs, changes = old[nearest], dict[str, dict[str, None]]()
+        for path in sorted(path for path in {**theirs, **ours} if theirs.get(path) != ours.get(path)):
+            if path == _CODE:
+                changes[_changed_code(store, theirs[path], task)] = {}
+            else:  # items of a list together
+                values = changes.setdefault(re.sub(r"\[\d+\]", "[]", path), {})
                 values[f"{_short(theirs.get(path))} -> {_short(ours.get(path))}"] = None
-        changes, names = groups.setdefault(tuple(found), (found, []))
-        for path, values in found.items():
-            changes[path] |= values
+        names, values_of = groups.setdefault(tuple(changes), ([], {}))
         names.append(task.name)
-    return [
-        Group([f"{path}: {_some(list(values))}" if values else path for path, values in changes.items()], names)
-        for changes, names in groups.values()
-    ]
+        for path, values in changes.items():
+            values_of.setdefault(path, {}).update(values)
+    return {
+        "; ".join(f"{path}: {_some([*values])}" if values else path for path, values in values_of.items()): names
+        for names, values_of in groups.values()
+    }
 
 
 def _leaves(value: Any, path: str, found: dict[str, str]) -> dict[str, str]:

@@ -1,16 +1,15 @@
 """The state of a run as people see it, and the files that let others see it too."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.driver.report import Report
 from cluster.host.process import Process
 from cluster.store.layout import ATTEMPTS, STATUS
 
@@ -26,7 +25,7 @@ class Running:
     """One attempt at work."""
 
     name: str
-    number: int
+    attempt: int
     gpus: int
     started: float
     done: float = 0.0
@@ -39,21 +38,20 @@ class Board:
     """Counts and running attempts of a run."""
 
     label: str
-    run_id: str
+    run: str
     total: int
-    skipped: int = 0
-    done: int = 0
-    failed: int = 0
-    cancelled: int = 0
+    report: Report
     retried: int = 0
     running: dict[str, Running] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     gpu_seconds: float = 0.0  # of attempts that have ended
 
-    @property
-    def waiting(self) -> int:
-        """Tasks that have not begun, or wait for another attempt."""
-        return max(self.total - self.skipped - self.done - self.failed - self.cancelled - len(self.running), 0)
+    def counts(self) -> dict[str, int]:
+        """Tasks by state, in the order people read them. Who waits has not begun, or waits for another attempt."""
+        counts = {name: len(getattr(self.report, name)) for name in ("done", "skipped", "failed", "cancelled")}
+        waiting = max(self.total - sum(counts.values()) - len(self.running), 0)
+        counts |= {"waiting": waiting, "running": len(self.running), "retried": self.retried}
+        return {name: counts[name] for name in STATES}
 
     @property
     def elapsed(self) -> float:
@@ -70,8 +68,8 @@ class Board:
     def seconds_left(self) -> float | None:
         """At the present rate; None before anything is done."""
         fractions = sum(r.done / r.total for r in self.running.values() if r.total)
-        finished = self.done + self.failed + fractions
-        left = len(self.running) + self.waiting - fractions
+        finished = len(self.report.done) + len(self.report.failed) + fractions
+        left = len(self.running) + self.counts()["waiting"] - fractions
         return self.elapsed / finished * left if finished else None
 
     def end(self, job: str) -> float | None:
@@ -81,10 +79,6 @@ class Board:
         seconds = time.monotonic() - running.started
         self.gpu_seconds += running.gpus * seconds
         return seconds
-
-    def counts(self) -> dict[str, int]:
-        """Tasks by state, in the order people read them."""
-        return {name: len(self.running) if name == "running" else getattr(self, name) for name in STATES}
 
 
 class Journal:
@@ -106,15 +100,11 @@ class Journal:
         if state == "running" and now - self._last < PERIOD:
             return
         self._last = now
-        running = [
-            {"name": r.name, "attempt": r.number, "seconds": round(now - r.started, 1), "done": r.done,
-             "total": r.total, "note": r.note}
-            for r in board.running.values()
-        ]  # fmt: skip
         data = {
-            "run": board.run_id, "label": board.label, "state": state, "process": self._process,
-            "since": self._since, "seconds": round(board.elapsed, 1), "total": board.total, **board.counts(),
-            "gpu_hours": round(board.gpu_hours, 4), "seconds_left": board.seconds_left, "now": running,
+            "run": board.run, "label": board.label, "state": state, "process": self._process, "since": self._since,
+            "seconds": round(board.elapsed, 1), "total": board.total, **board.counts(),
+            "gpu_hours": round(board.gpu_hours, 4), "seconds_left": board.seconds_left,
+            "now": [asdict(r) | {"seconds": round(now - r.started, 1)} for r in board.running.values()],
         }  # fmt: skip
         with self._forgiving():
             fresh = self._folder / f"{STATUS}.new"

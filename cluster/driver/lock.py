@@ -5,8 +5,6 @@ locks the name in the file decides; that of a dead owner on another host is then
 fail, nothing is lost: publication is safe without any lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -32,17 +30,10 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def run_lock(
     folder: Path, label: str, run_id: str, on_locked: OnLocked, check: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Hold the lock of `label`; without a label there is none.
-
-    Args:
-        folder: of the lock files.
-        label: what the run is, such as the name of a stage.
-        run_id: of this run, for others to read.
-        on_locked: whether to wait for another run or to refuse.
-        check: called while waiting; may raise to end it.
+    """Hold the lock of `label`; without a label there is none. `check` is called while waiting; it may raise.
 
     Raises:
-        Locked: another run holds it, and we are to refuse.
+        Locked: another run holds it, and `on_locked` says to refuse.
     """
     if not label:
         yield

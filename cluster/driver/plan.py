@@ -1,7 +1,5 @@
 """Checks of a list of tasks before any work starts."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """What became of a run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field

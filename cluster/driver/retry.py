@@ -7,8 +7,6 @@ oom                    once more, with twice the memory (or what there is)
 exception, cancelled   never: again would end the same
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,15 +27,9 @@ def next_resources(
     progressed: bool = False,
     memory_limit_gb: float | None = None,
 ) -> Resources | None:
-    """What to give the next attempt; None if there is to be none.
+    """What to give the next attempt, by how each one so far ended and what the last had; None if there is to be none.
 
-    Args:
-        causes: how each attempt so far ended; not empty.
-        last: what the last attempt was given.
-        tries: attempts that may crash or be lost.
-        preemptions: attempts that may be preempted, or run out of time after progress.
-        progressed: whether the last attempt left something new in its `resume/`.
-        memory_limit_gb: the most one attempt can get.
+    `progressed`: the last one left something new in its `resume/`. `memory_limit_gb`: the most that one can get.
     """
     cause = causes[-1]
     limits = {**dict.fromkeys(ELSEWHERE, tries), Cause.PREEMPTED: preemptions, Cause.OOM: 2}

@@ -1,18 +1,17 @@
 """`run`: plan, start, follow, retry and report. All policy is here and in `cluster.driver.retry`."""
 
-from __future__ import annotations
-
-import importlib
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from cluster.config import ClusterConfig
 from cluster.driver.explain import record_code
-from cluster.driver.interrupt import signals_caught
 from cluster.driver.journal import Board, Journal, Running
 from cluster.driver.lock import run_lock
 from cluster.driver.plan import Planned, check_tasks, make_folders
@@ -27,7 +26,7 @@ from cluster.store.layout import new_attempt, temporaries
 from cluster.store.lease import Watch
 from cluster.store.leftovers import fence, has_progressed, sweep
 from cluster.store.publish import is_published
-from cluster.task import Resources, Task, display
+from cluster.task import Resources, Task, display, resolve_call
 
 log = logging.getLogger(__name__)
 
@@ -70,40 +69,53 @@ def run(
     store = Store(config.store)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{new_attempt()[:8]}"
     context = Context(run_id, store.logs / run_id, config)
-    with signals_caught() as check, run_lock(store.locks, label, run_id, config.on_locked, check):
+    with _signals_noted() as check, run_lock(store.locks, label, run_id, config.on_locked, check):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
         missing = [one for one in planned if not one.published]
-        _sweep(planned, watch := Watch())
+        folders, watch = {one.out.parent for one in planned}, Watch()
+        for folder in folders:
+            tidy(folder, watch)
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
         if not missing:
             log.info("%s: all %d tasks were published before", label or "run", len(planned))
             return report
-        made = _make_executor(executor, context) if isinstance(executor, str) else executor
-        with closing(made) if isinstance(executor, str) else nullcontext():
+        made = cast(Executor, resolve_call(EXECUTORS[executor])(context)) if isinstance(executor, str) else executor
+        with closing(made) if made is not executor else nullcontext():
             made.check([one.task for one in missing])
             record_code(store, (one.task for one in missing))
-            board = Board(label, run_id, len(planned), skipped=len(report.skipped))
-            entries = [_Entry(one, one.task.resources) for one in missing]
-            _Run(entries, report, made, context, board, watch, fail_fast).go(check)
-        _sweep(planned, watch)
+            board = Board(label, run_id, len(planned), report)
+            _Run([_Entry(one, one.task.resources) for one in missing], board, made, context, watch, fail_fast).go(check)
+        for folder in folders:
+            tidy(folder, watch)
         return report
 
 
-def _make_executor(name: str, context: Context) -> Executor:
-    module, _, attribute = EXECUTORS[name].partition(":")
-    factory: Callable[[Context], Executor] = getattr(importlib.import_module(module), attribute)
-    return factory(context)
+@contextmanager
+def _signals_noted() -> Iterator[Callable[[], None]]:
+    """Note SIGINT and SIGTERM instead of being ended by them; yields what raises `Interrupted` if one has come.
+
+    So cleaning up is never itself interrupted. Only the main thread can do that: in others, signals keep their effect.
+    """
+    seen: list[int] = []
+
+    def check() -> None:
+        if seen:
+            raise Interrupted(seen[0])
+
+    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in caught}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            # None: a handler that was not set from Python cannot be restored from Python either
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _sweep(planned: list[Planned], watch: Watch) -> None:
-    """Remove what dead attempts left where our tasks publish, but what a missing task can resume from."""
-    published: dict[Path, set[str]] = {}
-    for one in planned:
-        names = published.setdefault(one.out.parent, set())
-        if is_published(one.out):
-            names.add(one.out.name)
-    for parent, names in published.items():
-        sweep(parent, watch, published=names)
+def tidy(folder: Path, watch: Watch, *, resume_too: bool = False) -> list[Path]:
+    """Remove what dead attempts left in a folder of results; what a next one can resume from only if `resume_too`."""
+    published = {name for _, name, _ in temporaries(folder) if is_published(folder / name)}
+    return sweep(folder, watch, published=published, resume_too=resume_too)
 
 
 @dataclass(eq=False)
@@ -139,12 +151,11 @@ class _Run:
     """The missing tasks of one run, from the first attempt to the last."""
 
     def __init__(
-        self, missing: list[_Entry], report: Report, executor: Executor, context: Context, board: Board, watch: Watch,
-        fail_fast: bool,
-    ) -> None:  # fmt: skip
-        self._waiting, self._report, self._executor, self._context = missing, report, executor, context
+        self, missing: list[_Entry], board: Board, executor: Executor, context: Context, watch: Watch, fail_fast: bool
+    ) -> None:
+        self._waiting, self._executor, self._context = missing, executor, context
         self._flying: dict[str, tuple[_Entry, Job]] = {}
-        self._board, self._watch, self._fail_fast = board, watch, fail_fast
+        self._board, self._report, self._watch, self._fail_fast = board, board.report, watch, fail_fast
         self._journal, self._view = Journal(context.logs, board), View(board)
 
     def go(self, check: Callable[[], None]) -> None:
@@ -206,10 +217,9 @@ class _Run:
             node=event.node, seconds=None if seconds is None else round(seconds, 3), log=job.log.name,
         )  # fmt: skip
         if cause is Cause.DONE:
-            self._board.done += 1
             self._report.done.append(entry.outcome(cause))
         elif cause is Cause.CANCELLED:
-            self._cancelled(entry)
+            self._report.cancelled.append(entry.outcome(cause))
         else:
             self._retry_or_fail(entry, job, progressed)
 
@@ -238,7 +248,6 @@ class _Run:
             entry.supersedes |= over
             if is_published(out):
                 ready.remove(entry)
-                self._board.skipped += 1
                 self._report.skipped.append(entry.outcome(Cause.DONE))
             elif len(over) < len(theirs):
                 ready.remove(entry)
@@ -263,18 +272,12 @@ class _Run:
             self._board.retried += 1
             self._view.note(f"{name}: {cause} in attempt {job.number}, again ({entry.detail})")
             return
-        self._board.failed += 1
         self._report.failed.append(entry.outcome(cause))
         self._view.note(f"{name}: failed, {cause} ({entry.detail})")
         if self._fail_fast:
             self._executor.cancel(list(self._flying))
-            for waiting in self._waiting:
-                self._cancelled(waiting)
+            self._report.cancelled += [waiting.outcome(Cause.CANCELLED) for waiting in self._waiting]
             self._waiting = []
-
-    def _cancelled(self, entry: _Entry) -> None:
-        self._board.cancelled += 1
-        self._report.cancelled.append(entry.outcome(Cause.CANCELLED))
 
     def _stop(self) -> None:
         """Cancel all that is under way and leave nothing of it."""
@@ -283,9 +286,10 @@ class _Run:
         while self._flying and time.monotonic() < deadline:
             for event in self._executor.poll(POLL):
                 if event.kind == "ended" and event.job in self._flying:
-                    _, job = self._flying.pop(event.job)
+                    entry, job = self._flying.pop(event.job)
                     self._board.end(job.id)
-                    self._board.done += is_published(job.out)
+                    if is_published(job.out):
+                        self._report.done.append(entry.outcome(Cause.DONE))
                     fence(job.out, job.id)
         for _, job in self._flying.values():
             self._board.end(job.id)

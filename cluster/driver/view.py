@@ -1,7 +1,5 @@
 """What people see while tasks run: one live view on a terminal, sparse plain lines elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator
@@ -28,13 +26,14 @@ def clock(seconds: float | None) -> str:
 
 def summary(board: Board) -> str:
     """The board in one line."""
-    parts = [f"{count} {name}" for name, count in board.counts().items() if count]
-    finished = board.done + board.failed
+    counts = board.counts()
+    parts = [f"{count} {name}" for name, count in counts.items() if count]
+    finished = len(board.report.done) + len(board.report.failed)
     if finished and board.elapsed > 0:
         parts.append(f"{60 * finished / board.elapsed:.3g} a minute")
     if board.gpu_hours >= 0.001:
         parts.append(f"{board.gpu_hours:.3g} GPU hours")
-    left = f", {clock(board.seconds_left)} left" if board.waiting or board.running else ""
+    left = f", {clock(board.seconds_left)} left" if counts["waiting"] or board.running else ""
     return f"{', '.join(parts) or 'nothing to do'} ({clock(board.elapsed)}{left})"
 
 
@@ -57,7 +56,7 @@ class View:
     def shown(self) -> Iterator[None]:
         """Show the board, and in the end what it came to."""
         if self._progress.disable:
-            self.note(f"{self._board.total} tasks, {self._board.skipped} published before")
+            self.note(f"{self._board.total} tasks, {len(self._board.report.skipped)} published before")
         try:
             with self._progress:
                 yield
@@ -81,12 +80,13 @@ class View:
             self._progress.remove_task(self._rows.pop(gone))
         for job, running in board.running.items():
             if job not in self._rows and len(self._rows) < MOST_ROWS:
-                again = f" (attempt {running.number})" if running.number > 1 else ""
+                again = f" (attempt {running.attempt})" if running.attempt > 1 else ""
                 self._rows[job] = self._progress.add_task(f"  {escape(display(running.name))}{again}", note="")
             if job in self._rows:
                 total, note = running.total or None, escape(running.note)
                 self._progress.update(self._rows[job], completed=running.done, total=total, note=note)
-        finished = board.done + board.failed + board.cancelled + board.skipped
+        counts = board.counts()
+        finished = sum(counts[name] for name in ("done", "failed", "cancelled", "skipped"))
         hidden = f", {rest} not shown" if (rest := len(board.running) - len(self._rows)) else ""
         note = f"{finished}/{board.total} {escape(summary(board))}{hidden}"
         self._progress.update(self._all, completed=finished, note=note)

@@ -1,7 +1,5 @@
 """One attempt, in the process that does the work: claim, call, publish. The same on every executor."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -29,7 +27,9 @@ Report = Callable[[Event], None]
 class _Current:
     """The attempt this process is at, for `progress`."""
 
-    report: Callable[[float, float, str], None] | None = None
+    attempt: tuple[Job, Workspace, Report] | None = None
+    told = 0.0
+    """When progress was last reported."""
     stop: tuple[Cause, str] | None = None
     """Why it is to stop, since somebody said so."""
 
@@ -64,11 +64,16 @@ def progress(done: float, total: float, note: str = "") -> None:
         Fenced: another attempt took over this task: stop, the result would not be published.
         Stopped: the machine is needed, or time is nearly up: save what is worth it in `resume/`, and raise it again.
     """
-    if _Current.report is None:
+    if _Current.attempt is None:
         return
     if _Current.stop is not None:
         raise Stopped(_Current.stop[1])
-    _Current.report(float(done), float(total), note)
+    job, workspace, report = _Current.attempt
+    if workspace.lost:
+        workspace.check()
+    if time.monotonic() - _Current.told >= PROGRESS_PERIOD or done >= total:
+        _Current.told = time.monotonic()
+        report(Event(job.id, "progress", done=float(done), total=float(total), note=note))
 
 
 def perform(job: Job, report: Report) -> Event:
@@ -83,9 +88,9 @@ def perform(job: Job, report: Report) -> Event:
             return _ended(job, Cause.BUSY, "published by another run")
         workspace = Workspace.claim(job.out, job.id, supersedes=job.supersedes, lease=job.lease)
         with workspace.heartbeat():
-            _Current.report = _throttled(job, workspace, report)
+            _Current.attempt, _Current.told = (job, workspace, report), 0.0
             _load(job)(job.spec, workspace.folder, *([job.inputs] if job.inputs else []))
-            _Current.report = None  # what is done is published, stop or no stop
+            _Current.attempt = None  # what is done is published, stop or no stop
             publish(workspace, About(job.key, job.kind, job.call, job.spec, job.code))
         return _ended(job, Cause.DONE)
     except Busy as busy:
@@ -101,7 +106,7 @@ def perform(job: Job, report: Report) -> Event:
         traceback.print_exception(error)
         return _ended(job, Cause.OOM if isinstance(error, MemoryError) else Cause.EXCEPTION, _line(error))
     finally:
-        _Current.report = _Current.stop = None
+        _Current.attempt = _Current.stop = None
         if workspace is not None:
             with contextlib.suppress(OSError, StoreUnavailable):  # the driver, or the next attempt, cleans up
                 workspace.discard()
@@ -117,21 +122,6 @@ def _load(job: Job) -> Call:
             f"the source of {module}, or of a module it imports, changed since the task was planned: run again"
         )
     return call
-
-
-def _throttled(job: Job, workspace: Workspace, report: Report) -> Callable[[float, float, str], None]:
-    last = 0.0
-
-    def tell(done: float, total: float, note: str) -> None:
-        nonlocal last
-        if workspace.lost:
-            workspace.check()
-        now = time.monotonic()
-        if now - last >= PROGRESS_PERIOD or done >= total:
-            last = now
-            report(Event(job.id, "progress", done=done, total=total, note=note))
-
-    return tell
 
 
 def _line(error: BaseException) -> str:

@@ -145,8 +145,8 @@ class Stage:
     @staticmethod
     def _glance(folder: Path) -> Manifest:
         """The manifest of a result against which nothing speaks that can be seen without reading its files."""
-        fault, sure = fault_of(folder)
-        if sure:
+        fault, usable = fault_of(folder)
+        if not usable:
             raise CorruptResult(fault)
         return Manifest.read(folder)
 
@@ -160,7 +160,7 @@ class Stage:
         """
         out = self.store.root / path
         if self.dry:
-            if fault_of(out)[1]:
+            if not fault_of(out)[1]:
                 self.notes.append(f"{path} is put back into the store from {source}")
             return
         self.set_damaged_aside([out])

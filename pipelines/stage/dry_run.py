@@ -80,5 +80,5 @@ def _why_behind(run: Stage, plan: Plan) -> str:
         listed = {key for text in texts for key in re.findall(rf"\b(?:{kinds})/([0-9a-f]{{24}})\b", text)}
         if listed != {task.key for task in plan.tasks}:
             return "has put out what other parameters, data or code asked for" if texts else "has put out nothing"
-    lacking = [task for task in plan.tasks if task.kind not in WHOLE and fault_of(task.out)[1]]
+    lacking = [task for task in plan.tasks if task.kind not in WHOLE and not fault_of(task.out)[1]]
     return f"lacks {len(lacking)} of its {len(plan.tasks)} results in the store" if lacking else ""

@@ -17,7 +17,7 @@ from cluster_helpers import tree
 from cluster import BadTask, ClusterConfig, Store, Task, run, set_aside
 from cluster import fingerprint as code
 from cluster.__main__ import main
-from cluster.driver.explain import NOTHING_LIKE_IT, UNKNOWN_CODE, Kind, explain
+from cluster.driver.explain import DAMAGED, NOTHING_LIKE_IT, UNKNOWN_CODE, Kind, explain
 
 
 def square(store: Store, x: int, **more: Any) -> Task:
@@ -26,8 +26,8 @@ def square(store: Store, x: int, **more: Any) -> Task:
 
 def why(store: Store, *tasks: Task) -> dict[str, list[str]]:
     """Reasons by the names of tasks."""
-    groups = [group for kind in explain(tasks, store) for group in kind.run]
-    return {", ".join(group.tasks): group.why for group in groups}
+    groups = [group for kind in explain(tasks, store) for group in kind.run.items()]
+    return {", ".join(names): reason.split("; ") for reason, names in groups}
 
 
 def state(root: Path) -> dict[str, tuple[int, int, int]]:
@@ -132,13 +132,18 @@ def test_damaged_results_would_be_made_again(store: Store, config: ClusterConfig
     (tasks[2].out / "manifest.json").write_text("{}")
     (tasks[3].out / "result.json").touch()
     (kind,) = explain(tasks, store)
-    (group,) = kind.run
-    assert group.tasks == ["square 0", "square 1", "square 2"]
-    (said,) = group.why
-    assert f"damaged: {tasks[0].out}/result.json is missing, {tasks[1].out}/result.json has 1 bytes" in said
-    assert f"{tasks[2].out}/manifest.json is not a manifest" in said
-    assert (kind.published, kind.changed) == (2, [f"{tasks[3].out}/result.json was changed since it was found whole"])
-    assert "  read first, and made anew if damaged: " in "\n".join(kind.lines())
+    assert (kind.published, kind.run) == (2, {DAMAGED: ["square 0", "square 1", "square 2"]})
+    assert kind.faults == [
+        f"{tasks[0].out}/result.json is missing",
+        f"{tasks[1].out}/result.json has 1 bytes, its manifest says 21",
+        f"{tasks[2].out}/manifest.json is not a manifest: KeyError('format')",
+        f"{tasks[3].out}/result.json was touched since it was found whole: it is read first",
+    ]
+    assert list(kind.lines())[1:] == [
+        "  3 of them: damaged",
+        "    square 0, square 1, square 2",
+        f"  {', '.join(kind.faults[:3])} and 1 more",
+    ]
 
 
 def test_no_file_of_a_result_is_read(store: Store, config: ClusterConfig) -> None:
@@ -180,14 +185,15 @@ def test_the_command_says_it_and_changes_nothing(
     assert main(["plan", "experiment_plan:tasks", "--store", str(store.root)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "square: 1 published, 5 would run"
-    assert lines[1].startswith("  1 of them: damaged: ")
+    assert lines[1:3] == ["  1 of them: damaged", "    square 1"]
     assert lines[3:] == [
         "  4 of them: x: 0 -> 2, 0 -> 3, 0 -> 4 and 1 more",
         "    square 2, square 3, square 4 and 1 more",
+        f"  {square(store, 1).out}/result.json is missing",
     ]
     assert main(["plan", "experiment_plan:tasks", "--store", str(store.root), "--json"]) == 0
     (kind,) = json.loads(capsys.readouterr().out)
-    assert (kind["kind"], kind["published"], len(kind["run"][1]["tasks"])) == ("square", 1, 4)
+    assert (kind["kind"], kind["published"], kind["run"]["damaged"]) == ("square", 1, ["square 1"])
     assert main(["plan", "experiment_plan:none", "--store", str(store.root)]) == 0
     assert capsys.readouterr().out == "no tasks\n"
     assert main(["plan", "experiment_plan:far", "--store", str(tmp_path / "absent")]) == 0

@@ -121,7 +121,7 @@ def test_damaged_tokens_are_told_without_reading_them(work: Workspace) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
     said = work.dry(extract)
-    assert f"  1 of them: damaged: {shard} has {len(whole) - 1} bytes" in said
+    assert f"  1 of them: damaged\n    tiny-llava 0, layer 9\n  {shard} has {len(whole) - 1} bytes" in said
     assert "1 passes" in said
     said = work.dry(train)
     assert "stage extract lacks 1 of its 2 results in the store: run `python pipelines/extract.py`" in said
@@ -130,7 +130,7 @@ def test_damaged_tokens_are_told_without_reading_them(work: Workspace) -> None:
     shard.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])  # another content of the same size
     said = work.dry(extract)
     assert "tokens: 2 published, 0 would run" in said
-    assert f"  read first, and made anew if damaged: {shard} was changed since it was found whole" in said
+    assert f"  {shard} was touched since it was found whole: it is read first\n" in said
     assert work.run(extract) == 0
     assert (shard.read_bytes() == whole, work.dry(extract)) == (True, "tokens: 2 published, 0 would run\n")
 
