@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.config import ClusterConfig
-from cluster.driver.explain import explain, tasks_of
+from cluster.driver.explain import explain, forget_code, tasks_of
 from cluster.driver.journal import STATES, read_status
 from cluster.driver.lock import sweep_locks
 from cluster.driver.runner import tidy
@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(store: Store, folders: Iterable[Path]) -> list[str]:
-    return [one.relative_to(store.root).as_posix() if one.is_relative_to(store.root) else str(one) for one in folders]
+def _name(store: Store, folder: Path) -> str:
+    return folder.relative_to(store.root).as_posix() if folder.is_relative_to(store.root) else str(folder)
 
 
 def _plan(store: Store, options: argparse.Namespace) -> Said:
@@ -113,11 +113,11 @@ def _results(store: Store, options: argparse.Namespace) -> Said:
 def _verify(store: Store, options: argparse.Namespace) -> Said:
     folders: list[Path] = options.folders or list(store.published())
     size, corrupt = 0, {}
-    for folder, name in zip(folders, _names(store, folders), strict=True):
+    for folder in folders:
         try:
             size += sum(file.bytes for file in verify(folder).files)
         except CorruptResult as error:
-            corrupt[name] = str((set_aside(folder) if options.quarantine else None) or error)
+            corrupt[_name(store, folder)] = str((set_aside(folder) if options.quarantine else None) or error)
     lines = [*corrupt.values(), f"{len(folders)} results checked ({size / 1e6:,.1f} MB), {len(corrupt)} corrupt"]
     if corrupt and not options.quarantine:
         lines.append("verify --quarantine moves them aside, so that the next run makes them again")
@@ -132,13 +132,10 @@ def _clean(store: Store, options: argparse.Namespace) -> Said:
     now = time.time()
     ages = {path: max(now - path.lstat().st_ctime, 0.0) for kind in store.kinds() for path in put_aside(kind)}
     old = [path for path, age in ages.items() if age >= options.age * DAY]
-    sizes = [sum(path.lstat().st_size for path in files_in(folder)) for folder in unused + old]
-    named = zip(_names(store, unused), sizes, strict=False)
-    lines = [f"{name} {size / 1e6:,.1f} MB, not in use" for name, size in named]
-    lines += [
-        f"{name} set aside {clock(age)} ago" for name, age in zip(_names(store, ages), ages.values(), strict=True)
-    ]
-    swept = []
+    sizes = {folder: sum(path.lstat().st_size for path in files_in(folder)) for folder in unused + old}
+    lines = [f"{_name(store, folder)} {sizes[folder] / 1e6:,.1f} MB, not in use" for folder in unused]
+    lines += [f"{_name(store, folder)} set aside {clock(age)} ago" for folder, age in ages.items()]
+    size, swept = sum(sizes.values()), list[Path]()
     if options.yes:
         swept = _sweep(store, options)
         for folder in unused:
@@ -146,16 +143,17 @@ def _clean(store: Store, options: argparse.Namespace) -> Said:
         for folder in old:
             remove_tree(folder)
         forget_absent(store.root)
+        forget_code(store, options.age * DAY)
     left = [root for kind in store.kinds() for root, _, _ in temporaries(kind)]
-    lines += [f"{name} of an attempt at work, or to resume from" for name in _names(store, left)]
+    lines += [f"{_name(store, root)} of an attempt at work, or to resume from" for root in left]
     did = "dropped" if options.yes else "to drop with --yes"
     lines += [
-        f"{len(unused)} results not in use and {len(old)} set aside {did}, {sum(sizes) / 1e6:,.1f} MB",
+        f"{len(unused)} results not in use and {len(old)} set aside {did}, {size / 1e6:,.1f} MB",
         f"{len(swept)} leftovers of dead attempts removed, {len(left)} left; in {store.root}",
     ]
     found = {"unused": unused, "aside": ages, "old": old, "removed": swept, "left": left}
-    data = {what: _names(store, paths) for what, paths in found.items()}
-    return 0, {"store": str(store.root), "dropped": options.yes, "bytes": sum(sizes), **data}, lines
+    data = {what: [_name(store, path) for path in paths] for what, paths in found.items()}
+    return 0, {"store": str(store.root), "dropped": options.yes, "bytes": size, **data}, lines
 
 
 def _unused(store: Store, in_use: Path) -> list[Path]:
@@ -163,8 +161,7 @@ def _unused(store: Store, in_use: Path) -> list[Path]:
         named = set(in_use.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"the names of results in use cannot be read: {error}") from error
-    folders = list(store.published())
-    return [folder for folder, name in zip(folders, _names(store, folders), strict=True) if name not in named]
+    return [folder for folder in store.published() if _name(store, folder) not in named]
 
 
 def _sweep(store: Store, options: argparse.Namespace) -> list[Path]:
@@ -180,18 +177,17 @@ def _sweep(store: Store, options: argparse.Namespace) -> list[Path]:
 def _transfer(store: Store, options: argparse.Namespace) -> Said:
     """Push or pull what was asked for and is not there yet."""
     remote, pushing = Remote(options.remote), options.name == "push"
-    here, there = _names(store, store.published()), remote.names()
-    source, target = (here, there) if pushing else (there, here)
+    here, there = [_name(store, folder) for folder in store.published()], remote.names()
+    source, target = (here, set(there)) if pushing else (there, set(here))
     for wanted in options.names:
         if not any(wanted in (name, name.partition("/")[0]) for name in source):
             raise BadConfig(f"there is no result {wanted}: give KIND or KIND/KEY")
     asked = [name for name in source if not options.names or {name, name.partition("/")[0]} & set(options.names)]
-    todo, failed = [name for name in asked if name not in set(target)], {}
-    for out, error in transfer(
-        [store.path(*name.split("/")) for name in todo], remote.push if pushing else remote.pull
-    ):
+    todo, failed = [name for name in asked if name not in target], {}
+    outs = [store.path(*name.split("/")) for name in todo]
+    for out, error in transfer(outs, remote.push if pushing else remote.pull):
         if error is not None:
-            failed[f"{out.parent.name}/{out.name}"] = " ".join(f"{type(error).__name__}: {error}".split())
+            failed[_name(store, out)] = " ".join(f"{type(error).__name__}: {error}".split())
     did, done, before = f"{options.name}ed", sorted(set(todo) - set(failed)), len(asked) - len(todo)
     lines = [f"{name} was not {did}: {text}" for name, text in sorted(failed.items())]
     lines.append(f"{len(done)} results {did}, {before} there before, {len(failed)} failed")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,14 @@ def record_code(store: Store, tasks: Iterable[Task]) -> None:
             fresh.replace(path)
         except OSError as error:  # a later plan cannot name the module then
             log.info("the modules behind %s are not on record: %s", code, error)
+
+
+def forget_code(store: Store, seconds: float) -> None:
+    """Drop records of code that are so old, and that no published result refers to."""
+    used = {about.code for folder in store.kinds() for about in _published(folder)}
+    for path in (store.root / CODE).glob("*.json"):
+        if path.stem not in used and time.time() - path.stat().st_mtime >= seconds:
+            path.unlink(missing_ok=True)
 
 
 def tasks_of(name: str) -> list[Task]:

@@ -14,7 +14,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import tree
 
-from cluster import BadTask, ClusterConfig, Store, Task, run, set_aside
+from cluster import BadTask, ClusterConfig, Store, Task, drop, run, set_aside
 from cluster import fingerprint as code
 from cluster.__main__ import main
 from cluster.driver.explain import DAMAGED, NOTHING_LIKE_IT, UNKNOWN_CODE, Kind, explain
@@ -114,6 +114,25 @@ def test_modules_and_files_of_data_that_changed(
     for spoil in (lambda: record.write_text("{"), record.unlink):
         spoil()
         assert why(store, task) == {"acme 2": [UNKNOWN_CODE, "x: 1 -> 2"]}
+
+
+def test_clean_drops_old_records_of_code_that_no_result_refers_to(
+    store: Store, config: ClusterConfig, acme: Callable[..., Callable[[int], Task]]
+) -> None:
+    assert run([old := acme()(1)], config=config).ok
+    assert run([new := acme(**{"factor.txt": "4"})(1)], config=config).ok
+
+    def records() -> set[str]:
+        return {path.stem for path in (store.root / "code").iterdir()}
+
+    clean = ["clean", "--store", str(store.root), "--wait", "0", "--yes"]
+    assert main([*clean, "--age", "0"]) == 0
+    assert records() == {old.code, new.code}
+    drop(old.out)
+    assert main(clean) == 0
+    assert records() == {old.code, new.code}  # not old enough
+    assert main([*clean, "--age", "0"]) == 0
+    assert records() == {new.code}
 
 
 def test_nothing_like_it(store: Store, config: ClusterConfig) -> None:
