@@ -119,8 +119,10 @@ def test_modules_and_files_of_data_that_changed(
 def test_clean_drops_old_records_of_code_that_no_result_refers_to(
     store: Store, config: ClusterConfig, acme: Callable[..., Callable[[int], Task]]
 ) -> None:
-    assert run([old := acme()(1)], config=config).ok
-    assert run([new := acme(**{"factor.txt": "4"})(1)], config=config).ok
+    old = acme()(1)
+    assert run([old], config=config).ok
+    new = acme(**{"factor.txt": "4"})(1)
+    assert run([new], config=config).ok
 
     def records() -> set[str]:
         return {path.stem for path in (store.root / "code").iterdir()}
