@@ -1,6 +1,6 @@
 """`--dry-run` of a stage: what it would run and why. Nothing is run, and nothing is written or changed.
 
-A stage plans with what earlier stages have put out; where that is not what they would put out now, it says so.
+A stage plans with what earlier stages have put out; where that is not what they would put out now, it says so first.
 """
 
 import re
@@ -21,6 +21,7 @@ SCRIPTS = {"sample": "sample", "extract": "extract", "train": "train", "evaluate
 """Stages with tasks, in their order, each with its script."""
 LISTINGS = {"sample": f"{outputs.SAMPLE}/*.json", "extract": f"{outputs.TOKENS}/*/*.json", "train": outputs.PRUNERS}
 """Where outputs name the results of the store that they stand for."""
+OTHERS, NOTHING = "has put out what other parameters, data or code asked for", "has put out nothing"
 WHOLE = ("questions", "pruners")
 """Kinds that an output holds whole: stages put them back if the store lacks them."""
 
@@ -57,7 +58,10 @@ def say(run: Stage, plan: Callable[[Stage], Plan], file: Path | None) -> Iterato
 
 
 def behind(name: str, file: Path | None, root: Path) -> Iterator[str]:
-    """Of each earlier stage whose output is not what it would put out now, why, and the command for it."""
+    """Of each earlier stage whose output is not what it would put out now, why, and the command for it.
+
+    Only of the first that has put out nothing: later ones have nothing to plan with.
+    """
     stages = [*SCRIPTS, "report"]
     for earlier in stages[: stages.index(name)] if name in stages else ():
         run = open_stage(earlier, file, root, dry=True)
@@ -70,7 +74,9 @@ def behind(name: str, file: Path | None, root: Path) -> Iterator[str]:
         except OcvtpError as error:
             why = f"cannot be planned ({error})"
         if why:
-            yield f"stage {earlier} {why}: run {command} or `dvc repro` first; the following is for what it has put out"
+            yield f"stage {earlier} {why}: run {command} or `dvc repro` first"
+        if why == NOTHING:
+            return
 
 
 def _why_behind(run: Stage, plan: Plan) -> str:
@@ -79,6 +85,6 @@ def _why_behind(run: Stage, plan: Plan) -> str:
         kinds = "|".join({task.kind for task in plan.tasks})
         listed = {key for text in texts for key in re.findall(rf"\b(?:{kinds})/([0-9a-f]{{24}})\b", text)}
         if listed != {task.key for task in plan.tasks}:
-            return "has put out what other parameters, data or code asked for" if texts else "has put out nothing"
+            return OTHERS if texts else NOTHING
     lacking = [task for task in plan.tasks if task.kind not in WHOLE and not fault_of(task.out)[1]]
     return f"lacks {len(lacking)} of its {len(plan.tasks)} results in the store" if lacking else ""
