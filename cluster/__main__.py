@@ -15,11 +15,10 @@ from typing import Any
 from rich.console import Console
 
 from cluster.config import ClusterConfig
+from cluster.driver.board import STATES, clock, read_status
 from cluster.driver.explain import explain, forget_code, tasks_of
-from cluster.driver.journal import STATES, read_status
 from cluster.driver.lock import sweep_locks
 from cluster.driver.runner import tidy
-from cluster.driver.view import clock
 from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
 from cluster.results import Store
 from cluster.store.layout import put_aside, temporaries

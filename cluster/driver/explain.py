@@ -225,10 +225,9 @@ def _changed_code(store: Store, old: str, task: Task) -> str:
     before, after = behind(old), behind(task.code)
     if before is None or after is None:
         return UNKNOWN_CODE
-    said = [name for name in sorted(before.keys() & after.keys()) if before[name] != after[name]]
-    said += [f"new {name}" for name in sorted(after.keys() - before.keys())]
-    said += [f"gone {name}" for name in sorted(before.keys() - after.keys())]
-    return f"code: {_some(said)}"
+    changed = sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
+    new, gone = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
+    return f"code: {_some([*changed, *(f'new {name}' for name in new), *(f'gone {name}' for name in gone)])}"
 
 
 def _short(text: str | None) -> str:

@@ -82,12 +82,9 @@ def _holder(path: Path) -> tuple[Process | None, str]:
 def _try(path: Path) -> int | None:
     """An open handle of the locked file; None if somebody else has it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        # If its owner removed it while we waited, the next try makes a new one.
+    with contextlib.suppress(FileNotFoundError):  # its owner removed it meanwhile: the next try makes a new one
         if _flock(handle, path) and os.path.samestat(os.fstat(handle), path.stat()):
             return handle
-    except FileNotFoundError:
-        pass
     os.close(handle)
     return None
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import cast
 
 from cluster.config import ClusterConfig
+from cluster.driver.board import Board, Journal, Running, View
 from cluster.driver.explain import record_code
-from cluster.driver.journal import Board, Journal, Running
 from cluster.driver.lock import run_lock
 from cluster.driver.plan import Planned, check_tasks, make_folders
 from cluster.driver.report import Outcome, Report
 from cluster.driver.retry import ELSEWHERE, next_resources, pause
-from cluster.driver.view import View
 from cluster.errors import Interrupted
 from cluster.executors import EXECUTORS, check_executor
 from cluster.protocol import Cause, Context, Event, Executor, Job

@@ -79,8 +79,7 @@ def progress(done: float, total: float, note: str = "") -> None:
 def perform(job: Job, report: Report) -> Event:
     """Run one attempt to its end and say how it ended; never raises.
 
-    Whatever happens, no half result is published, and nothing is left beside the target but a `resume/` with
-    content.
+    No half result is published, and nothing is left beside the target but a `resume/` with content.
     """
     workspace = None
     try:
@@ -101,10 +100,10 @@ def perform(job: Job, report: Report) -> Event:
         return _ended(job, cause, detail)
     except (Fenced, StoreUnavailable) as error:
         log.error("%s", error)
-        return _ended(job, Cause.LOST if isinstance(error, Fenced) else Cause.NODE, _line(error))
+        return _ended(job, Cause.LOST if isinstance(error, Fenced) else Cause.NODE, error)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         traceback.print_exception(error)
-        return _ended(job, Cause.OOM if isinstance(error, MemoryError) else Cause.EXCEPTION, _line(error))
+        return _ended(job, Cause.OOM if isinstance(error, MemoryError) else Cause.EXCEPTION, error)
     finally:
         _Current.attempt = _Current.stop = None
         if workspace is not None:
@@ -124,9 +123,6 @@ def _load(job: Job) -> Call:
     return call
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-def _ended(job: Job, cause: Cause, detail: str = "") -> Event:
-    return Event(job.id, "ended", cause, detail)
+def _ended(job: Job, cause: Cause, why: str | BaseException = "") -> Event:
+    text = why if isinstance(why, str) else " ".join(f"{type(why).__name__}: {why}".split())[:500]
+    return Event(job.id, "ended", cause, text)

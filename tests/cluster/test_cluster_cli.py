@@ -16,10 +16,9 @@ from rich.console import Console
 
 from cluster import Cause, ClusterConfig, Outcome, Report, Store, Task, run, set_aside
 from cluster.__main__ import main
-from cluster.driver import view
-from cluster.driver.journal import Board, Running
+from cluster.driver import board as board_module
+from cluster.driver.board import Board, Running, View, clock, summary
 from cluster.driver.lock import run_lock
-from cluster.driver.view import View, clock, summary
 from cluster.host.process import Process
 from cluster.store.layout import aside, new_attempt
 from cluster.store.workspace import Workspace
@@ -220,7 +219,7 @@ def test_the_live_view_shows_each_running_task(store: Store, monkeypatch: pytest
     for number in range(14):
         board.running[str(number)] = Running(f"task {number}\n[red]", 1 + number, 0, time.monotonic(), 1, 4, "loss 3")
     out = io.StringIO()
-    monkeypatch.setattr(view, "Console", lambda **options: Console(file=out, width=200, force_terminal=True))
+    monkeypatch.setattr(board_module, "Console", lambda **options: Console(file=out, width=200, force_terminal=True))
     live = View(board)
     with live.shown():
         live.refresh()
