@@ -4,6 +4,7 @@
 <root>/logs/<run>/         logs of a run and of its attempts
 <root>/locks/<label>.json  owners of the runs at work
 <root>/verdicts/           which results were read and found whole
+<root>/code/<digest>.json   modules and files of data behind a digest of code
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import BadTask
-from cluster.store.layout import LOCKS, LOGS, VERDICTS
+from cluster.store.layout import CODE, LOCKS, LOGS, VERDICTS
 from cluster.store.publish import is_published
 from cluster.task import Call, Resources, Task
 
-_OWN = (LOGS, LOCKS, VERDICTS)
+_OWN = (LOGS, LOCKS, VERDICTS, CODE)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 

@@ -21,6 +21,7 @@ from pipelines.grid import VANILLA
 from pipelines.params.fitting import by_layer
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.dry_run import Plan
 
 WITH_PRUNER = ("oc-vtp", "oc-vtp-untrained")
 log = logging.getLogger(__name__)
@@ -28,9 +29,18 @@ log = logging.getLogger(__name__)
 
 def work(run: Stage) -> None:
     """Count, and write the output."""
-    rows = [row for name in run.params.vlm for row in rows_of(run, resolve(name))]
+    rows = _rows(run)
     text_tokens = run.params.efficiency.text_tokens
     outputs.write_json(run.root / outputs.RESULTS / "efficiency.json", {"text_tokens": text_tokens, "rows": rows})
+
+
+def plan(run: Stage) -> Plan:
+    """What it would count."""
+    return Plan([], last=[f"no tasks: {len(_rows(run))} rows are counted here, whenever the stage runs"])
+
+
+def _rows(run: Stage) -> list[dict[str, Any]]:
+    return [row for name in run.params.vlm for row in rows_of(run, resolve(name))]
 
 
 def rows_of(run: Stage, vlm: Entry) -> list[dict[str, Any]]:
@@ -94,7 +104,7 @@ def _pruner(run: Stage, vlm: Entry, whole: int, kept: int, top_k: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("efficiency", __doc__ or "", work, arguments)
+    return command.main("efficiency", __doc__ or "", work, plan, arguments)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pipelines.inputs import Input, pruners, questions, read_json, wanted_settin
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.dry_run import Plan
 from pipelines.summary import Result, metrics, score_rows, summary_rows
 from pipelines.tasks.answers import answers, asked
 
@@ -33,6 +34,20 @@ log = logging.getLogger(__name__)
 
 def work(run: Stage) -> None:
     """Evaluate what is missing, and write the output."""
+    wanted, tasks = _tasks(run)
+    report = run.run(list(tasks.values()))
+    results = list(_write(run, tasks))
+    tracking.track(run, list(_records(run, wanted, tasks, results)))
+    report.raise_if_failed()
+
+
+def plan(run: Stage) -> Plan:
+    """What it would evaluate."""
+    return Plan(list(_tasks(run)[1].values()))
+
+
+def _tasks(run: Stage) -> tuple[list[Cell], dict[tuple[Cell, str], Task]]:
+    """Every setting, and the task of each on each benchmark."""
     params = run.params
     vlms = {name: resolve(name) for name in params.vlm}
     wanted = wanted_settings(params, vlms)
@@ -43,10 +58,7 @@ def work(run: Stage) -> None:
         for setting in wanted
         for name in params.benchmark
     }
-    report = run.run(list(tasks.values()))
-    results = list(_write(run, tasks))
-    tracking.track(run, list(_records(run, wanted, tasks, results)))
-    report.raise_if_failed()
+    return wanted, tasks
 
 
 # --- Tasks -----------------------------------------------------------------------------------------------------------
@@ -155,7 +167,7 @@ def _data_identity(run: Stage, sets: Mapping[str, Any]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("evaluate", __doc__ or "", work, arguments)
+    return command.main("evaluate", __doc__ or "", work, plan, arguments)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster import ClusterError, CorruptResult, Task, adopt, drop, is_published, set_aside
+from cluster.driver.explain import fault_of
 from cluster.store import verdicts
+from cluster.store.publish import About
 from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import Entry, resolve
@@ -23,9 +26,12 @@ from pipelines.grid import layers as wanted_layers
 from pipelines.grid import vlm_folder
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.dry_run import Plan
 from pipelines.tasks.tokens import tokens
 
 log = logging.getLogger(__name__)
+LAYER = "layer_"
+"""A pass has a folder for each layer, named so."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,11 @@ class Part:
 
 def work(run: Stage) -> None:
     """Extract what is missing, and write the output."""
-    images = read_images(run)
-    parts = {vlm: _parts(run, resolve(vlm), images) for vlm in run.params.vlm}
+    parts = _all_parts(run)
     everything = [part for some in parts.values() for part in some]
     run.set_damaged_aside(task.out for part in everything for task in part.layers.values())
     _adopt(run, [(part, part.whole) for part in everything if is_published(part.whole.out)])
-    passes = [(part, _pass(run, part)) for part in everything if part.missing]
+    passes = [(part, _pass(run, part, part.missing)) for part in everything if part.missing]
     report = run.run([task for _, task in passes])
     _adopt(run, passes)
     report.raise_if_failed()
@@ -58,6 +63,27 @@ def work(run: Stage) -> None:
                 shards = [_shard(part.layers[layer].out) for part in some]
                 path = folder / vlm_folder(vlm) / f"layer_{layer}.json"
                 outputs.write_json(path, layer_listing(shards, run.store.root))
+
+
+def plan(run: Stage) -> Plan:
+    """What it would extract, and what it would publish from passes that are there."""
+    tasks, ready, passes = list[Task](), set[str](), list[str]()
+    for part in (part for some in _all_parts(run).values() for part in some):
+        tasks += part.layers.values()
+        missing = [layer for layer, task in part.layers.items() if not fault_of(task.out)[1]]
+        task = part.whole if fault_of(part.whole.out)[1] else _pass(run, part, missing)
+        if missing and fault_of(task.out)[1]:
+            ready.update(part.layers[layer].key for layer in missing)
+        elif missing:
+            passes.append(f"  {task.name}")
+    last = [f"{len(passes)} passes, each over the images from the first one named:"] if passes else []
+    last += [*passes, f"{len(ready)} shards are published from passes that are there"] if ready else passes
+    return Plan(tasks, frozenset(ready), _of_layer, last)
+
+
+def _of_layer(about: About) -> dict[str, Any]:
+    """The spec of a layer, which was published from a pass of several."""
+    return {**about.spec, "layers": [int(about.part.removeprefix(LAYER))]} if about.part else about.spec
 
 
 def read_images(run: Stage) -> list[dict[str, str]]:
@@ -70,6 +96,11 @@ def read_images(run: Stage) -> list[dict[str, str]]:
     except ValueError as error:
         raise Corrupt(f"{path} is not what stage sample writes: {error}") from error
     return images
+
+
+def _all_parts(run: Stage) -> dict[str, list[Part]]:
+    images = read_images(run)
+    return {vlm: _parts(run, resolve(vlm), images) for vlm in run.params.vlm}
 
 
 def _parts(run: Stage, vlm: Entry, images: Sequence[dict[str, str]]) -> list[Part]:
@@ -99,9 +130,9 @@ def _part(run: Stage, vlm: Entry, first: int, images: Sequence[dict[str, str]]) 
     return Part(layers, make("passes", sorted(layers)))
 
 
-def _pass(run: Stage, part: Part) -> Task:
+def _pass(run: Stage, part: Part, missing: Sequence[int]) -> Task:
     """The task that makes the missing layers."""
-    layers = sorted(part.missing)
+    layers = sorted(missing)
     if layers == part.whole.spec["layers"]:
         return part.whole
     name = f"{part.whole.name.split(',')[0]}, layer {', '.join(map(str, layers))}"
@@ -116,7 +147,7 @@ def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
         if not is_published(task.out):
             continue
         for layer in task.spec["layers"]:
-            source, out = task.out / f"layer_{layer}", part.layers[layer].out
+            source, out = task.out / f"{LAYER}{layer}", part.layers[layer].out
             if is_published(out):
                 continue  # adopted before, by a run that was cut off or that is at work beside this one
             try:
@@ -141,7 +172,7 @@ def _shard(folder: Path) -> Shard:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("extract", __doc__ or "", work, arguments)
+    return command.main("extract", __doc__ or "", work, plan, arguments)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,26 @@ if __name__ == "__main__":
 from ocvtp.errors import BadInput, OcvtpError
 from pipelines.report_html.data import load
 from pipelines.report_html.page import render
-from pipelines.stage import outputs
+from pipelines.stage import command, outputs
+from pipelines.stage.dry_run import behind
 
 log = logging.getLogger(__name__)
 FOLDER = "reports"
 
 
-def main(root: Path | None = None) -> int:
-    """Write the report of the results below `root`, the current folder unless given; returns the exit code."""
+def main(root: Path | None = None, *, dry: bool = False) -> int:
+    """Write the report of the results below `root`, the current folder unless given; returns the exit code.
+
+    A dry one says what it would show, and which results are not what the params ask for.
+    """
     root = root or Path.cwd()
     try:
-        files = render(load(root))
+        found = load(root)
+        if dry:
+            command.show(behind("report", None, root))
+            command.show([f"no tasks: {len(found.summary)} rows of results are drawn here, whenever the stage runs"])
+            return 0
+        files = render(found)
         with outputs.folder(root / FOLDER) as folder:
             for name, content in files.items():
                 path = folder / name
@@ -40,5 +49,6 @@ def main(root: Path | None = None) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be shown, and change nothing")
+    sys.exit(main(dry=parser.parse_args().dry_run))

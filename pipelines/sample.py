@@ -22,6 +22,7 @@ from pipelines.params.crosscheck import SCENE_BENCHMARKS
 from pipelines.params.model import Demand
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.dry_run import Plan
 from pipelines.tasks.copies import copies
 from pipelines.tasks.questions import questions
 from pipelines.tasks.scenes import scenes
@@ -32,9 +33,7 @@ CHUNK = 512
 
 def work(run: Stage) -> None:
     """Sample, and write the output."""
-    selection = _select(run) if run.params.sample.source == "coco" else None
-    chunks = list(_scenes(run) if selection is None else _copies(run, selection))
-    asked = list(_questions(run))
+    selection, chunks, asked = _tasks(run)
     run.run([*chunks, *asked]).raise_if_failed()
     rejects = () if selection is None else selection.rejects
     with outputs.folder(run.root / outputs.SAMPLE) as folder:
@@ -47,7 +46,19 @@ def work(run: Stage) -> None:
         outputs.write_json(folder / "sample.json", {**about, "benchmarks": benchmarks})
 
 
+def plan(run: Stage) -> Plan:
+    """What it would run. Of a data set it looks at the images, as `work` does."""
+    _, chunks, asked = _tasks(run)
+    return Plan([*chunks, *asked])
+
+
 # --- Tasks -----------------------------------------------------------------------------------------------------------
+
+
+def _tasks(run: Stage) -> tuple[ImageSample | None, list[Task], list[Task]]:
+    """What was drawn of a data set, tasks that make images, and tasks that make questions."""
+    selection = _select(run) if run.params.sample.source == "coco" else None
+    return selection, list(_scenes(run) if selection is None else _copies(run, selection)), list(_questions(run))
 
 
 def _scenes(run: Stage) -> Iterator[Task]:
@@ -96,6 +107,8 @@ def _select(run: Stage) -> ImageSample:
                 progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
         except TooManyRejects as error:
+            if run.dry:
+                raise BadInput(str(error)) from error
             path = run.store.logs / "rejects.jsonl"
             outputs.write_text(path, _lines(error.rejects))
             raise BadInput(f"{error}; all {len(error.rejects)} are listed in {path}") from error
@@ -137,7 +150,7 @@ def _copied(run: Stage, task: Task, folder: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("sample", __doc__ or "", work, arguments)
+    return command.main("sample", __doc__ or "", work, plan, arguments)
 
 
 if __name__ == "__main__":

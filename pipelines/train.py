@@ -19,6 +19,7 @@ from pipelines.grid import PrunerCell, layers, pruner_cells, vlm_folder
 from pipelines.spool import Record, curves
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.dry_run import Plan
 from pipelines.tasks.pruners import pruner
 
 LEFT_IN_STORE = "last.safetensors"
@@ -27,9 +28,7 @@ LEFT_IN_STORE = "last.safetensors"
 
 def work(run: Stage) -> None:
     """Train what is missing, and write the output."""
-    cells = pruner_cells(run.params)
-    listings = {(vlm, layer): _tokens(run, vlm, layer) for vlm in run.params.vlm for layer in layers(run.params)}
-    tasks = {cell: _task(run, cell, listings[cell.vlm, cell.layer]) for cell in cells}
+    tasks = _tasks(run)
     run.run(list(tasks.values())).raise_if_failed()
     with outputs.folder(run.root / outputs.MODELS) as folder:
         index = {
@@ -38,6 +37,16 @@ def work(run: Stage) -> None:
         }
         outputs.write_json(folder / Path(outputs.PRUNERS).name, index)
     tracking.track(run, [_record(run, cell, task) for cell, task in tasks.items()])
+
+
+def plan(run: Stage) -> Plan:
+    """What it would train."""
+    return Plan(list(_tasks(run).values()))
+
+
+def _tasks(run: Stage) -> dict[PrunerCell, Task]:
+    listings = {(vlm, layer): _tokens(run, vlm, layer) for vlm in run.params.vlm for layer in layers(run.params)}
+    return {cell: _task(run, cell, listings[cell.vlm, cell.layer]) for cell in pruner_cells(run.params)}
 
 
 def _tokens(run: Stage, vlm: str, layer: int) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("train", __doc__ or "", work, arguments)
+    return command.main("train", __doc__ or "", work, plan, arguments)
 
 
 if __name__ == "__main__":

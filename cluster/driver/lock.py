@@ -5,8 +5,6 @@ locks the name in the file decides; that of a dead owner on another host is then
 fail, nothing is lost: publication is safe without any lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -15,9 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from cluster.config import OnLocked
@@ -30,60 +26,27 @@ PERIOD = 0.3
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-@dataclass(frozen=True)
-class Holder:
-    """Content of a lock file."""
-
-    process: Process
-    run_id: str
-    since: str
-
-    def __str__(self) -> str:
-        return f"run {self.run_id} on {self.process} since {self.since}"
-
-
-def lock_path(folder: Path, label: str) -> Path:
-    """The lock file of a label, of no other one."""
-    return folder / f"{quote(label, safe=' ')}.json"
-
-
-def read_holder(path: Path) -> Holder | None:
-    """Who a lock file names; None if there is no lock file, or it names nobody."""
-    try:
-        data: dict[str, Any] = json.loads(path.read_bytes())
-        return Holder(Process.from_json(data["process"]), str(data["run"]), str(data["since"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 @contextlib.contextmanager
 def run_lock(
     folder: Path, label: str, run_id: str, on_locked: OnLocked, check: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Hold the lock of `label`; without a label there is none.
-
-    Args:
-        folder: of the lock files.
-        label: what the run is, such as the name of a stage.
-        run_id: of this run, for others to read.
-        on_locked: whether to wait for another run or to refuse.
-        check: called while waiting; may raise to end it.
+    """Hold the lock of `label`; without a label there is none. `check` is called while waiting; it may raise.
 
     Raises:
-        Locked: another run holds it, and we are to refuse.
+        Locked: another run holds it, and `on_locked` says to refuse.
     """
     if not label:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = lock_path(folder, label)
+    path = folder / f"{quote(label, safe=' ')}.json"  # of no other label
     told = False
     while (lock := _try(path)) is None:
-        holder = read_holder(path)
+        holder = _holder(path)[1]
         if on_locked == "refuse":
-            raise Locked(f"{label!r} is held by {holder or 'another run'} ({path}): wait for it, or stop it")
+            raise Locked(f"{label!r} is held by {holder} ({path}): wait for it, or stop it")
         if not told:
-            log.warning("waiting: %r is held by %s (%s)", label, holder or "another run", path)
+            log.warning("waiting: %r is held by %s (%s)", label, holder, path)
             told = True
         check()
         time.sleep(PERIOD)
@@ -95,25 +58,33 @@ def run_lock(
         _end(path, lock)
 
 
-def sweep_locks(folder: Path) -> list[Holder | None]:
+def sweep_locks(folder: Path) -> list[str]:
     """Remove the lock files of dead owners; who holds the others."""
     held = []
     for path in sorted(folder.glob("*.json")):
         if (lock := _try(path)) is None:
-            held.append(read_holder(path))
+            held.append(_holder(path)[1])
         else:
             _end(path, lock)
     return held
 
 
+def _holder(path: Path) -> tuple[Process | None, str]:
+    """Whom a lock file names, also in words."""
+    try:
+        data = json.loads(path.read_bytes())
+        process = Process.from_json(data["process"])
+        return process, f"run {data['run']} on {process} since {data['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, "another run"
+
+
 def _try(path: Path) -> int | None:
     """An open handle of the locked file; None if somebody else has it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    with contextlib.suppress(FileNotFoundError):  # its owner removed it meanwhile: the next try makes a new one
         if _flock(handle, path) and os.path.samestat(os.fstat(handle), path.stat()):
             return handle
-    except FileNotFoundError:
-        pass  # its owner removed it while we waited: the next try makes a new one
     os.close(handle)
     return None
 
@@ -126,8 +97,8 @@ def _flock(handle: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        holder = read_holder(path)
-        return holder is None or holder.process.alive() is False
+        process = _holder(path)[0]
+        return process is None or process.alive() is False
     return True
 
 

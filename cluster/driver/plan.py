@@ -1,7 +1,5 @@
 """Checks of a list of tasks before any work starts."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -31,36 +29,44 @@ def check_tasks(tasks: Iterable[Task]) -> list[Planned]:
     """Check every task.
 
     Raises:
-        BadTask: two tasks with one `out`, one inside another's, a call that workers would not find, a folder
-            that cannot be written, or an `out` that holds the result of another task.
+        BadTask: two tasks with one `out`, one inside another's, a call that workers would not find, or an `out` that
+            holds the result of another task.
     """
-    planned: list[Planned] = []
-    by_out: dict[Path, Task] = {}
+    planned: dict[Path, Planned] = {}
     parents: dict[Path, Path] = {}
     logs: set[str] = set()
     for task in tasks:
         if not isinstance(task, Task):
             raise BadTask(f"{task!r} is not a Task")
         check_out(task.out)
-        if task.out.parent not in parents:
-            parents[task.out.parent] = task.out.parent.resolve()
-        out = parents[task.out.parent] / task.out.name
-        if out in by_out:
-            raise BadTask(f"tasks {by_out[out].name!r} and {task.name!r} both publish {out}: give each its own")
-        by_out[out] = task
-        planned.append(Planned(task, out, _log_name(task, logs), is_published(out)))
-    _check_calls(planned)
-    _check_nesting(by_out)
-    for one in planned:
-        if one.published:
-            _check_same(one)
-    _check_writable({one.out.parent for one in planned if not one.published})
-    return planned
+        if (parent := task.out.parent) not in parents:
+            parents[parent] = parent.resolve()
+        out = parents[parent] / task.out.name
+        if out in planned:
+            both = f"{planned[out].task.name!r} and {task.name!r}"
+            raise BadTask(f"tasks {both} both publish {out}: give each its own")
+        planned[out] = Planned(task, out, _log_name(task, logs), is_published(out))
+    for call in {one.task.call for one in planned.values()}:
+        module = sys.modules.get(call.__module__)
+        if module is not None and getattr(module, call.__qualname__, None) is not call:
+            raise BadTask(f"{call.__module__}.{call.__qualname__} names something else than the call of the task")
+    around = {folder for parent in parents.values() for folder in (parent, *parent.parents)}
+    for out, one in planned.items():
+        if out in around:
+            raise BadTask(
+                f"task {one.task.name!r} publishes {out}, inside which another task publishes: keep them apart"
+            )
+        if one.published and out.name != one.task.key and (key := Manifest.read(out).about.key) != one.task.key:
+            raise BadTask(
+                f"task {one.task.name!r}: {out} holds the result {key} of another task, call, spec or code "
+                f"(this one makes {one.task.key}): remove it, or publish elsewhere"
+            )
+    return list(planned.values())
 
 
 def _log_name(task: Task, taken: set[str]) -> str:
-    base = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", task.name).lstrip(".")[:LONGEST_LOG_NAME] or "task"
-    name, number = base, 1
+    base = name = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", task.name).lstrip(".")[:LONGEST_LOG_NAME] or "task"
+    number = 1
     while name in taken:
         number += 1
         name = f"{base}-{task.key[:8]}" if number == 2 else f"{base}-{task.key[:8]}-{number}"
@@ -68,34 +74,9 @@ def _log_name(task: Task, taken: set[str]) -> str:
     return name
 
 
-def _check_calls(planned: list[Planned]) -> None:
-    for call in {one.task.call for one in planned}:
-        module = sys.modules.get(call.__module__)
-        if module is not None and getattr(module, call.__qualname__, None) is not call:
-            raise BadTask(f"{call.__module__}.{call.__qualname__} names something else than the call of the task")
-
-
-def _check_nesting(by_out: dict[Path, Task]) -> None:
-    folders = {out.parent for out in by_out}
-    parents = {parent for folder in folders for parent in (folder, *folder.parents)}
-    for out, task in by_out.items():
-        if out in parents:
-            raise BadTask(f"task {task.name!r} publishes {out}, inside which another task publishes: keep them apart")
-
-
-def _check_same(one: Planned) -> None:
-    if one.out.name == one.task.key:
-        return  # its name says so
-    key = Manifest.read(one.out).about.key
-    if key != one.task.key:
-        raise BadTask(
-            f"task {one.task.name!r}: {one.out} holds the result {key} of another task, call, spec or code "
-            f"(this one makes {one.task.key}): remove it, or publish elsewhere"
-        )
-
-
-def _check_writable(folders: set[Path]) -> None:
-    for folder in sorted(folders):
+def make_folders(planned: Iterable[Planned]) -> None:
+    """Make the folders to publish in; `BadTask` names one that cannot be written."""
+    for folder in sorted({one.out.parent for one in planned if not one.published}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -1,9 +1,7 @@
 """What became of a run."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,19 +11,6 @@ from cluster.task import Task, display
 
 TAIL_LINES, TAIL_BYTES = 6, 8192
 MOST_DESCRIBED = 20
-
-
-def log_tail(path: Path | None, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log; empty if there is none."""
-    if path is None:
-        return []
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
 
 
 @dataclass(frozen=True)
@@ -43,6 +28,14 @@ class Outcome:
     """The last attempt's end in one line."""
     history: tuple[Cause, ...] = ()
     """How every attempt ended."""
+
+    def lines(self) -> Iterator[str]:
+        """How it failed: cause, attempts, last log lines, where the log is."""
+        tries = f"{self.attempts} attempt{'s' * (self.attempts != 1)}"
+        yield f"  {display(self.task.name)}: {self.cause} after {tries}: {self.detail}"
+        if self.log is not None:
+            yield from (f"      | {line}" for line in _tail(self.log))
+            yield f"      log: {self.log}"
 
 
 @dataclass
@@ -68,22 +61,21 @@ class Report:
             raise TasksFailed(self.table())
 
     def table(self) -> str:
-        """The failures as text: name, cause, attempts, last log lines, where the log is."""
+        """The failures as text."""
         total = len(self.done) + len(self.skipped) + len(self.failed) + len(self.cancelled)
-        lines = [f"{len(self.failed)} of {total} tasks failed"]
-        if self.cancelled:
-            lines[0] += f", {len(self.cancelled)} were given up (fail_fast)"
-        for outcome in self.failed[:MOST_DESCRIBED]:
-            lines += list(_describe(outcome))
-        if len(self.failed) > MOST_DESCRIBED:
-            names = ", ".join(display(outcome.task.name) for outcome in self.failed[MOST_DESCRIBED:])
-            lines.append(f"  and {len(self.failed) - MOST_DESCRIBED} more: {names}")
+        given_up = f", {len(self.cancelled)} were given up (fail_fast)" if self.cancelled else ""
+        lines = [f"{len(self.failed)} of {total} tasks failed{given_up}"]
+        lines += [line for outcome in self.failed[:MOST_DESCRIBED] for line in outcome.lines()]
+        if rest := [display(outcome.task.name) for outcome in self.failed[MOST_DESCRIBED:]]:
+            lines.append(f"  and {len(rest)} more: {', '.join(rest)}")
         return "\n".join(lines)
 
 
-def _describe(outcome: Outcome) -> Iterable[str]:
-    tries = f"{outcome.attempts} attempt{'s' * (outcome.attempts != 1)}"
-    yield f"  {display(outcome.task.name)}: {outcome.cause} after {tries}: {outcome.detail}"
-    yield from (f"      | {line}" for line in log_tail(outcome.log))
-    if outcome.log is not None:
-        yield f"      log: {outcome.log}"
+def _tail(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-TAIL_LINES:]

@@ -7,10 +7,8 @@ oom                    once more, with twice the memory (or what there is)
 exception, cancelled   never: again would end the same
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cluster.protocol import Cause
 from cluster.task import Resources
@@ -20,44 +18,27 @@ ELSEWHERE = (Cause.CRASHED, Cause.LOST, Cause.NODE)  # the node may be to blame
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How often a task is tried."""
+def next_resources(
+    causes: Sequence[Cause],
+    last: Resources,
+    *,
+    tries: int,
+    preemptions: int,
+    progressed: bool = False,
+    memory_limit_gb: float | None = None,
+) -> Resources | None:
+    """What to give the next attempt, by how each one so far ended and what the last had; None if there is to be none.
 
-    tries: int = 3
-    preemptions: int = 10
-
-    def limit(self, cause: Cause, *, progressed: bool) -> int:
-        """How many attempts may end by this cause before the task has failed."""
-        if cause in ELSEWHERE:
-            return self.tries
-        if cause is Cause.PREEMPTED or (cause is Cause.TIMEOUT and progressed):
-            return self.preemptions
-        return 2 if cause is Cause.OOM else 1
-
-    def next(
-        self,
-        causes: Sequence[Cause],
-        resources: Resources,
-        *,
-        progressed: bool = False,
-        memory_limit_gb: float | None = None,
-    ) -> Resources | None:
-        """What to give the next attempt; None if there is to be none.
-
-        Args:
-            causes: how each attempt so far ended; not empty.
-            resources: of the last attempt.
-            progressed: whether the last attempt left something new in its `resume/`.
-            memory_limit_gb: the most one attempt can get.
-        """
-        cause = causes[-1]
-        if causes.count(cause) >= self.limit(cause, progressed=progressed):
-            return None
-        if cause is not Cause.OOM:
-            return resources
-        memory = min(resources.memory_gb * MORE_MEMORY, memory_limit_gb or float("inf"))
-        return replace(resources, memory_gb=memory) if memory > resources.memory_gb else None
+    `progressed`: the last one left something new in its `resume/`. `memory_limit_gb`: the most that one can get.
+    """
+    cause = causes[-1]
+    limits = {**dict.fromkeys(ELSEWHERE, tries), Cause.PREEMPTED: preemptions, Cause.OOM: 2}
+    if causes.count(cause) >= (preemptions if cause is Cause.TIMEOUT and progressed else limits.get(cause, 1)):
+        return None
+    if cause is not Cause.OOM:
+        return last
+    memory = min(last.memory_gb * MORE_MEMORY, memory_limit_gb or float("inf"))
+    return replace(last, memory_gb=memory) if memory > last.memory_gb else None
 
 
 def pause(failures: int, attempt: str) -> float:

@@ -1,23 +1,23 @@
 """`run`: plan, start, follow, retry and report. All policy is here and in `cluster.driver.retry`."""
 
-from __future__ import annotations
-
-import importlib
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from cluster.config import ClusterConfig
-from cluster.driver.interrupt import Signals, signals_caught
-from cluster.driver.journal import Board, Journal, Running
+from cluster.driver.board import Board, Journal, Running, View
+from cluster.driver.explain import record_code
 from cluster.driver.lock import run_lock
-from cluster.driver.plan import Planned, check_tasks
+from cluster.driver.plan import Planned, check_tasks, make_folders
 from cluster.driver.report import Outcome, Report
-from cluster.driver.retry import ELSEWHERE, Policy, pause
-from cluster.driver.view import View
+from cluster.driver.retry import ELSEWHERE, next_resources, pause
+from cluster.errors import Interrupted
 from cluster.executors import EXECUTORS, check_executor
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.results import Store
@@ -25,7 +25,7 @@ from cluster.store.layout import new_attempt, temporaries
 from cluster.store.lease import Watch
 from cluster.store.leftovers import fence, has_progressed, sweep
 from cluster.store.publish import is_published
-from cluster.task import Resources, Task, display
+from cluster.task import Resources, Task, display, resolve_call
 
 log = logging.getLogger(__name__)
 
@@ -64,44 +64,57 @@ def run(
     if isinstance(executor, str):
         check_executor(executor)
     tasks = list(tasks)
-    check_tasks(tasks)
+    make_folders(check_tasks(tasks))
     store = Store(config.store)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{new_attempt()[:8]}"
     context = Context(run_id, store.logs / run_id, config)
-    with (
-        signals_caught() as signals,
-        run_lock(store.locks, label, run_id, config.on_locked, signals.check),
-    ):
+    with _signals_noted() as check, run_lock(store.locks, label, run_id, config.on_locked, check):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
         missing = [one for one in planned if not one.published]
-        _sweep(planned, watch := Watch())
+        folders, watch = {one.out.parent for one in planned}, Watch()
+        for folder in folders:
+            tidy(folder, watch)
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
         if not missing:
             log.info("%s: all %d tasks were published before", label or "run", len(planned))
-        else:
-            made = _make_executor(executor, context) if isinstance(executor, str) else executor
-            with closing(made) if isinstance(executor, str) else nullcontext():
-                made.check([one.task for one in missing])
-                _Run(missing, report, made, context, label, fail_fast, signals, watch).go()
-            _sweep(planned, watch)
+            return report
+        made = cast(Executor, resolve_call(EXECUTORS[executor])(context)) if isinstance(executor, str) else executor
+        with closing(made) if made is not executor else nullcontext():
+            made.check([one.task for one in missing])
+            record_code(store, (one.task for one in missing))
+            board = Board(label, run_id, len(planned), report)
+            _Run([_Entry(one, one.task.resources) for one in missing], board, made, context, watch, fail_fast).go(check)
+        for folder in folders:
+            tidy(folder, watch)
         return report
 
 
-def _make_executor(name: str, context: Context) -> Executor:
-    module, _, attribute = EXECUTORS[name].partition(":")
-    factory: Callable[[Context], Executor] = getattr(importlib.import_module(module), attribute)
-    return factory(context)
+@contextmanager
+def _signals_noted() -> Iterator[Callable[[], None]]:
+    """Note SIGINT and SIGTERM instead of being ended by them; yields what raises `Interrupted` if one has come.
+
+    So cleaning up is never itself interrupted. Only the main thread can do that: in others, signals keep their effect.
+    """
+    seen: list[int] = []
+
+    def check() -> None:
+        if seen:
+            raise Interrupted(seen[0])
+
+    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in caught}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            # None: a handler that was not set from Python cannot be restored from Python either
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _sweep(planned: list[Planned], watch: Watch) -> None:
-    """Remove what dead attempts left where our tasks publish, but what a missing task can resume from."""
-    published: dict[Path, set[str]] = {}
-    for one in planned:
-        names = published.setdefault(one.out.parent, set())
-        if is_published(one.out):
-            names.add(one.out.name)
-    for parent, names in published.items():
-        sweep(parent, watch, published=names)
+def tidy(folder: Path, watch: Watch, *, resume_too: bool = False) -> list[Path]:
+    """Remove what dead attempts left in a folder of results; what a next one can resume from only if `resume_too`."""
+    published = {name for _, name, _ in temporaries(folder) if is_published(folder / name)}
+    return sweep(folder, watch, published=published, resume_too=resume_too)
 
 
 @dataclass(eq=False)
@@ -118,63 +131,52 @@ class _Entry:
     log: Path | None = None
     detail: str = ""
 
-    @property
-    def task(self) -> Task:
-        return self.planned.task
-
     def outcome(self, cause: Cause) -> Outcome:
-        return Outcome(self.task, cause, len(self.causes), self.log, self.detail, tuple(self.causes))
+        return Outcome(self.planned.task, cause, len(self.causes), self.log, self.detail, tuple(self.causes))
+
+    def job(self, context: Context) -> Job:
+        """Its next attempt."""
+        task, number = self.planned.task, len(self.causes) + 1
+        log = context.logs / f"{self.planned.log_name}-{number}.log"
+        return Job(
+            id=new_attempt(), name=task.name, number=number, call=task.call_name, spec=task.spec, inputs=task.inputs,
+            out=self.planned.out, key=task.key, kind=task.kind, code=task.code, resources=self.resources, log=log,
+            lease=context.config.lease_seconds, supersedes=tuple(sorted(self.supersedes)),
+            avoid=tuple(sorted(self.avoid)),
+        )  # fmt: skip
 
 
 class _Run:
     """The missing tasks of one run, from the first attempt to the last."""
 
     def __init__(
-        self,
-        missing: list[Planned],
-        report: Report,
-        executor: Executor,
-        context: Context,
-        label: str,
-        fail_fast: bool,
-        signals: Signals,
-        watch: Watch,
+        self, missing: list[_Entry], board: Board, executor: Executor, context: Context, watch: Watch, fail_fast: bool
     ) -> None:
-        config = context.config
-        self._report, self._executor, self._context = report, executor, context
-        self._fail_fast, self._signals, self._watch = fail_fast, signals, watch
-        self._policy = Policy(config.tries, config.preemptions)
-        self._waiting = [_Entry(one, one.task.resources) for one in missing]
+        self._waiting, self._executor, self._context = missing, executor, context
         self._flying: dict[str, tuple[_Entry, Job]] = {}
-        total = len(missing) + len(report.skipped)
-        self._board = Board(label, context.run_id, total, skipped=len(report.skipped))
-        self._journal = Journal(context.logs, self._board)
-        self._view = View(self._board)
+        self._board, self._report, self._watch, self._fail_fast = board, board.report, watch, fail_fast
+        self._journal, self._view = Journal(context.logs, board), View(board)
 
-    def go(self) -> None:
-        """Run all tasks to their end."""
+    def go(self, check: Callable[[], None]) -> None:
+        """Run all tasks to their end, or until `check` raises."""
         state = "failed"
         try:
-            with self._view:
+            with self._view.shown():
                 while self._waiting or self._flying:
-                    self._signals.check()
+                    check()
                     self._submit()
-                    for event in self._executor.poll(self._patience()):
+                    soonest = min((entry.ready_at for entry in self._waiting), default=float("inf"))
+                    for event in self._executor.poll(max(0.0, min(POLL, soonest - time.monotonic()))):
                         self._handle(event)
                     self._view.refresh()
                     self._journal.write()
             state = "done" if self._report.ok else "failed"
-        except BaseException:
-            state = "interrupted" if self._signals.signum else "failed"
+        except BaseException as error:
+            state = "interrupted" if isinstance(error, Interrupted) else "failed"
             self._stop()
             raise
         finally:
             self._journal.write(state)
-
-    def _patience(self) -> float:
-        """How long to wait for news: not beyond the next retry."""
-        soonest = min((entry.ready_at for entry in self._waiting), default=float("inf"))
-        return max(0.0, min(POLL, soonest - time.monotonic()))
 
     def _submit(self) -> None:
         now = time.monotonic()
@@ -183,73 +185,40 @@ class _Run:
             return
         self._waiting = [entry for entry in self._waiting if entry.ready_at > now]
         self._look_at_others(ready)
-        jobs = [self._job(entry) for entry in ready]
-        self._flying.update({job.id: (entry, job) for entry, job in zip(ready, jobs, strict=True)})
-        self._executor.submit(jobs)
-
-    def _job(self, entry: _Entry) -> Job:
-        task, number = entry.task, len(entry.causes) + 1
-        return Job(
-            id=new_attempt(),
-            name=task.name,
-            number=number,
-            call=task.call_name,
-            spec=task.spec,
-            inputs=task.inputs,
-            out=entry.planned.out,
-            key=task.key,
-            kind=task.kind,
-            code=task.code,
-            resources=entry.resources,
-            log=self._context.logs / f"{entry.planned.log_name}-{number}.log",
-            lease=self._context.config.lease_seconds,
-            supersedes=tuple(sorted(entry.supersedes)),
-            avoid=tuple(sorted(entry.avoid)),
-        )
+        started = {job.id: (entry, job) for entry in ready for job in [entry.job(self._context)]}
+        self._flying |= started
+        self._executor.submit([job for _, job in started.values()])
 
     def _handle(self, event: Event) -> None:
         entry, job = self._flying[event.job]
-        now = time.monotonic()
         if event.kind == "started":
-            self._board.running[job.id] = Running(job.name, job.number, job.resources.gpus, now)
-        elif event.kind == "progress":
-            running = self._board.running.get(job.id)
-            if running is not None:
-                running.done, running.total, running.note = event.done, event.total, event.note
-        else:
+            self._board.running[job.id] = Running(job.name, job.number, job.resources.gpus, time.monotonic())
+        elif event.kind == "ended":
             self._ended(entry, job, event)
+        elif running := self._board.running.get(job.id):
+            running.done, running.total, running.note = event.done, event.total, event.note
 
     def _ended(self, entry: _Entry, job: Job, event: Event) -> None:
         del self._flying[job.id]
-        running = self._board.running.get(job.id)
-        self._board.end(job.id)
+        seconds = self._board.end(job.id)
         if event.cause is Cause.BUSY:
             self._wait_for_others(entry)
             return
-        cause, detail = self._settled(job, event)
+        cause, entry.detail = self._settled(job, event)
         progressed = has_progressed(job.out, job.id)
         fence(job.out, job.id)
         entry.causes.append(cause)
         if cause in ELSEWHERE and event.node:
             entry.avoid.add(event.node)
-        entry.detail, entry.log = detail, job.log if job.log.exists() else None
-        seconds = round(time.monotonic() - running.started, 3) if running else None
+        entry.log = job.log if job.log.exists() else None
         self._journal.attempt(
-            task=job.name,
-            key=job.key,
-            attempt=job.number,
-            id=job.id,
-            cause=cause,
-            detail=detail,
-            node=event.node,
-            seconds=seconds,
-            log=job.log.name,
-        )
+            task=job.name, key=job.key, attempt=job.number, id=job.id, cause=cause, detail=entry.detail,
+            node=event.node, seconds=None if seconds is None else round(seconds, 3), log=job.log.name,
+        )  # fmt: skip
         if cause is Cause.DONE:
-            self._board.done += 1
             self._report.done.append(entry.outcome(cause))
         elif cause is Cause.CANCELLED:
-            self._give_up(entry)
+            self._report.cancelled.append(entry.outcome(cause))
         else:
             self._retry_or_fail(entry, job, progressed)
 
@@ -278,7 +247,7 @@ class _Run:
             entry.supersedes |= over
             if is_published(out):
                 ready.remove(entry)
-                self._skip(entry)
+                self._report.skipped.append(entry.outcome(Cause.DONE))
             elif len(over) < len(theirs):
                 ready.remove(entry)
                 self._wait_for_others(entry)
@@ -289,20 +258,12 @@ class _Run:
         entry.ready_at = time.monotonic() + entry.look_pause
         self._waiting.append(entry)
 
-    def _skip(self, entry: _Entry) -> None:
-        """Another run has published it."""
-        self._board.skipped += 1
-        self._report.skipped.append(entry.outcome(Cause.DONE))
-
     def _retry_or_fail(self, entry: _Entry, job: Job, progressed: bool) -> None:
-        cause = entry.causes[-1]
-        resources = self._policy.next(
-            entry.causes,
-            entry.resources,
-            progressed=progressed,
+        config, name, cause = self._context.config, display(job.name), entry.causes[-1]
+        resources = next_resources(
+            entry.causes, entry.resources, tries=config.tries, preemptions=config.preemptions, progressed=progressed,
             memory_limit_gb=self._executor.memory_limit_gb(entry.resources),
-        )
-        name = display(job.name)
+        )  # fmt: skip
         if resources is not None and not (self._fail_fast and self._report.failed):
             entry.resources = resources
             entry.ready_at = time.monotonic() + pause(len(entry.causes), job.id)
@@ -310,18 +271,12 @@ class _Run:
             self._board.retried += 1
             self._view.note(f"{name}: {cause} in attempt {job.number}, again ({entry.detail})")
             return
-        self._board.failed += 1
         self._report.failed.append(entry.outcome(cause))
         self._view.note(f"{name}: failed, {cause} ({entry.detail})")
         if self._fail_fast:
             self._executor.cancel(list(self._flying))
-            for waiting in self._waiting:
-                self._give_up(waiting)
+            self._report.cancelled += [waiting.outcome(Cause.CANCELLED) for waiting in self._waiting]
             self._waiting = []
-
-    def _give_up(self, entry: _Entry) -> None:
-        self._board.cancelled += 1
-        self._report.cancelled.append(entry.outcome(Cause.CANCELLED))
 
     def _stop(self) -> None:
         """Cancel all that is under way and leave nothing of it."""
@@ -330,9 +285,10 @@ class _Run:
         while self._flying and time.monotonic() < deadline:
             for event in self._executor.poll(POLL):
                 if event.kind == "ended" and event.job in self._flying:
-                    _, job = self._flying.pop(event.job)
+                    entry, job = self._flying.pop(event.job)
                     self._board.end(job.id)
-                    self._board.done += is_published(job.out)
+                    if is_published(job.out):
+                        self._report.done.append(entry.outcome(Cause.DONE))
                     fence(job.out, job.id)
         for _, job in self._flying.values():
             self._board.end(job.id)

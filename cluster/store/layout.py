@@ -17,7 +17,7 @@ from typing import Literal
 from cluster.errors import BadTask
 from cluster.store.faults import GONE, patient
 
-LOGS, LOCKS, VERDICTS = "logs", "locks", "verdicts"  # folders of the store that hold no results
+LOGS, LOCKS, VERDICTS, CODE = "logs", "locks", "verdicts", "code"  # folders of the store that hold no results
 STATUS, ATTEMPTS = "status.json", "attempts.jsonl"  # of a run, in its folder of the logs
 RESULT, RESUME = "result", "resume"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<attempt>[0-9a-f]{32})", re.DOTALL)

@@ -1,18 +1,17 @@
 """One attempt, in the process that does the work: claim, call, publish. The same on every executor."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
+import re
 import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from types import FrameType
 
-from cluster import fingerprint as code_module
 from cluster.errors import BadTask, Fenced, Stopped, StoreUnavailable
+from cluster.fingerprint import fingerprint
 from cluster.protocol import Cause, Event, Job
 from cluster.store.publish import About, is_published, publish
 from cluster.store.workspace import Busy, Workspace
@@ -28,18 +27,18 @@ Report = Callable[[Event], None]
 class _Current:
     """The attempt this process is at, for `progress`."""
 
-    report: Callable[[float, float, str], None] | None = None
+    attempt: tuple[Job, Workspace, Report] | None = None
+    told = 0.0
+    """When progress was last reported."""
     stop: tuple[Cause, str] | None = None
     """Why it is to stop, since somebody said so."""
 
 
-def stop(cause: Cause, detail: str) -> None:
-    """Have the task of this process stop when it next says how far it is; may be called by a signal handler."""
-    _Current.stop = _Current.stop or (cause, detail)
-
-
 def stopped_by(causes: Mapping[signal.Signals, tuple[Cause, str]], *, idle: Callable[[], bool] | None = None) -> None:
-    """Have these signals stop the task of this process, and end its children and, if it is at none, itself as ever."""
+    """Have these signals stop the task of this process, and end its children and, if it is at none, itself as ever.
+
+    The task stops when it next says how far it is.
+    """
     owner = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -47,7 +46,7 @@ def stopped_by(causes: Mapping[signal.Signals, tuple[Cause, str]], *, idle: Call
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         else:
-            stop(*causes[signal.Signals(number)])
+            _Current.stop = _Current.stop or causes[signal.Signals(number)]
 
     for number in causes:
         signal.signal(number, note)
@@ -65,53 +64,51 @@ def progress(done: float, total: float, note: str = "") -> None:
         Fenced: another attempt took over this task: stop, the result would not be published.
         Stopped: the machine is needed, or time is nearly up: save what is worth it in `resume/`, and raise it again.
     """
-    if _Current.report is not None and _Current.stop is not None:
+    if _Current.attempt is None:
+        return
+    if _Current.stop is not None:
         raise Stopped(_Current.stop[1])
-    if _Current.report is not None:
-        _Current.report(float(done), float(total), note)
+    job, workspace, report = _Current.attempt
+    if workspace.lost:
+        workspace.check()
+    if time.monotonic() - _Current.told >= PROGRESS_PERIOD or done >= total:
+        _Current.told = time.monotonic()
+        report(Event(job.id, "progress", done=float(done), total=float(total), note=note))
 
 
 def perform(job: Job, report: Report) -> Event:
     """Run one attempt to its end and say how it ended; never raises.
 
-    Whatever happens, no half result is published, and nothing is left beside the target but a `resume/` with
-    content.
+    No half result is published, and nothing is left beside the target but a `resume/` with content.
     """
+    workspace = None
     try:
         if is_published(job.out):
             return _ended(job, Cause.BUSY, "published by another run")
         workspace = Workspace.claim(job.out, job.id, supersedes=job.supersedes, lease=job.lease)
+        with workspace.heartbeat():
+            _Current.attempt, _Current.told = (job, workspace, report), 0.0
+            _load(job)(job.spec, workspace.folder, *([job.inputs] if job.inputs else []))
+            _Current.attempt = None  # what is done is published, stop or no stop
+            publish(workspace, About(job.key, job.kind, job.call, job.spec, job.code))
+        return _ended(job, Cause.DONE)
     except Busy as busy:
         return _ended(job, Cause.BUSY, str(busy))
-    except Exception as error:
-        return _failed(job, error)
-    try:
-        with workspace.heartbeat():
-            return _work(job, workspace, report)
-    except Exception as error:
-        return _failed(job, error)
-    finally:
-        _Current.report = _Current.stop = None
-        with contextlib.suppress(OSError, StoreUnavailable):  # the driver, or the next attempt, cleans up
-            workspace.discard()
-
-
-def _work(job: Job, workspace: Workspace, report: Report) -> Event:
-    _Current.report = _throttled(job, workspace, report)
-    try:
-        _load(job)(job.spec, workspace.folder, *([job.inputs] if job.inputs else []))
-        _Current.report = None  # what is done is published, stop or no stop
-        publish(workspace, About(job.key, job.kind, job.call, job.spec, job.code))
-    except MemoryError as error:
-        traceback.print_exc()
-        return _ended(job, Cause.OOM, _line(error))
     except Stopped as stopped:
         cause, detail = _Current.stop or (Cause.PREEMPTED, str(stopped))
         log.warning("stopped: %s", detail)
         return _ended(job, cause, detail)
-    except (KeyboardInterrupt, SystemExit) as error:
-        return _failed(job, error)
-    return _ended(job, Cause.DONE)
+    except (Fenced, StoreUnavailable) as error:
+        log.error("%s", error)
+        return _ended(job, Cause.LOST if isinstance(error, Fenced) else Cause.NODE, error)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        traceback.print_exception(error)
+        return _ended(job, Cause.OOM if isinstance(error, MemoryError) else Cause.EXCEPTION, error)
+    finally:
+        _Current.attempt = _Current.stop = None
+        if workspace is not None:
+            with contextlib.suppress(OSError, StoreUnavailable):  # the driver, or the next attempt, cleans up
+                workspace.discard()
 
 
 def _load(job: Job) -> Call:
@@ -119,41 +116,13 @@ def _load(job: Job) -> Call:
     call = resolve_call(job.call)
     module = job.call.partition(":")[0]
     # A declared version is a promise of the task's author; only fingerprints can be compared.
-    if job.code == code_module.fingerprint(module) or not _is_fingerprint(job.code):
-        return call
-    raise BadTask(f"the source of {module}, or of a module it imports, changed since the task was planned: run again")
+    if re.fullmatch("[0-9a-f]{32}", job.code) and job.code != fingerprint(module):
+        raise BadTask(
+            f"the source of {module}, or of a module it imports, changed since the task was planned: run again"
+        )
+    return call
 
 
-def _is_fingerprint(code: str) -> bool:
-    return len(code) == 32 and set(code) <= set("0123456789abcdef")
-
-
-def _throttled(job: Job, workspace: Workspace, report: Report) -> Callable[[float, float, str], None]:
-    last = 0.0
-
-    def tell(done: float, total: float, note: str) -> None:
-        nonlocal last
-        if workspace.lost:
-            workspace.check()
-        now = time.monotonic()
-        if now - last >= PROGRESS_PERIOD or done >= total:
-            last = now
-            report(Event(job.id, "progress", done=done, total=total, note=note))
-
-    return tell
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-def _failed(job: Job, error: BaseException) -> Event:
-    if isinstance(error, Fenced | StoreUnavailable):
-        log.error("%s", error)
-        return _ended(job, Cause.LOST if isinstance(error, Fenced) else Cause.NODE, _line(error))
-    traceback.print_exception(error)
-    return _ended(job, Cause.EXCEPTION, _line(error))
-
-
-def _ended(job: Job, cause: Cause, detail: str = "") -> Event:
-    return Event(job.id, "ended", cause, detail)
+def _ended(job: Job, cause: Cause, why: str | BaseException = "") -> Event:
+    text = why if isinstance(why, str) else " ".join(f"{type(why).__name__}: {why}".split())[:500]
+    return Event(job.id, "ended", cause, text)

@@ -1,7 +1,5 @@
 """What a worker process is started with, and where its output goes."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -16,26 +14,21 @@ _THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB", "BLIS")
 
 def worker_environment(threads: int, gpus: Sequence[str]) -> dict[str, str]:
     """Environment of a worker: threads as the task asked, so that results do not depend on the machine."""
-    return {
-        "PYTHONHASHSEED": "0",
-        **os.environ,
-        **{f"{library}_NUM_THREADS": str(threads) for library in _THREADS},
-        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-        "PYTHONUNBUFFERED": "1",
-    }
+    limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADS}
+    fixed = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONUNBUFFERED": "1"}
+    return {"PYTHONHASHSEED": "0", **os.environ, **limits, **fixed}
 
 
 def worker_path() -> list[str]:
     """Our `sys.path`, with a script's folder inside a package replaced by the parent of the package."""
-    path = []
+    path: dict[str, None] = {}
     for entry in sys.path:
         folder = Path(entry or ".").absolute()
         if (folder / "__init__.py").exists():
             folder = folder.resolve()
             folder = folder.parents[len(dotted_name(folder / "__init__.py").split(".")) - 2]
-        if str(folder) not in path:
-            path.append(str(folder))
-    return path
+        path[str(folder)] = None
+    return list(path)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """A process that kills what is left of a driver's workers, and of their children, should the driver be killed.
 
-Run as a script, without any import of this package: it must be small and start at once. On stdin come lines
-`+<process group>` and `-<process group>`; when stdin closes, the groups left are killed.
+Run as a script, without any import of this package: it must be small and start at once.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Guardian:
 
 
 def main() -> None:
-    """Follow the driver until it closes the pipe, by itself or by dying."""
+    """Follow the driver until it closes the pipe, by itself or by dying, then kill the groups that are left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # Nobody's child, in a session of its own: schedulers and terminals signal the children and groups of a driver.

@@ -1,6 +1,7 @@
 """The command line of a stage: options, messages, exit codes.
 
-Exit codes: 0 all is there, 1 tasks failed or data is damaged, 2 bad input, 130 Ctrl-C.
+Exit codes: 0 all is there, 1 tasks failed or data is damaged, 2 bad input, 130 Ctrl-C. Of a dry run: 0 whether or not
+anything would run, 2 bad input or an earlier stage that has put out nothing.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.console import Console
 from cluster import ClusterError, CorruptResult, Interrupted, TasksFailed
 from ocvtp.errors import Corrupt, NotAvailable, OcvtpError
 from pipelines.stage.context import ROOT, Stage, open_stage
+from pipelines.stage.dry_run import Plan, say
 
 log = logging.getLogger("pipelines")
 
@@ -30,23 +32,41 @@ def script(module: str) -> None:
     sys.exit(importlib.import_module(module).main())
 
 
-def main(name: str, doc: str, work: Callable[[Stage], None], arguments: Sequence[str] | None = None) -> int:
+def main(
+    name: str,
+    doc: str,
+    work: Callable[[Stage], None],
+    plan: Callable[[Stage], Plan],
+    arguments: Sequence[str] | None = None,
+) -> int:
     """The command line of a stage; returns the exit code."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--params", type=Path, metavar="FILE", help="params to use instead of params.yaml")
     parser.add_argument("--fail-fast", action="store_true", help="stop at the first task that fails for good")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and change nothing")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, format="%(message)s")
     for chatty in ("httpx", "urllib3", "alembic", "matplotlib", "PIL", "filelock", "git"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        work(open_stage(name, options.params, fail_fast=options.fail_fast))
+        run = open_stage(name, options.params, fail_fast=options.fail_fast, dry=options.dry_run)
+        if options.dry_run:
+            show(say(run, plan, options.params))
+        else:
+            work(run)
     except (OcvtpError, ClusterError, KeyboardInterrupt, OSError) as error:
         if options.debug:
             log.debug("%s", name, exc_info=True)
         return explain(name, error)
     return 0
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print what people asked for."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for line in lines:
+        console.print(line)
 
 
 def explain(name: str, error: BaseException) -> int:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from cluster import (
     ClusterConfig,
     CorruptResult,
+    Manifest,
     Report,
     Resources,
     Store,
@@ -21,6 +22,7 @@ from cluster import (
     set_aside,
     verify,
 )
+from cluster.driver.explain import fault_of
 from cluster.host.machine import visible_gpus
 from cluster.task import Call
 from ocvtp.errors import BadInput, Corrupt
@@ -45,12 +47,16 @@ class Stage:
         params: the entries that it may read.
         root: where the outputs of stages are.
         config: of the package `cluster`.
+        dry: whether the stage is only to say what it would do: it then reads no result and changes nothing.
+        notes: what it would do beside its tasks, if it is dry.
     """
 
     name: str
     params: Params
     root: Path
     config: ClusterConfig
+    dry: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def store(self) -> Store:
@@ -118,7 +124,8 @@ class Stage:
 
         def look(folder: Path) -> str | None:
             try:
-                files = {file.path: file.sha256 for file in verify(folder, remembered=True).files}
+                manifest = self._glance(folder) if self.dry else verify(folder, remembered=True)
+                files = {file.path: file.sha256 for file in manifest.files}
             except CorruptResult as error:
                 return str(error)
             wrong = [path for path, sha256 in wanted[folder].items() if files.get(path) != sha256]
@@ -127,10 +134,21 @@ class Stage:
         with ThreadPoolExecutor(_READERS) as pool:
             found = [problem for problem in pool.map(look, wanted) if problem]
         if found:
-            raise Corrupt(
+            said = (
                 f"{len(found)} of {len(wanted)} results of stage {made_by} in the store {self.store.root} cannot be"
                 f" used; make them again: `python pipelines/{made_by}.py`\n  " + "\n  ".join(found[:5])
             )
+            if not self.dry:
+                raise Corrupt(said)
+            self.notes.append(said)
+
+    @staticmethod
+    def _glance(folder: Path) -> Manifest:
+        """The manifest of a result against which nothing speaks that can be seen without reading its files."""
+        fault, usable = fault_of(folder)
+        if not usable:
+            raise CorruptResult(fault)
+        return Manifest.read(folder)
 
     def put_back(self, path: str, source: Path, files: Mapping[str, str]) -> None:
         """Publish an output again under the name that it had, if this store lacks it: DVC brought it from elsewhere.
@@ -141,6 +159,10 @@ class Stage:
             files: path -> SHA-256 of what is to be published.
         """
         out = self.store.root / path
+        if self.dry:
+            if not fault_of(out)[1]:
+                self.notes.append(f"{path} is put back into the store from {source}")
+            return
         self.set_damaged_aside([out])
         if is_published(out):
             return
@@ -157,7 +179,9 @@ def home_of(root: Path) -> Path:
     return root
 
 
-def open_stage(name: str, file: Path | None = None, root: Path | None = None, *, fail_fast: bool = False) -> Stage:
+def open_stage(
+    name: str, file: Path | None = None, root: Path | None = None, *, fail_fast: bool = False, dry: bool = False
+) -> Stage:
     """Read the params and find what a stage needs; `BadInput` lists what is wrong with them.
 
     Args:
@@ -165,6 +189,7 @@ def open_stage(name: str, file: Path | None = None, root: Path | None = None, *,
         file: other params than those of the repository.
         root: where outputs of stages are; the repository, or OCVTP_ROOT where no DVC runs the stage.
         fail_fast: as `cluster.fail_fast`, whatever the params say.
+        dry: whether it is only to say what it would do.
     """
     if root is None:
         elsewhere = None if "DVC_STAGE" in os.environ else os.environ.get("OCVTP_ROOT")
@@ -173,4 +198,4 @@ def open_stage(name: str, file: Path | None = None, root: Path | None = None, *,
     if fail_fast:
         params = params.model_copy(update={"cluster": params.cluster.model_copy(update={"fail_fast": True})})
     config = params.cluster.model_copy(update={"store": home_of(root.resolve()) / params.cluster.store})
-    return Stage(name, params.seen_by(name), root, config)
+    return Stage(name, params.seen_by(name), root, config, dry)

@@ -13,6 +13,8 @@ from cluster import Task, verify
 from cluster.protocol import Job
 from cluster.store.layout import new_attempt
 
+OWN = ("logs", "locks", "verdicts", "code")
+"""Folders of a store that hold no results."""
 # Names that break whatever is built as a shell string or split at white space.
 WEIRD = ["plain", "a b", "quo'te\"", "new\nline;$(x)", "ünïcödé ✓"]
 
@@ -23,15 +25,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def results(root: Path) -> dict[str, bytes]:
-    """Everything below a store but logs, locks and verdicts, strays included."""
-    return {name: data for name, data in tree(root).items() if name.split("/")[0] not in ("logs", "locks", "verdicts")}
+    """Everything below a store but its own folders, strays included."""
+    return {name: data for name, data in tree(root).items() if name.split("/")[0] not in OWN}
 
 
 def strays(root: Path) -> list[str]:
     """Files and folders in a store that belong to no published result; verifies the results, too."""
     found = []
     for kind in root.iterdir():
-        if kind.name not in ("logs", "locks", "verdicts"):
+        if kind.name not in OWN:
             for folder in kind.iterdir():
                 if folder.name.startswith("."):
                     found.append(str(folder))

@@ -14,12 +14,11 @@ import cluster_jobs as jobs
 import pytest
 from rich.console import Console
 
-from cluster import ClusterConfig, Store, run, set_aside
+from cluster import Cause, ClusterConfig, Outcome, Report, Store, Task, run, set_aside
 from cluster.__main__ import main
-from cluster.driver import view
-from cluster.driver.journal import Board, Running
+from cluster.driver import board as board_module
+from cluster.driver.board import Board, Running, View, clock, summary
 from cluster.driver.lock import run_lock
-from cluster.driver.view import View, clock, summary
 from cluster.host.process import Process
 from cluster.store.layout import aside, new_attempt
 from cluster.store.workspace import Workspace
@@ -198,12 +197,13 @@ def test_a_run_leaves_a_line_for_each_attempt(full: Store) -> None:
     }
 
 
-def test_rates_and_time_left_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = Board("label", "run", total=10, skipped=2, done=2, failed=1, retried=1)
+def test_rates_and_time_left_add_up(tmp_path: Path) -> None:
+    one = Outcome(Task("name", jobs.square, {"x": 1}, tmp_path / "out"), Cause.DONE, 1, None)
+    board = Board("label", "run", 10, Report(skipped=[one] * 2, done=[one] * 2, failed=[one]), retried=1)
     now = time.monotonic()
     board.started = now - 60
     board.running["a"] = Running("a", 2, gpus=2, started=now - 1800, done=1, total=2)
-    assert board.waiting == 4
+    assert board.counts()["waiting"] == 4
     assert board.gpu_hours == pytest.approx(1.0, rel=1e-3)
     # 3.5 tasks in 60 s, 4.5 to go
     assert board.seconds_left == pytest.approx(60 / 3.5 * 4.5, rel=1e-3)
@@ -214,16 +214,17 @@ def test_rates_and_time_left_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [clock(s) for s in (None, 0, 59.6, 3600)] == ["-", "0:00", "1:00", "1:00:00"]
 
 
-def test_the_live_view_shows_each_running_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = Board("label", "run", total=20)
+def test_the_live_view_shows_each_running_task(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board("label", "run", 20, Report())
     for number in range(14):
         board.running[str(number)] = Running(f"task {number}\n[red]", 1 + number, 0, time.monotonic(), 1, 4, "loss 3")
     out = io.StringIO()
-    monkeypatch.setattr(view, "Console", lambda **options: Console(file=out, width=200, force_terminal=True))
-    with View(board) as live:
+    monkeypatch.setattr(board_module, "Console", lambda **options: Console(file=out, width=200, force_terminal=True))
+    live = View(board)
+    with live.shown():
         live.refresh()
         del board.running["3"]
-        board.done += 1
+        board.report.done.append(Outcome(store.task("square", "1", jobs.square, {"x": 1}), Cause.DONE, 1, None))
         live.refresh()
         text = out.getvalue()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)

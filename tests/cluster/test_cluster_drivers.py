@@ -113,11 +113,11 @@ def test_two_at_once_share_the_work(start: Start, store: Store, tmp_path: Path) 
 
 
 def test_with_one_label_the_second_waits_or_refuses(start: Start, store: Store, tmp_path: Path) -> None:
-    first = start(0.1, 20, "stage")
+    first = start(0.5, 20, "stage")
     wait_for(lambda: len(ran(tmp_path)) > 2)
     holder = json.loads((store.root / "locks" / "stage.json").read_text())
     assert (holder["process"]["pid"], holder["process"]["host"]) == (first.pid, socket.gethostname())
-    second, third = start(0.1, 20, "stage"), start(0.1, 20, "stage", "refuse")
+    second, third = start(0.5, 20, "stage"), start(0.5, 20, "stage", "refuse")
     _, err = third.communicate(timeout=30)
     assert third.returncode == 75
     assert f"'stage' is held by run {holder['run']} on {socket.gethostname()}:{first.pid} since" in err

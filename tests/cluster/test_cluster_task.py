@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from cluster import BadConfig, BadTask, CannotRun, Cause, ClusterConfig, Resources, Store, Task, run
 from cluster import fingerprint as code
-from cluster.driver.retry import Policy, pause
+from cluster.driver.retry import next_resources, pause
 from cluster.host.machine import Machine, parse_gpus
 
 MORE = Resources(memory_gb=4.0)
@@ -157,16 +158,16 @@ C = Cause
     ],
 )
 def test_retries_by_cause(causes: list[Cause], progressed: bool, again: bool) -> None:
-    found = Policy().next(causes, MORE, progressed=progressed)
+    found = next_resources(causes, MORE, tries=3, preemptions=10, progressed=progressed)
     assert found == (MORE if again else None)
 
 
 def test_out_of_memory_is_tried_once_more_with_more() -> None:
-    policy = Policy()
-    assert policy.next([C.OOM], MORE) == Resources(memory_gb=8.0)
-    assert policy.next([C.OOM], MORE, memory_limit_gb=6.0) == Resources(memory_gb=6.0)
-    assert policy.next([C.OOM], MORE, memory_limit_gb=4.0) is None
-    assert policy.next([C.OOM, C.OOM], MORE) is None
+    after = partial(next_resources, last=MORE, tries=3, preemptions=10)
+    assert after([C.OOM]) == Resources(memory_gb=8.0)
+    assert after([C.OOM], memory_limit_gb=6.0) == Resources(memory_gb=6.0)
+    assert after([C.OOM], memory_limit_gb=4.0) is None
+    assert after([C.OOM, C.OOM]) is None
 
 
 def test_pauses_double_up_to_a_limit() -> None:

@@ -132,5 +132,5 @@ def test_it_runs_as_a_module_and_names_its_commands(work: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        for command in ("status", "results", "verify", "clean", "push", "pull"):
+        for command in ("plan", "status", "results", "verify", "clean", "push", "pull"):
             assert f"\n    {command} " in done.stdout

@@ -14,7 +14,7 @@ from pipelines.stage.context import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: stage["cmd"].removeprefix("python ") for name, stage in STAGES.items()}
-HOW = {"pipelines.tracking", "pipelines.spool"}
+HOW = {"pipelines.tracking", "pipelines.spool", "pipelines.stage.command", "pipelines.stage.dry_run"}
 """Change nothing that comes out."""
 
 

@@ -1,0 +1,227 @@
+"""The state of a run: what people see of it, and the files that let others see it too.
+
+On a terminal that is one live view, elsewhere sparse plain lines.
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from cluster.driver.report import Report
+from cluster.host.process import Process
+from cluster.store.layout import ATTEMPTS, STATUS
+from cluster.task import display
+
+log = logging.getLogger(__name__)
+
+STATES = ("waiting", "running", "done", "skipped", "retried", "failed", "cancelled")
+PERIOD = 1.0  # seconds between two status files
+SILENCE = 60.0  # seconds
+PLAIN_PERIOD = 30.0  # seconds between two lines where there is no terminal
+MOST_ROWS = 12
+
+
+@dataclass
+class Running:
+    """One attempt at work."""
+
+    name: str
+    attempt: int
+    gpus: int
+    started: float
+    done: float = 0.0
+    total: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Board:
+    """Counts and running attempts of a run."""
+
+    label: str
+    run: str
+    total: int
+    report: Report
+    retried: int = 0
+    running: dict[str, Running] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    gpu_seconds: float = 0.0  # of attempts that have ended
+
+    def counts(self) -> dict[str, int]:
+        """Tasks by state, in the order people read them. Who waits has not begun, or waits for another attempt."""
+        counts = {name: len(getattr(self.report, name)) for name in ("done", "skipped", "failed", "cancelled")}
+        waiting = max(self.total - sum(counts.values()) - len(self.running), 0)
+        counts |= {"waiting": waiting, "running": len(self.running), "retried": self.retried}
+        return {name: counts[name] for name in STATES}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours used so far."""
+        now = time.monotonic()
+        return (self.gpu_seconds + sum(r.gpus * (now - r.started) for r in self.running.values())) / 3600
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the present rate; None before anything is done."""
+        fractions = sum(r.done / r.total for r in self.running.values() if r.total)
+        finished = len(self.report.done) + len(self.report.failed) + fractions
+        left = len(self.running) + self.counts()["waiting"] - fractions
+        return self.elapsed / finished * left if finished else None
+
+    def end(self, job: str) -> float | None:
+        """An attempt ended; seconds that it ran, if it had begun."""
+        if (running := self.running.pop(job, None)) is None:
+            return None
+        seconds = time.monotonic() - running.started
+        self.gpu_seconds += running.gpus * seconds
+        return seconds
+
+
+def clock(seconds: float | None) -> str:
+    """`h:mm:ss`, or `m:ss` under an hour."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def summary(board: Board) -> str:
+    """The board in one line."""
+    counts = board.counts()
+    parts = [f"{count} {name}" for name, count in counts.items() if count]
+    finished = len(board.report.done) + len(board.report.failed)
+    if finished and board.elapsed > 0:
+        parts.append(f"{60 * finished / board.elapsed:.3g} a minute")
+    if board.gpu_hours >= 0.001:
+        parts.append(f"{board.gpu_hours:.3g} GPU hours")
+    left = f", {clock(board.seconds_left)} left" if counts["waiting"] or board.running else ""
+    return f"{', '.join(parts) or 'nothing to do'} ({clock(board.elapsed)}{left})"
+
+
+class View:
+    """Shows a board until the run ends."""
+
+    def __init__(self, board: Board) -> None:
+        self._board, self._last = board, time.monotonic()
+        self._console = Console(stderr=True)
+        columns = [*map(TextColumn, ("{task.description}", "{task.fields[note]}")), BarColumn(20), TimeElapsedColumn()]
+        # Not its redirection of stdout, which is the program's own.
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, redirect_stdout=False, auto_refresh=False,
+            disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._all = self._progress.add_task(escape(board.label) or "tasks", total=board.total, note="")
+        self._rows: dict[str, TaskID] = {}
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the board, and in the end what it came to."""
+        if self._progress.disable:
+            self.note(f"{self._board.total} tasks, {len(self._board.report.skipped)} published before")
+        try:
+            with self._progress:
+                yield
+        finally:
+            self.note(summary(self._board))
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        prefix = f"{self._board.label}: " if self._board.label else ""
+        self._console.print(f"{prefix}{text}", markup=False, highlight=False, soft_wrap=True)
+
+    def refresh(self) -> None:
+        """Show the board as it is now; to be called often. Without a terminal that is a line, and rare."""
+        board, counts = self._board, self._board.counts()
+        if self._progress.disable:
+            if time.monotonic() - self._last >= PLAIN_PERIOD:
+                self._last = time.monotonic()
+                self.note(summary(board))
+            return
+        for gone in self._rows.keys() - board.running.keys():
+            self._progress.remove_task(self._rows.pop(gone))
+        for job, running in board.running.items():
+            if job not in self._rows and len(self._rows) < MOST_ROWS:
+                again = f" (attempt {running.attempt})" if running.attempt > 1 else ""
+                self._rows[job] = self._progress.add_task(f"  {escape(display(running.name))}{again}", note="")
+            if job in self._rows:
+                total, note = running.total or None, escape(running.note)
+                self._progress.update(self._rows[job], completed=running.done, total=total, note=note)
+        finished = board.total - counts["waiting"] - counts["running"]
+        hidden = f", {rest} not shown" if (rest := len(board.running) - len(self._rows)) else ""
+        note = f"{finished}/{board.total} {escape(summary(board))}{hidden}"
+        self._progress.update(self._all, completed=finished, note=note)
+        self._progress.refresh()
+
+
+class Journal:
+    """Writes the board and every attempt to the logs of a run, for `python -m cluster status`."""
+
+    def __init__(self, folder: Path, board: Board) -> None:
+        self._folder, self._board = folder, board
+        self._process, self._since = Process.me().to_json(), time.time()
+        self._last, self._warned = 0.0, False
+
+    def attempt(self, **facts: Any) -> None:
+        """Note how an attempt ended."""
+        with self._forgiving(), (self._folder / ATTEMPTS).open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
+
+    def write(self, state: str = "running") -> None:
+        """Write the board; while the run goes on at most once a period."""
+        now, board = time.monotonic(), self._board
+        if state == "running" and now - self._last < PERIOD:
+            return
+        self._last = now
+        data = {
+            "run": board.run, "label": board.label, "state": state, "process": self._process, "since": self._since,
+            "seconds": round(board.elapsed, 1), "total": board.total, **board.counts(),
+            "gpu_hours": round(board.gpu_hours, 4), "seconds_left": board.seconds_left,
+            "now": [asdict(r) | {"seconds": round(now - r.started, 1)} for r in board.running.values()],
+        }  # fmt: skip
+        with self._forgiving():
+            fresh = self._folder / f"{STATUS}.new"
+            fresh.write_text(json.dumps(data, indent=1))
+            fresh.replace(self._folder / STATUS)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """A full disk must not end a run because of its own notes."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            if not self._warned:
+                log.warning("cannot write to %s: %s", self._folder, error)
+            self._warned = True
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """The last status of a run, with the seconds since it was written as `silent`.
+
+    Its state is "killed" if its driver is gone without having ended it, and "silent" if that cannot be seen from this
+    machine and it has written nothing for a minute.
+    """
+    try:
+        data: dict[str, Any] = json.loads((folder / STATUS).read_bytes())
+        data["silent"] = round(max(time.time() - (folder / STATUS).stat().st_mtime, 0.0), 1)
+        if data["state"] == "running" and not (alive := Process.from_json(data["process"]).alive()):
+            silent = "silent" if data["silent"] > SILENCE else "running"
+            data["state"] = "killed" if alive is False else silent
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return data
