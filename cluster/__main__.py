@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         store = Store(options.store or ClusterConfig.from_params().store)
         if not store.root.is_dir() and options.command is not _pull:
-            raise BadConfig(f"there is no store at {store.root}: name it with --store or OCVTP_STORE")
+            raise BadConfig(f"there is no store at {store.root}: name it with --store or CLUSTER_STORE")
         code, data, lines = options.command(store, options)
     except ClusterError as error:
         Console(stderr=True, markup=False, soft_wrap=True).print(f"error: {error}")
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, command: Callable[[Store, argparse.Namespace], Said], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        where = "folder of the results (default: OCVTP_STORE, or .ocvtp/store)"
+        where = "folder of the results (default: CLUSTER_STORE, or .cluster/store)"
         sub.add_argument("--store", type=Path, help=where)
         sub.add_argument("--json", action="store_true", help="print JSON")
         return sub

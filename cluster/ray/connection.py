@@ -73,7 +73,7 @@ def _check_address(address: str) -> None:
     if address.startswith("ray://"):
         raise CannotRun(
             f"{address} is the address of a Ray client server, from where the store cannot be shared: run the driver "
-            "in the cluster, with `ray job submit -- python pipelines/eval.py`"
+            "in the cluster, with `ray job submit`"
         )
     if "://" in address:
         raise CannotRun(

@@ -34,7 +34,6 @@ SLACK = 60.0  # seconds beyond its time limit after which a task is ended from h
 CLOSE_LIMIT = 10.0
 NODE_ID = "ray.io/node-id"  # label of every node
 PREEMPTED = 3  # `NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED` of Ray
-PASSED_ON = ("OCVTP_", "HF_", "TRANSFORMERS_", "TORCH_", "CUBLAS_", "PYTHONHASHSEED")  # variables tasks see
 
 
 @dataclass(eq=False)
@@ -82,7 +81,7 @@ class RayExecutor(Executor):
         if store:
             raise CannotRun(
                 f"the store would lie in {store['root']}, Ray's copy of the working dir, which is not kept: set "
-                "OCVTP_ROOT (or OCVTP_STORE) to a folder of the file system that all nodes share"
+                f"{self._context.config.moved_by} to a folder of the file system that all nodes share"
             )
         self._nodes = self._look()
         for task in tasks:
@@ -147,8 +146,11 @@ class RayExecutor(Executor):
         return NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
 
     def _make_setup(self, root: str | None) -> tuple[dict[str, Any], list[str], str | None]:
-        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        config = self._context.config
+        passed_on = (f"{config.application.upper()}_", "PYTHONHASHSEED", *config.passed_on)
+        environment = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
         setup = {
+            "moved_by": config.moved_by,
             "logs": str(self._context.logs),
             "folder": self._working_folder,
             "environment": environment | self._profile.environment,

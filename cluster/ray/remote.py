@@ -56,9 +56,9 @@ def remote_function() -> Callable[..., Iterator[dict[str, Any]]]:
             # Ray's own copies of common packages come last: tasks do not import those.
             sys.path[:] = [*code, *sorted(others, key=lambda path: path.startswith(of_ray))]
             setup["environment"]["PYTHONPATH"] = os.pathsep.join(code)
-            vars(sys)["_ocvtp_setup"] = setup
+            vars(sys)["_cluster_setup"] = setup
         from cluster.ray.worker import attempt as run_attempt
 
-        yield from run_attempt(job, vars(sys)["_ocvtp_setup"], ray.get_runtime_context().get_node_id())
+        yield from run_attempt(job, vars(sys)["_cluster_setup"], ray.get_runtime_context().get_node_id())
 
     return attempt

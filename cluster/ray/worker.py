@@ -32,7 +32,8 @@ def attempt(job: Mapping[str, Any], setup: Mapping[str, Any], node: str) -> Iter
 
     Args:
         job: as `Job.to_json` writes it.
-        setup: what all attempts of a run need to know: `logs`, the `folder` to work in, and variables (`environment`).
+        setup: what all attempts of a run need to know: `logs`, the `folder` to work in, and variables (`environment`);
+            `moved_by` for a message.
         node: where this is; comes with each event.
     """
     for event in _attempt(Job.from_json(job), setup):
@@ -45,7 +46,7 @@ def _attempt(job: Job, setup: Mapping[str, Any]) -> Iterator[Event]:
         if time.monotonic() > deadline:
             problem = (
                 f"node {socket.gethostname()} does not see {job.log.parent}: the store must lie on a file system that "
-                "all nodes share, under the same path (OCVTP_ROOT or OCVTP_STORE name it)"
+                f"all nodes share, under the same path ({setup['moved_by']} names it)"
             )
             yield Event(job.id, "ended", Cause.EXCEPTION, problem)
             return

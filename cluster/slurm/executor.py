@@ -25,7 +25,7 @@ from cluster.errors import CannotRun
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
 from cluster.slurm import queue as slurm_queue
-from cluster.slurm.orphans import FOLDER, Ledger, job_name, reap
+from cluster.slurm.orphans import FOLDER, Ledger, reap
 from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import CAUSES, ControllerUnreachable, State
 from cluster.slurm.worker import events_file, run_jobs, write_array
@@ -76,11 +76,11 @@ class SlurmExecutor(Executor):
         try:
             import submitit
         except ImportError as error:
-            raise CannotRun("submitit is not installed: pip install 'ocvtp[pipeline]'") from error
+            raise CannotRun("submitit is not installed: `pip install submitit`") from error
         self._submitit = submitit
         self._profile = SlurmProfile.load(context.config.profile)
         self._logs, self._folder = context.logs, context.logs / FOLDER
-        self._name = job_name(context.run_id)
+        self._name = f"{context.config.application}-{context.run_id}"
         self._jobs: dict[str, _SlurmJob] = {}  # by id
         self._known: set[str] = set()  # ids of all jobs that SLURM has taken
         self._looked = 0.0

@@ -22,16 +22,10 @@ from cluster.store.leftovers import fence
 
 log = logging.getLogger(__name__)
 
-PREFIX = "ocvtp-"
 FOLDER, DRIVER, ATTEMPTS = "slurm", "driver.json", "attempts.jsonl"
 SILENCE = 300.0  # seconds without a sign of life of a driver on another host after which it counts as dead
 LIMIT = 30.0  # seconds that cancelled jobs have to leave the queue
-_NAME = re.compile(rf"{PREFIX}(?P<run>\d{{8}}-\d{{6}}-[0-9a-f]{{8}})")
-
-
-def job_name(run_id: str) -> str:
-    """Of all jobs of a run."""
-    return f"{PREFIX}{run_id}"
+_NAME = re.compile(r".+-(?P<run>\d{8}-\d{6}-[0-9a-f]{8})")  # as the executor names the jobs of a run
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def start(store: Store, tmp_path: Path) -> Start:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith("OCVTP_")},
+            env={name: value for name, value in os.environ.items() if not name.startswith("CLUSTER_")},
         )
 
     return begin

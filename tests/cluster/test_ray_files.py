@@ -21,7 +21,7 @@ def test_ray_accepts_cluster_yaml() -> None:
     config = yaml.safe_load((ROOT / "cluster/ray/cluster.yaml").read_text())
     validate_config(prepare_config(config))
     starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
-    assert all(command.startswith("/mnt/shared/ocvtp/.venv/bin/ray ") for command in starts), "the ray of the lock file"
+    assert all(command.startswith("/mnt/shared/code/.venv/bin/ray ") for command in starts), "the ray of the lock file"
     assert all("ImageId" in kind["node_config"] for kind in config["available_node_types"].values())
 
 
