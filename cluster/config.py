@@ -1,11 +1,9 @@
 """The `cluster` section of the parameters: where work runs and how. Never what: no result depends on it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -47,7 +45,7 @@ class ClusterConfig(Section):
     """A machine that cannot be reached and shows no sign of life for so long has lost its tasks."""
 
     @classmethod
-    def from_params(cls, section: Mapping[str, Any] | None = None) -> ClusterConfig:
+    def from_params(cls, section: Mapping[str, Any] | None = None) -> Self:
         """Read the section, as `overridden`.
 
         Raises:

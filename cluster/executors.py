@@ -1,7 +1,5 @@
 """The executors of this version, by name: the one list."""
 
-from __future__ import annotations
-
 from cluster.errors import CannotRun
 
 # module:class of every executor; imported when asked for, so that its packages are not needed before.

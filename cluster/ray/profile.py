@@ -1,11 +1,9 @@
 """What a Ray cluster's nodes have, and whether one of them can run a task."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -27,18 +25,14 @@ class Node:
     extra: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_ray(cls, resources: Mapping[str, float]) -> Node:
+    def of_ray(cls, resources: Mapping[str, float]) -> Self:
         """From an entry of `ray.nodes()`."""
-        known = {"CPU", "GPU", "memory"}
-        extra = {name: value for name, value in resources.items() if name not in known}
-        memory = resources.get("memory", 0.0) / GIB
-        return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory, extra)
+        extra = {name: value for name, value in resources.items() if name not in ("CPU", "GPU", "memory")}
+        return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", 0.0) / GIB, extra)
 
-    def fits(self, asked: Resources, profile: RayProfile) -> bool:
+    def fits(self, asked: Resources, profile: "RayProfile") -> bool:
         """Whether it could run such a task if it had nothing else to do."""
-        if profile.accelerator_type and asked.gpus and ACCELERATOR + profile.accelerator_type not in self.extra:
-            return False
-        if any(self.extra.get(name, 0.0) < amount for name, amount in profile.resources.items()):
+        if any(self.extra.get(name, 0.0) < amount for name, amount in profile.needs(asked).items()):
             return False
         # A retry with all the memory there is may differ from it by rounding.
         return asked.cpus <= self.cpus and asked.gpus <= self.gpus and asked.memory_gb <= self.memory_gb * (1 + 1e-9)
@@ -68,31 +62,28 @@ class RayProfile(Profile):
     largest_node: LargestNode | None = None
     patience_minutes: float = Field(default=10.0, ge=0)
 
-    @property
-    def growth(self) -> list[Node]:
+    def needs(self, asked: Resources) -> dict[str, float]:
+        """Resources that a task needs on its node beside cores, GPUs and memory; of a type of GPU a trace will do."""
+        kind = {f"{ACCELERATOR}{self.accelerator_type}": 1e-3} if self.accelerator_type and asked.gpus else {}
+        return self.resources | kind
+
+    def growth(self, asked: Resources) -> list[Node]:
         """The largest node that the cluster may grow by, if it grows."""
-        if self.largest_node is None:
-            return []
         size = self.largest_node
-        extra = dict.fromkeys(self.resources, float("inf"))
-        if self.accelerator_type:
-            extra[ACCELERATOR + self.accelerator_type] = 1.0
-        return [Node(size.cpus, size.gpus, size.memory_gb, extra)]
+        return [Node(size.cpus, size.gpus, size.memory_gb, self.needs(asked))] if size else []
 
 
 def misfit(asked: Resources, nodes: Sequence[Node], profile: RayProfile) -> str | None:
     """Why no node can ever run such a task, as the rest of a sentence; None if one can."""
-    if any(node.fits(asked, profile) for node in [*nodes, *profile.growth]):
+    if any(node.fits(asked, profile) for node in [*nodes, *profile.growth(asked)]):
         return None
-    wanted = f"{asked.cpus} core(s), {asked.gpus} GPU(s) and {asked.memory_gb:g} GB of memory on one node"
     extra = [f"{amount:g} {name}" for name, amount in profile.resources.items()]
     if profile.accelerator_type and asked.gpus:
         extra.append(f"GPUs of type {profile.accelerator_type}")
-    if extra:
-        wanted += f", with {' and '.join(extra)} as its profile says"
-    kinds = Counter(map(str, nodes))
-    there = "; ".join(f"{count} with {kind}" for kind, count in kinds.items()) or "none"
+    also = f", with {' and '.join(extra)} as its profile says" if extra else ""
+    there = "; ".join(f"{count} with {kind}" for kind, count in Counter(map(str, nodes)).items()) or "none"
     return (
-        f"asks for {wanted}. Nodes there are: {there}. Ask for less, add such a node, or, if the cluster grows by "
-        "itself, say in the profile how large its nodes get (largest_node)"
+        f"asks for {asked.cpus} core(s), {asked.gpus} GPU(s) and {asked.memory_gb:g} GB of memory on one node{also}. "
+        f"Nodes there are: {there}. Ask for less, add such a node, or, if the cluster grows by itself, say in the "
+        "profile how large its nodes get (largest_node)"
     )

@@ -1,7 +1,5 @@
 """The remote function of Ray: it finds our code on a node, and hands over to `cluster.ray.worker`."""
 
-from __future__ import annotations
-
 import site
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -19,39 +17,34 @@ def code_path() -> list[str]:
     return [str(folder) for folder in folders if not any(folder.is_relative_to(path) for path in installed)]
 
 
-def remote_function() -> Callable[..., Iterator[dict[str, Any]]]:
+def remote_function() -> Callable[..., Iterator[Any]]:
     """The function that Ray runs.
 
     A nested one, so that it travels as code: to import anything of this package a worker must know where it
     is, which this function tells it. The call of the task is imported by name.
     """
 
-    def attempt(
-        job: dict[str, Any], setup: dict[str, Any], code: list[str], root: str | None
-    ) -> Iterator[dict[str, Any]]:
+    def attempt(job: dict[str, Any], setup: dict[str, Any], code: list[str], root: str | None) -> Iterator[Any]:
         import os
         import sys
-        from pathlib import Path
 
         import ray
 
         if "cluster.ray.worker" not in sys.modules:  # the first attempt of this process
             if root is not None:
                 # Not by the current folder: where nodes share a disk, another one may have made the copy anew.
-                found = next((path for path in sys.path if "/_ray_pkg_" in path), None)
+                mark = "/_ray_pkg_"
+                found = next((path for path in sys.path if mark in path), None)
                 if found is None:
                     raise RuntimeError(f"no copy of the working dir here: this worker imports from {sys.path}")
-                copy, mark, name = found.partition("/_ray_pkg_")
-                copy += mark + name.partition("/")[0]
-                moved = [os.path.relpath(path, root) for path in (setup["folder"], *code)]
+                before, _, name = found.partition(mark)
+                copy = before + mark + name.partition("/")[0]
                 # What does not lie in the working dir keeps its path.
-                here = [os.path.normpath(f"{copy}/{path}") for path in moved]
-                inside = [not path.startswith("..") for path in moved]
+                paths = [(path, os.path.relpath(path, root)) for path in (setup["folder"], *code)]
                 setup["folder"], *code = [
-                    new if is_inside else old
-                    for new, old, is_inside in zip(here, (setup["folder"], *code), inside, strict=True)
+                    path if inside.startswith("..") else os.path.normpath(f"{copy}/{inside}") for path, inside in paths
                 ]
-            of_ray = str(Path(ray.__file__).parent) + os.sep
+            of_ray = ray.__path__[0] + os.sep
             others = [path for path in sys.path if path not in code]
             # Ray's own copies of common packages come last: tasks do not import those.
             sys.path[:] = [*code, *sorted(others, key=lambda path: path.startswith(of_ray))]

@@ -4,14 +4,12 @@ The call never runs in Ray's own process but in a local worker beside it, which 
 Ray's process dies, the local worker and its children die with it.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from cluster.local.executor import Allotted
@@ -21,63 +19,48 @@ VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show the folde
 
 
 class _Here:
-    """What this process keeps between attempts."""
+    """What this process keeps between attempts of a run."""
 
     executor: Allotted | None = None
-    setup: Mapping[str, Any] = MappingProxyType({})
+    logs: Path | None = None
 
 
-def attempt(job: Mapping[str, Any], setup: Mapping[str, Any], node: str) -> Iterator[dict[str, Any]]:
-    """Run one attempt to its end, yielding its news; the last is of kind "ended". JSON in, JSON out.
+def attempt(job: Mapping[str, Any], setup: Mapping[str, Any], node: str) -> Iterator[Event]:
+    """Run one attempt to its end, yielding its news; the last is of kind "ended".
 
     Args:
-        job: as `Job.to_json` writes it.
-        setup: what all attempts of a run need to know: `logs`, the `folder` to work in, and variables (`environment`);
-            `moved_by` for a message.
+        job: as `Job.from_json` reads it.
+        setup: the `folder` to work in, variables (`environment`), and those by which the store is moved (`moved_by`).
         node: where this is; comes with each event.
     """
     for event in _attempt(Job.from_json(job), setup):
-        yield {**event.to_json(), "node": node}
+        yield replace(event, node=node)
 
 
 def _attempt(job: Job, setup: Mapping[str, Any]) -> Iterator[Event]:
-    deadline = time.monotonic() + VISIBLE_WITHIN
-    while not job.log.parent.is_dir():
+    logs, deadline = job.log.parent, time.monotonic() + VISIBLE_WITHIN
+    while not logs.is_dir():
         if time.monotonic() > deadline:
             problem = (
-                f"node {socket.gethostname()} does not see {job.log.parent}: the store must lie on a file system that "
-                f"all nodes share, under the same path ({setup['moved_by']} names it)"
+                f"node {socket.gethostname()} does not see {logs}: the store must lie on a file system that all nodes "
+                f"share, under the same path ({setup['moved_by']} names it)"
             )
             yield Event(job.id, "ended", Cause.EXCEPTION, problem)
             return
         time.sleep(0.2)
-    ended = False
-    try:
-        for event in _executor(setup).attempt(job):
-            ended = event.kind == "ended"
-            # CUDA keeps memory on a GPU as long as its process lives, and Ray gives the GPU away now.
-            if ended and job.resources.gpus:
-                _close()
-            yield event
-    finally:
-        if not ended:
-            _close()
+    executor = _executor(logs, setup)
+    yield from executor.attempt(job)
+    if job.resources.gpus:  # CUDA keeps memory on a GPU as long as its process lives, and Ray gives the GPU away now
+        executor.release()
 
 
-def _executor(setup: Mapping[str, Any]) -> Allotted:
+def _executor(logs: Path, setup: Mapping[str, Any]) -> Allotted:
     """What runs attempts in this process."""
-    if _Here.setup != setup:
-        _close()
+    if _Here.executor is None or _Here.logs != logs:
+        if _Here.executor is not None:
+            _Here.executor.close()
         os.environ.update(setup["environment"])
         if Path(setup["folder"]).is_dir():
             os.chdir(setup["folder"])
-        _Here.setup = setup
-    if _Here.executor is None:
-        _Here.executor = Allotted(Path(setup["logs"]))
+        _Here.executor, _Here.logs = Allotted(logs), logs
     return _Here.executor
-
-
-def _close() -> None:
-    if _Here.executor is not None:
-        _Here.executor.close()
-        _Here.executor = None

@@ -524,9 +524,7 @@ def unreal(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[SlurmExecutor
     states: dict[str, str] = {}
     monkeypatch.setattr(slurm_queue, "settings", dict)
     monkeypatch.setattr(slurm_queue, "cancel", list)
-    monkeypatch.setattr(
-        slurm_queue, "queue", lambda **_: [slurm_queue.Listed(one, "x", State(state)) for one, state in states.items()]
-    )
+    monkeypatch.setattr(slurm_queue, "queue", lambda **_: {one: State(state) for one, state in states.items()})
     config = ClusterConfig(executor="slurm", store=store.root)
     executor = SlurmExecutor(Context("run", store.logs / "run", config))
     executor._profile = executor._profile.model_copy(update={"poll_seconds": 0.0})
@@ -539,7 +537,7 @@ def taken(executor: SlurmExecutor, store: Store, number: int, count: int = 1) ->
     pack = [job_of(task) for task in tasks]
     shape, events = executor._shape(pack[0]), events_file(executor._folder, pack)
     attempts = {job.id: job for job in pack}
-    executor._jobs[f"{number}"] = _SlurmJob(f"{number}", attempts, shape, events, events.with_suffix(".err"), 0.0)
+    executor._jobs[f"{number}"] = _SlurmJob(f"{number}", attempts, shape, events, events.with_suffix(".err"))
     return pack
 
 
@@ -565,7 +563,7 @@ def test_one_job_may_end_while_another_is_judged(
     (first,), (second,) = taken(executor, store, 1), taken(executor, store, 2)
     said = slurm_queue.queue
 
-    def queue(**options: Any) -> list[slurm_queue.Listed]:
+    def queue(**options: Any) -> dict[str, State]:
         events_file(executor._folder, [second]).write_bytes(encode(Event(second.id, "ended", Cause.DONE)))
         return said(**options)
 
