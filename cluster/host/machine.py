@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,8 +66,6 @@ def visible_gpus() -> tuple[str, ...]:
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",")]
         return tuple(name for name in names if name and not name.startswith("-"))
-    if shutil.which("nvidia-smi") is None:
-        return ()
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

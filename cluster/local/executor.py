@@ -3,12 +3,12 @@
 import contextlib
 import logging
 import os
-import selectors
 import signal
 import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from cluster.host.machine import Machine, group_members, memory_of, oom_kills, visible_gpus
@@ -39,8 +39,7 @@ class Workers(Executor):
         self.machine = machine
         self._logs, self._stop_grace = logs, stop_grace
         self._workers: list[WorkerProcess] = []
-        self._selector = selectors.DefaultSelector()
-        self._guardian: Guardian | None = None
+        self._guardian = Guardian()
         self._unstarted: Counter[str] = Counter()  # workers that died with a job they had not begun
         self._count, self._start_failures, self._memory_looked = 0, 0, 0.0
         if not LINUX:
@@ -72,10 +71,7 @@ class Workers(Executor):
     def close(self) -> None:
         """End all workers and what looks after them."""
         self.release()
-        self._selector.close()
-        if self._guardian is not None:
-            self._guardian.close()
-            self._guardian = None
+        self._guardian.close()
 
     def _cancel_running(self, ids: set[str]) -> None:
         for worker in self._workers:
@@ -84,14 +80,12 @@ class Workers(Executor):
 
     def _advance(self, timeout: float) -> None:
         self._dispatch()
-        for key, _ in self._selector.select(min(timeout, TICK)):
-            self._read(key.data)
+        wait([worker.channel for worker in self._workers], min(timeout, TICK))
         for worker in list(self._workers):
+            self._read(worker)
             self._look_after(worker)
         self._watch_memory()
         self._dispatch()  # at once: a worker that has just become idle does not wait for the caller
-
-    # Giving out work
 
     def _dispatch(self) -> None:
         for resources, queue in self._queues.items():
@@ -134,17 +128,12 @@ class Workers(Executor):
         return [worker for worker in self._workers if worker.idle]
 
     def _start(self, threads: int, gpus: tuple[str, ...]) -> WorkerProcess:
-        if self._guardian is None:
-            self._guardian = Guardian()
         self._count += 1
         self._logs.mkdir(parents=True, exist_ok=True)
         worker = WorkerProcess(threads, gpus, self._logs / f"worker-{self._count}.log")
         self._guardian.tell("+", worker.pid)
         self._workers.append(worker)
-        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         return worker
-
-    # Following what runs
 
     def _read(self, worker: WorkerProcess) -> None:
         for event in worker.read():
@@ -160,9 +149,8 @@ class Workers(Executor):
         worker.flush()
 
     def _look_after(self, worker: WorkerProcess) -> None:
-        worker.flush()
         now = time.monotonic()
-        if worker.exit_code() is not None:
+        if worker.process.poll() is not None:
             self._bury(worker)
         elif not worker.ready and now - worker.started > START_LIMIT:
             worker.kill(Cause.CRASHED, f"the worker did not come up within {START_LIMIT:.0f} s")
@@ -170,7 +158,7 @@ class Workers(Executor):
             minutes = worker.job.resources.minutes
             if worker.stopping is None and now - worker.job_started > minutes * 60:
                 worker.stopping = now
-                worker.signal(signal.SIGUSR2)
+                worker.process.send_signal(signal.SIGUSR2)
             elif worker.stopping is not None and now - worker.stopping > self._stop_grace:
                 worker.kill(Cause.TIMEOUT, f"took longer than {minutes:g} minutes")
 
@@ -205,7 +193,7 @@ class Workers(Executor):
         self._events.append(Event(job.id, "ended", cause, detail))
 
     def _diagnose(self, worker: WorkerProcess) -> tuple[Cause, str]:
-        code = worker.exit_code() or 0
+        code = worker.process.poll() or 0
         if code == -signal.SIGKILL and oom_kills() > worker.oom_kills:
             return Cause.OOM, "killed by the kernel for lack of memory"
         if code < 0:
@@ -214,10 +202,8 @@ class Workers(Executor):
 
     def _remove(self, worker: WorkerProcess) -> None:
         self._workers.remove(worker)
-        self._selector.unregister(worker.channel)
         worker.close(GRACE)
-        if self._guardian is not None:
-            self._guardian.tell("-", worker.pid)
+        self._guardian.tell("-", worker.pid)
 
 
 class LocalExecutor(Workers):
@@ -262,17 +248,11 @@ class Allotted(Workers):
         """Pass a signal on to the worker that is at a job."""
         for worker in self._workers:
             if worker.job_started is not None:
-                worker.signal(number)
-
-    def close(self) -> None:
-        """End the worker."""
-        super().close()
-        with contextlib.suppress(OSError):  # it holds output of workers that belongs to no attempt
-            self._logs.rmdir()
+                worker.process.send_signal(number)
 
 
 def remove_empty_logs(logs: Path) -> None:
-    """Remove logs of workers that hold nothing: schedulers give their owners no time to do so."""
+    """Remove logs of workers that hold nothing; what is left is output that belongs to no attempt."""
     folder = logs / WORKER_LOGS
     for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
         remove_if_empty(path)

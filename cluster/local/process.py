@@ -36,7 +36,7 @@ class WorkerProcess:
         self.channel, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             handle = theirs.fileno()
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(worker_path()), str(handle), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -46,7 +46,7 @@ class WorkerProcess:
                 start_new_session=True,
             )
         self.channel.setblocking(False)
-        self.pid = self._process.pid
+        self.pid = self.process.pid
 
     @property
     def idle(self) -> bool:
@@ -73,14 +73,6 @@ class WorkerProcess:
                 events.extend(self._lines.feed(data))
         return events
 
-    def exit_code(self) -> int | None:
-        """None while it runs; minus the signal if one killed it."""
-        return self._process.poll()
-
-    def signal(self, number: int) -> None:
-        """Send it a signal, but not its children."""
-        self._process.send_signal(number)
-
     def kill(self, cause: Cause, detail: str = "") -> None:
         """Kill it and its children; why is remembered for when its end is noticed."""
         self.killed = self.killed or (cause, detail)
@@ -100,11 +92,11 @@ class WorkerProcess:
         self.hang_up()
         if self.idle and self.ready:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace)
+                self.process.wait(grace)
         deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:  # a child may fork while it is killed
             self._kill_group()
-            if self._process.poll() is not None and not group_members([self.pid])[self.pid]:
+            if self.process.poll() is not None and not group_members([self.pid])[self.pid]:
                 break
             time.sleep(0.005)
         self.channel.close()

@@ -21,7 +21,7 @@ from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.ray.connection import PACKAGE, connect
 from cluster.ray.profile import Node, RayProfile, misfit
-from cluster.ray.remote import code_path, remote_function
+from cluster.ray.worker import code_path, remote_function
 from cluster.task import Resources, Task, display
 
 log = logging.getLogger(__name__)
@@ -62,18 +62,16 @@ class RayExecutor(Executor):
             self._address = self._ray.get_runtime_context().gcs_address
             self._nodes = self._look()
             self._remote = self._ray.remote(remote_function())
-            self._arguments = self._setup(), code, root
+            config = context.config
+            passed_on = (f"{config.application.upper()}_", "PYTHONHASHSEED", *config.passed_on)
+            environment = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
+            environment |= self._profile.environment
+            setup = {"folder": self._working_folder, "environment": environment, "moved_by": config.moved_by}
+            self._arguments = setup, code, root
             context.logs.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self.close()
             raise
-
-    def _setup(self) -> dict[str, Any]:
-        config = self._context.config
-        passed_on = (f"{config.application.upper()}_", "PYTHONHASHSEED", *config.passed_on)
-        environment = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
-        environment |= self._profile.environment
-        return {"folder": self._working_folder, "environment": environment, "moved_by": config.moved_by}
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node that has the cores and GPUs."""
@@ -118,8 +116,6 @@ class RayExecutor(Executor):
             self._ray.shutdown()
         remove_empty_logs(self._context.logs)
 
-    # Handing jobs to Ray
-
     def _launch(self) -> None:
         window = WINDOW + 2 * int(sum(node.cpus for node in self._nodes))
         flying = Counter(flight.job.resources for flight in self._flights.values())
@@ -149,8 +145,6 @@ class RayExecutor(Executor):
         from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
         return NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
-
-    # Following what runs
 
     def _collect(self, timeout: float) -> None:
         """Take the next news of every job that has some."""

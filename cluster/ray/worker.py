@@ -1,21 +1,73 @@
-"""One attempt inside a Ray worker.
+"""One attempt inside a Ray worker: the function that Ray runs finds our code on the node, and runs the attempt.
 
 The call never runs in Ray's own process but in a local worker beside it, which serves one attempt after another. If
 Ray's process dies, the local worker and its children die with it.
 """
 
 import os
+import site
 import socket
+import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.local.executor import Allotted
 from cluster.protocol import Cause, Event, Job
+from cluster.worker.environment import worker_path
 
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show the folder of logs
+
+
+def code_path() -> list[str]:
+    """Folders the driver imports from, but those of Python and of installed packages: nodes have their own."""
+    paths = sysconfig.get_paths()
+    installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")] + site.getsitepackages()
+    folders = [Path(folder) for folder in worker_path() if Path(folder).is_dir()]
+    return [str(folder) for folder in folders if not any(folder.is_relative_to(path) for path in installed)]
+
+
+def remote_function() -> Callable[..., Iterator[Any]]:
+    """The function that Ray runs.
+
+    A nested one, so that it travels as code: to import anything of this package a worker must know where it
+    is, which this function tells it. The call of the task is imported by name.
+    """
+
+    def start(job: dict[str, Any], setup: dict[str, Any], code: list[str], root: str | None) -> Iterator[Any]:
+        import os
+        import sys
+
+        import ray
+
+        if "cluster.ray.worker" not in sys.modules:  # the first attempt of this process
+            if root is not None:
+                # Not by the current folder: where nodes share a disk, another one may have made the copy anew.
+                mark = "/_ray_pkg_"
+                found = next((path for path in sys.path if mark in path), None)
+                if found is None:
+                    raise RuntimeError(f"no copy of the working dir here: this worker imports from {sys.path}")
+                before, _, name = found.partition(mark)
+                copy = before + mark + name.partition("/")[0]
+                # What does not lie in the working dir keeps its path.
+                paths = [(path, os.path.relpath(path, root)) for path in (setup["folder"], *code)]
+                setup["folder"], *code = [
+                    path if inside.startswith("..") else os.path.normpath(f"{copy}/{inside}") for path, inside in paths
+                ]
+            of_ray = ray.__path__[0] + os.sep
+            others = [path for path in sys.path if path not in code]
+            # Ray's own copies of common packages come last: tasks do not import those.
+            sys.path[:] = [*code, *sorted(others, key=lambda path: path.startswith(of_ray))]
+            setup["environment"]["PYTHONPATH"] = os.pathsep.join(code)
+            vars(sys)["_cluster_setup"] = setup
+        from cluster.ray.worker import attempt
+
+        for event in attempt(job, vars(sys)["_cluster_setup"]):
+            yield replace(event, node=ray.get_runtime_context().get_node_id())
+
+    return start
 
 
 class _Here:
@@ -25,19 +77,14 @@ class _Here:
     logs: Path | None = None
 
 
-def attempt(job: Mapping[str, Any], setup: Mapping[str, Any], node: str) -> Iterator[Event]:
+def attempt(as_json: Mapping[str, Any], setup: Mapping[str, Any]) -> Iterator[Event]:
     """Run one attempt to its end, yielding its news; the last is of kind "ended".
 
     Args:
-        job: as `Job.from_json` reads it.
+        as_json: the job, as `Job.from_json` reads it.
         setup: the `folder` to work in, variables (`environment`), and those by which the store is moved (`moved_by`).
-        node: where this is; comes with each event.
     """
-    for event in _attempt(Job.from_json(job), setup):
-        yield replace(event, node=node)
-
-
-def _attempt(job: Job, setup: Mapping[str, Any]) -> Iterator[Event]:
+    job = Job.from_json(as_json)
     logs, deadline = job.log.parent, time.monotonic() + VISIBLE_WITHIN
     while not logs.is_dir():
         if time.monotonic() > deadline:

@@ -142,8 +142,6 @@ class SlurmExecutor(Executor):
         slurm_queue.cancel(job.id for job in jobs)
         self._looked = 0.0
 
-    # Handing jobs to SLURM
-
     def _launch(self) -> None:
         for shape, queue in self._queues.items():
             while queue and time.monotonic() >= self._full_until:
@@ -211,17 +209,15 @@ class SlurmExecutor(Executor):
 
     def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> SlurmProfile:
         """The profile, without nodes to avoid if another one that is up can run such jobs."""
+        profile, without = self._profile, [*avoid, *([self._profile.exclude] if self._profile.exclude else [])]
         if not avoid:
-            return self._profile
-        without = [*([self._profile.exclude] if self._profile.exclude else []), *avoid]
-        try:
-            down = slurm_queue.unusable_nodes(self._profile.partition)
-            others = self._profile.model_copy(update={"exclude": ",".join([*without, *down])})
-            if slurm_queue.objection(others.test_arguments(asked)):
-                return self._profile
-        except ControllerUnreachable:
-            return self._profile
-        return self._profile.model_copy(update={"exclude": ",".join(without)})
+            return profile
+        with suppress(ControllerUnreachable):
+            down = slurm_queue.unusable_nodes(profile.partition)
+            others = profile.model_copy(update={"exclude": ",".join([*without, *down])})
+            if not slurm_queue.objection(others.test_arguments(asked)):
+                return profile.model_copy(update={"exclude": ",".join(without)})
+        return profile
 
     def _refused(self, shape: _Shape, packs: Sequence[Sequence[Job]], message: str) -> bool:
         """Later and fewer at once where a limit is reached, for as long as our own jobs hold it or patience lasts."""
@@ -241,8 +237,6 @@ class SlurmExecutor(Executor):
         detail = f"SLURM does not take the job: {message}"
         self._events += [Event(job.id, "ended", cause, detail) for pack in packs for job in pack]
         return True
-
-    # Following what runs
 
     def _read(self) -> None:
         """What the jobs tell of their attempts."""
@@ -273,7 +267,12 @@ class SlurmExecutor(Executor):
             states = slurm_queue.queue(name=self._name)
             self._unreachable_since = None
         except ControllerUnreachable as error:
-            self._wait_for_controller(now, str(error))
+            self._unreachable_since = self._unreachable_since or now
+            if now == self._unreachable_since:
+                log.warning("%s; jobs go on meanwhile", error)
+            elif now - self._unreachable_since > self._profile.patience_minutes * 60:
+                for job in list(self._jobs.values()):
+                    self._end_all(job, Cause.LOST, f"for {self._profile.patience_minutes:g} minutes, {error}")
             return
         missing = [one for one in self._jobs if one not in states]
         if missing and self._accounting:
@@ -284,14 +283,6 @@ class SlurmExecutor(Executor):
         for job in list(self._jobs.values()):
             if job.id in self._jobs:  # judging another one may have read the end of this one
                 self._judge(job, states.get(job.id), now)
-
-    def _wait_for_controller(self, now: float, message: str) -> None:
-        if self._unreachable_since is None:
-            self._unreachable_since = now
-            log.warning("%s; jobs go on meanwhile", message)
-        elif now - self._unreachable_since > self._profile.patience_minutes * 60:
-            for job in list(self._jobs.values()):
-                self._end_all(job, Cause.LOST, f"for {self._profile.patience_minutes:g} minutes, {message}")
 
     def _judge(self, job: _SlurmJob, state: State | None, now: float) -> None:
         """End the attempts of a job that is over, once what it told last has had time to become visible."""
@@ -313,7 +304,9 @@ class SlurmExecutor(Executor):
         job.gone = job.gone or now
         if job.cancelled or state.state != "COMPLETED" or now - job.gone >= VISIBLE_WITHIN:
             self._read()
-            said = _tail(job.log)
+            said = ""
+            with suppress(OSError):
+                said = job.log.read_bytes()[-4000:].decode(errors="replace")
             cause = CAUSES.get(state.state, Cause.LOST)
             if cause is Cause.CRASHED and _MEMORY.search(said):
                 cause = Cause.OOM
@@ -337,10 +330,3 @@ class SlurmExecutor(Executor):
         self._events.append(replace(event, cause=cause, node=job.node))
         if not job.attempts:
             del self._jobs[job.id]
-
-
-def _tail(path: Path) -> str:
-    try:
-        return path.read_bytes()[-4000:].decode(errors="replace")
-    except OSError:
-        return ""

@@ -28,13 +28,9 @@ def events_file(folder: Path, jobs: Sequence[Job]) -> Path:
 
 
 def write_array(folder: Path, packs: Sequence[Sequence[Job]], grace: float, allowance: float) -> Path:
-    """What the jobs of an array are to do, a line each.
+    """Write into a folder of the run's logs what the jobs of an array are to do: the attempts of each, in order.
 
-    Args:
-        folder: for it and for event files; in the folder of the run's logs.
-        packs: the attempts of each job of the array, in order.
-        grace: seconds that a task has to stop after it was told to because its time is over.
-        allowance: seconds after its start in which a job may begin another attempt.
+    A task has `grace` seconds to stop once its time is over. A job begins no attempt later than `allowance` seconds.
     """
     path = folder / f"{packs[0][0].id}.array"
     common = {"grace": grace, "allowance": allowance}
