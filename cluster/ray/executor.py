@@ -75,8 +75,7 @@ class RayExecutor(Executor):
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node that has the cores and GPUs."""
-        nodes = [*self._nodes, *self._profile.growth(asked)]
-        return max((node.memory_gb for node in nodes if node.fits(asked, self._profile)), default=None)
+        return max((node["memory"] / GIB for node in self._profile.fitting(asked, self._nodes)), default=None)
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse tasks that fit no node, and a store that workers could not share."""
@@ -117,7 +116,7 @@ class RayExecutor(Executor):
         remove_empty_logs(self._context.logs)
 
     def _launch(self) -> None:
-        window = WINDOW + 2 * int(sum(node.cpus for node in self._nodes))
+        window = WINDOW + 2 * int(sum(node.get("CPU", 0.0) for node in self._nodes))
         flying = Counter(flight.job.resources for flight in self._flights.values())
         for resources, queue in self._queues.items():
             for _ in range(min(len(queue), window - flying[resources])):
@@ -232,4 +231,4 @@ class RayExecutor(Executor):
         self._ray.cancel(flight.stream, force=True)
 
     def _look(self) -> list[Node]:
-        return [Node.of_ray(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
