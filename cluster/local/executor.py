@@ -122,18 +122,15 @@ class Workers(Executor):
             shares = self._share(resources.cpus) + sum(self._share(worker.threads) for worker in self._workers)
             if shares > self.machine.cpus or not set(gpus).isdisjoint(worker.gpus):
                 self._remove(worker)
-        return self._start(resources.cpus, gpus)
-
-    def _idle(self) -> list[WorkerProcess]:
-        return [worker for worker in self._workers if worker.idle]
-
-    def _start(self, threads: int, gpus: tuple[str, ...]) -> WorkerProcess:
         self._count += 1
         self._logs.mkdir(parents=True, exist_ok=True)
-        worker = WorkerProcess(threads, gpus, self._logs / f"worker-{self._count}.log")
+        worker = WorkerProcess(resources.cpus, gpus, self._logs / f"worker-{self._count}.log")
         self._guardian.tell("+", worker.pid)
         self._workers.append(worker)
         return worker
+
+    def _idle(self) -> list[WorkerProcess]:
+        return [worker for worker in self._workers if worker.idle]
 
     def _read(self, worker: WorkerProcess) -> None:
         for event in worker.read():

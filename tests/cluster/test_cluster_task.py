@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import cluster_jobs as jobs
 import pytest
 
-import cluster
 from cluster import BadConfig, BadTask, CannotRun, Cause, ClusterConfig, Resources, Store, Task, run
 from cluster import fingerprint as code
 from cluster.driver.retry import Policy, pause
@@ -136,30 +134,6 @@ def test_the_environment_overrides_the_configuration(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CLUSTER_EXECUTOR", "nowhere")
     with pytest.raises(BadConfig, match=r"cluster.executor: 'nowhere' \(CLUSTER_EXECUTOR\) is no executor"):
         ClusterConfig.from_params(section)
-
-
-class Mine(ClusterConfig):
-    """Of an application."""
-
-    application: ClassVar[str] = "mine"
-
-
-def test_an_application_has_variables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLUSTER_STORE", "/not this")
-    monkeypatch.setenv("MINE_STORE", "/this")
-    assert Mine.from_params({"tries": 5}) == Mine(store=Path("/this"), tries=5)
-    monkeypatch.setenv("MINE_EXECUTOR", "nowhere")
-    with pytest.raises(BadConfig, match=r"cluster.executor: 'nowhere' \(MINE_EXECUTOR\) is no executor"):
-        Mine.from_params()
-
-
-def test_cluster_names_no_application() -> None:
-    """It is told what it needs to know of one, so that another can use it as it is."""
-    home = Path(cluster.__file__).parent
-    files = [path for path in home.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert len(files) > 30
-    named = re.compile(r"ocvtp|pipelines|params\.yaml", re.IGNORECASE)
-    assert [str(path) for path in files if named.search(f"{path.relative_to(home)} {path.read_text()}")] == []
 
 
 C = Cause
