@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         store = Store(options.store or ClusterConfig.from_params().store)
         if not store.root.is_dir() and options.name not in ("plan", "pull"):
-            raise BadConfig(f"there is no store at {store.root}: name it with --store or OCVTP_STORE")
+            raise BadConfig(f"there is no store at {store.root}: name it with --store or CLUSTER_STORE")
         code, data, lines = _COMMANDS[options.name][0](store, options)
     except ClusterError as error:
         Console(stderr=True, markup=False, soft_wrap=True).print(f"error: {error}")
@@ -194,7 +194,7 @@ def _transfer(store: Store, options: argparse.Namespace) -> Said:
 
 
 _OF_ALL: dict[str, dict[str, Any]] = {
-    "--store": {"type": Path, "help": "folder of the results (default: OCVTP_STORE, or .ocvtp/store)"},
+    "--store": {"type": Path, "help": "folder of the results (default: CLUSTER_STORE, or .cluster/store)"},
     "--json": {"action": "store_true", "help": "print JSON"},
 }
 _RESULTS = {"nargs": "*", "metavar": "KIND[/KEY]", "help": "results (default: all)"}

@@ -1,47 +1,31 @@
 """The `cluster` section of the parameters: where work runs and how. Never what: no result depends on it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Field, field_validator
 
-from cluster.executors import executor_names
+from cluster.executors import EXECUTORS
 from cluster.validation import Section, Text, nearest, settle, show
 
 OnLocked = Literal["wait", "refuse"]
-OVERRIDES = {"executor": "OCVTP_EXECUTOR", "store": "OCVTP_STORE"}
-"""Environment variables, by the entry that each overrides."""
-
-
-def _executor(name: str) -> str:
-    if name not in executor_names():
-        origin = f" ({OVERRIDES['executor']})" if os.environ.get(OVERRIDES["executor"]) == name else ""
-        raise ValueError(f"{show(name)}{origin} is no executor{nearest(name, executor_names())}")
-    return name
-
-
-def _folder(value: object) -> object:
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"{show(value)} is not the path of a folder")
-    return Path(value)
-
-
-def _address(url: str) -> str:
-    if "://" not in url:
-        raise ValueError(f"{show(url)} is not the address of a folder, such as s3://bucket/ocvtp")
-    return url
 
 
 class ClusterConfig(Section):
-    """How to run tasks."""
+    """How to run tasks. An application names itself, and what its tasks need to see, in a subclass."""
 
-    executor: Annotated[str, AfterValidator(_executor)] = "local"
+    application: ClassVar[str] = "cluster"
+    """Begins the names of jobs and, in capitals, of the environment variables that override entries."""
+    passed_on: ClassVar[tuple[str, ...]] = ()
+    """How variables begin, beside the application's own, that tasks on other machines see too."""
+    moved_by: ClassVar[str] = "CLUSTER_STORE"
+    """The variables that put the store elsewhere, for messages."""
+
+    executor: str = "local"
     """Which machines do the work: a name of `cluster.executors`."""
-    store: Annotated[Path, BeforeValidator(_folder)] = Path(".ocvtp/store")
+    store: Path = Path(".cluster/store")
     """Folder of published results and logs."""
     profile: Text | None = None
     """How to use a Ray or SLURM cluster: a file of `cluster/ray/` or `cluster/slurm/`, or a path."""
@@ -49,8 +33,8 @@ class ClusterConfig(Section):
     """Cores to hand out on this machine; all it has if null."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory to hand out on this machine; all it has if null."""
-    remote: Annotated[str, AfterValidator(_address)] | None = None
-    """Where `python -m cluster push` and `pull` keep published results besides, such as s3://bucket/results."""
+    remote: str | None = None
+    """Where `push` and `pull` keep published results besides, such as s3://bucket/results."""
     on_locked: OnLocked = "wait"
     """What a second run with the same label does."""
     tries: int = Field(default=3, ge=1)
@@ -61,15 +45,43 @@ class ClusterConfig(Section):
     """A machine that cannot be reached and shows no sign of life for so long has lost its tasks."""
 
     @classmethod
-    def from_params(cls, section: Mapping[str, Any] | None = None) -> ClusterConfig:
-        """Read the section; the environment variables OCVTP_EXECUTOR and OCVTP_STORE override it.
+    def from_params(cls, section: Mapping[str, Any] | None = None) -> Self:
+        """Read the section, as `overridden`.
 
         Raises:
             BadConfig: lists unknown keys, with the nearest legal ones, and impossible values.
         """
-        return settle(cls, overridden(section or {}), "the configuration", "cluster")
+        return settle(cls, cls.overridden(section or {}), "the configuration", "cluster")
 
+    @classmethod
+    def overridden(cls, section: Mapping[str, Any]) -> dict[str, Any]:
+        """The section with what the environment has instead: CLUSTER_EXECUTOR, CLUSTER_STORE."""
+        found = {entry: os.environ.get(cls._variable(entry)) for entry in ("executor", "store")}
+        return {**section, **{entry: value for entry, value in found.items() if value}}
 
-def overridden(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with what the environment has instead."""
-    return {**section, **{key: os.environ[name] for key, name in OVERRIDES.items() if os.environ.get(name)}}
+    @classmethod
+    def _variable(cls, entry: str) -> str:
+        return f"{cls.application}_{entry}".upper()
+
+    @field_validator("executor")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in EXECUTORS:
+            variable = cls._variable("executor")
+            origin = f" ({variable})" if os.environ.get(variable) == name else ""
+            raise ValueError(f"{show(name)}{origin} is no executor{nearest(name, sorted(EXECUTORS))}")
+        return name
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _folder(cls, value: object) -> object:
+        if not isinstance(value, str | Path) or not str(value):
+            raise ValueError(f"{show(value)} is not the path of a folder")
+        return Path(value)
+
+    @field_validator("remote")
+    @classmethod
+    def _address(cls, url: str | None) -> str | None:
+        if url is not None and "://" not in url:
+            raise ValueError(f"{show(url)} is not the address of a folder, such as s3://bucket/results")
+        return url

@@ -1,9 +1,4 @@
-"""Errors of `cluster`: one small tree, so that callers can catch what they can mend.
-
-Every message says what was wrong, where, and what would be right.
-"""
-
-from __future__ import annotations
+"""Errors of `cluster`, one tree: every message says what was wrong, where, and what would be right."""
 
 
 class ClusterError(Exception):
@@ -43,10 +38,7 @@ class TasksFailed(ClusterError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by SIGINT or SIGTERM, after everything it had started was cleaned up.
-
-    A `KeyboardInterrupt`, so that code that knows nothing of this package treats it as Ctrl-C.
-    """
+    """SIGINT or SIGTERM stopped a run, after all it had started was cleaned up; to who knows us not it is Ctrl-C."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}")
@@ -59,8 +51,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopped(KeyboardInterrupt):
-    """A task was told to stop: its machine is needed, or its time is nearly up. Raised by `progress`.
+    """`progress` says so to a task that is to stop, since its machine is needed or its time is nearly up.
 
-    A `KeyboardInterrupt`, so that code that knows nothing of this package treats it as Ctrl-C. A task that has
-    something to save writes it to `resume/`, and raises it again.
+    A task that has something to save writes it to `resume/`, and raises it again. To others it is Ctrl-C.
     """

@@ -1,7 +1,5 @@
 """The executors of this version, by name: the one list."""
 
-from __future__ import annotations
-
 from cluster.errors import CannotRun
 
 # module:class of every executor; imported when asked for, so that its packages are not needed before.
@@ -12,12 +10,7 @@ EXECUTORS: dict[str, str] = {
 }
 
 
-def executor_names() -> list[str]:
-    """Executors of this version."""
-    return sorted(EXECUTORS)
-
-
 def check_executor(name: str) -> None:
     """Raise `CannotRun` unless there is an executor of that name."""
     if name not in EXECUTORS:
-        raise CannotRun(f"there is no executor {name!r}: this version has {', '.join(executor_names())}")
+        raise CannotRun(f"there is no executor {name!r}: this version has {', '.join(sorted(EXECUTORS))}")

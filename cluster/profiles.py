@@ -3,15 +3,11 @@
 `default.yaml` of each has every legal key, explained, with its default. A profile names those that differ.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import ClassVar, Self
 
 from cluster.errors import BadConfig
 from cluster.validation import Section, load_yaml, nearest, settle
-
-_FOLDER = Path(__file__).parent
 
 
 class Profile(Section):
@@ -30,11 +26,12 @@ class Profile(Section):
             return cls()
         path = Path(name)
         if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
-            names = sorted(file.stem for file in (_FOLDER / cls.kind).glob("*.yaml") if file.stem != "cluster")
-            path = _FOLDER / cls.kind / f"{name}.yaml"
-            if name not in names:
-                raise BadConfig(f"cluster.profile: there is no {cls.kind} profile {name!r}{nearest(name, names)}; "
+            files = sorted((Path(__file__).parent / cls.kind).glob("*.yaml"))
+            known = {file.stem: file for file in files if file.stem != "cluster"}
+            if name not in known:
+                raise BadConfig(f"cluster.profile: there is no {cls.kind} profile {name!r}{nearest(name, known)}; "
                                 "a path of your own ends with .yaml")  # fmt: skip
+            path = known[name]
         elif not path.is_file():
             raise BadConfig(f"cluster.profile: there is no file {name}")
         return settle(cls, load_yaml(path), str(path))

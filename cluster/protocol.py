@@ -5,8 +5,6 @@ publish (`cluster.worker.attempt`), `run` decides (`cluster.driver.retry`). So e
 Jobs and events travel as JSON, one object a line.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time
@@ -16,8 +14,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
+from cluster.errors import CannotRun
 from cluster.task import Resources, Task
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt of a task, as JSON-able as it must be to reach another machine."""
+    """One attempt of a task."""
 
     id: str  # also names the attempt's temporary folder
     name: str
@@ -62,13 +61,9 @@ class Job:
     avoid: tuple[str, ...] = ()  # nodes on which earlier attempts died, as `Event.node` has them: elsewhere if possible
     inputs: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads."""
-        return asdict(self) | {"out": str(self.out), "log": str(self.log)}
-
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Job:
-        """The job that `to_json` wrote."""
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The job of which this is `asdict`, with or without a trip through JSON."""
         paths = {name: Path(data[name]) for name in ("out", "log")}
         names = {name: tuple(data[name]) for name in ("supersedes", "avoid")}
         return cls(**{**data, **paths, **names, "resources": Resources(**data["resources"])})
@@ -88,19 +83,15 @@ class Event:
     node: str = ""  # of "started" and "ended": where it runs, as far as the executor knows and has several
     seconds: float | None = None  # of "ended": how long it ran, as far as the executor knows
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Event:
-        """The event that `to_json` wrote."""
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The event of which this is `asdict`."""
         return cls(**{**data, "cause": Cause(data["cause"]) if data["cause"] else None})
 
 
 def encode(message: Job | Event) -> bytes:
-    """One line."""
-    return json.dumps(message.to_json(), separators=(",", ":")).encode() + b"\n"
+    """One line of JSON."""
+    return json.dumps(asdict(message), separators=(",", ":"), default=str).encode() + b"\n"
 
 
 class Lines(Generic[Message]):
@@ -121,24 +112,27 @@ class Lines(Generic[Message]):
                 yield message
 
 
+@dataclass(frozen=True)
+class Context:
+    """What an executor is made with."""
+
+    run_id: str
+    logs: Path  # folder of this run's logs
+    config: "ClusterConfig"
+
+
 class Executor(ABC):
-    """Runs attempts somewhere. Here is what all executors do alike: queue, collect news, cancel what waits."""
+    """Runs attempts somewhere. Here is what all executors do alike: refuse, queue, collect news, cancel what waits."""
 
     def __init__(self) -> None:
         self._queues: dict[Any, deque[Job]] = {}  # by what jobs ask for
         self._events: list[Event] = []
 
-    @abstractmethod
-    def memory_limit_gb(self, asked: Resources) -> float | None:
-        """The most memory that an attempt with these cores and GPUs can be given; None if unknown."""
-
-    @abstractmethod
     def check(self, tasks: Sequence[Task]) -> None:
-        """Refuse, before anything starts, tasks that could never run here.
-
-        Raises:
-            CannotRun: naming the task, what it asks for and what there is.
-        """
+        """Refuse tasks that could never run here, before anything starts: `CannotRun` says what there is instead."""
+        for asked, name in {task.resources: task.name for task in reversed(tasks)}.items():
+            if objection := self._objection(asked):
+                raise CannotRun(f"task {name!r} {objection}")
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs; returns at once. They start with the next `poll`."""
@@ -166,13 +160,21 @@ class Executor(ABC):
             self._queues[shape] = deque(job for job in queue if job.id not in wanted)
         self._cancel_running(wanted)
 
+    def _shape(self, job: Job) -> Any:
+        """Jobs of one shape can take each other's place."""
+        return job.resources
+
     @abstractmethod
     def close(self) -> None:
         """Stop everything that is left and let go of all machines; no process stays behind."""
 
-    def _shape(self, job: Job) -> Any:
-        """Jobs of one shape can take each other's place."""
-        return job.resources
+    @abstractmethod
+    def memory_limit_gb(self, asked: Resources) -> float | None:
+        """The most memory that an attempt with these cores and GPUs can be given; None if unknown."""
+
+    @abstractmethod
+    def _objection(self, asked: Resources) -> str | None:
+        """Why no such task could ever run here: "asks for ...", and what there is. None if one could."""
 
     @abstractmethod
     def _advance(self, timeout: float) -> None:
@@ -181,12 +183,3 @@ class Executor(ABC):
     @abstractmethod
     def _cancel_running(self, ids: set[str]) -> None:
         """Stop those of these jobs that have left the queue."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What an executor is made with."""
-
-    run_id: str
-    logs: Path  # folder of this run's logs
-    config: ClusterConfig

@@ -4,8 +4,6 @@ A pid alone names nobody: it is reused, and means nothing on another host or in 
 `Process` adds the start time and the domain (boot and pid namespace) within which the pid can be looked up.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sys
@@ -13,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -51,12 +49,12 @@ class Process:
     domain: str
 
     @classmethod
-    def me(cls) -> Process:
+    def me(cls) -> Self:
         """The calling process."""
         return cls(socket.gethostname(), os.getpid(), start_time(os.getpid()) or "unknown", domain())
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Process:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote; KeyError or ValueError if it is something else."""
         return cls(str(data["host"]), int(data["pid"]), str(data["started"]), str(data["domain"]))
 

@@ -1,30 +1,27 @@
 """The local executor: persistent worker processes on this machine, each core, GPU and byte given out once."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
-import selectors
 import signal
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
-from cluster.errors import CannotRun
 from cluster.host.machine import Machine, group_members, memory_of, oom_kills, visible_gpus
 from cluster.host.process import LINUX
 from cluster.local.process import WorkerProcess
 from cluster.protocol import Cause, Context, Event, Executor, Job
-from cluster.task import Resources, Task
+from cluster.task import Resources
 from cluster.worker.environment import remove_if_empty
 from cluster.worker.guardian import Guardian
 
 log = logging.getLogger(__name__)
 
-TICK = 0.25  # seconds; the longest a death may go unnoticed whose pipe is still held open by a child
+TICK = 0.25  # seconds; the longest a death may go unnoticed whose socket is still held open by a child
 MEMORY_PERIOD = 0.5  # seconds between two looks at memory
 START_LIMIT = 180.0  # seconds a worker may take to come up
 START_FAILURES = 10  # workers in a row that die before they are ready: something is wrong with all of them
@@ -42,8 +39,7 @@ class Workers(Executor):
         self.machine = machine
         self._logs, self._stop_grace = logs, stop_grace
         self._workers: list[WorkerProcess] = []
-        self._selector = selectors.DefaultSelector()
-        self._guardian: Guardian | None = None
+        self._guardian = Guardian()
         self._unstarted: Counter[str] = Counter()  # workers that died with a job they had not begun
         self._count, self._start_failures, self._memory_looked = 0, 0, 0.0
         if not LINUX:
@@ -53,36 +49,29 @@ class Workers(Executor):
         """All the memory there is to hand out."""
         return self.machine.memory_gb
 
-    def check(self, tasks: Sequence[Task]) -> None:
-        """Refuse tasks that need more memory or GPUs than there are.
+    def _objection(self, asked: Resources) -> str | None:
+        # No word of cores: a task has as many threads as it asks for, so that its result is the same everywhere.
+        if asked.gpus > len(self.machine.gpus):
+            lack = f"{asked.gpus} GPU(s), this machine has {len(self.machine.gpus)}"
+        elif asked.memory_gb > self.machine.memory_gb:
+            lack = f"{asked.memory_gb:g} GB of memory, there are {self.machine.memory_gb:.1f} to hand out"
+        else:
+            return None
+        return f"asks for {lack}: ask for less, or choose another executor"
 
-        More cores than there are is no reason: such a task has as many threads as it asks for, so that its
-        result is the same everywhere, and runs alone.
-        """
-        for task in tasks:
-            asked, machine = task.resources, self.machine
-            if asked.gpus > len(machine.gpus):
-                raise CannotRun(
-                    f"task {task.name!r} asks for {asked.gpus} GPU(s), this machine has {len(machine.gpus)}: "
-                    "ask for fewer, or choose another executor"
-                )
-            if asked.memory_gb > machine.memory_gb:
-                raise CannotRun(
-                    f"task {task.name!r} asks for {asked.memory_gb:g} GB of memory, there are "
-                    f"{machine.memory_gb:.1f} to hand out: ask for less, or choose another executor"
-                )
-
-    def close(self) -> None:
-        """End all workers, idle ones in peace."""
-        self._queues.clear()
+    def release(self) -> None:
+        """End all workers, idle ones in peace, and forget what they were at or what waits for them."""
         for worker in self._workers:
             worker.hang_up()  # all at once, so that they end beside each other
         for worker in list(self._workers):
             self._remove(worker)
-        self._selector.close()
-        if self._guardian is not None:
-            self._guardian.close()
-            self._guardian = None
+        self._queues.clear()
+        self._events.clear()
+
+    def close(self) -> None:
+        """End all workers and what looks after them."""
+        self.release()
+        self._guardian.close()
 
     def _cancel_running(self, ids: set[str]) -> None:
         for worker in self._workers:
@@ -91,14 +80,12 @@ class Workers(Executor):
 
     def _advance(self, timeout: float) -> None:
         self._dispatch()
-        for key, _ in self._selector.select(min(timeout, TICK)):
-            self._read(key.data)
+        wait([worker.channel for worker in self._workers], min(timeout, TICK))
         for worker in list(self._workers):
+            self._read(worker)
             self._look_after(worker)
         self._watch_memory()
         self._dispatch()  # at once: a worker that has just become idle does not wait for the caller
-
-    # Giving out work
 
     def _dispatch(self) -> None:
         for resources, queue in self._queues.items():
@@ -109,59 +96,41 @@ class Workers(Executor):
                 worker.oom_kills = oom_kills()
                 worker.assign(queue.popleft())
 
-    def _share(self, resources: Resources) -> int:
-        return min(resources.cpus, self.machine.cpus)
+    def _share(self, cpus: int) -> int:
+        return min(cpus, self.machine.cpus)
 
     def _fits(self, resources: Resources) -> bool:
-        running = [worker.job.resources for worker in self._workers if worker.job is not None]
-        cpus = sum(map(self._share, running)) + self._share(resources)
-        memory = sum(r.memory_gb for r in running) + resources.memory_gb
+        asked = [resources, *(worker.job.resources for worker in self._workers if worker.job is not None)]
         # A retry with all the memory there is may differ from it by rounding.
-        return cpus <= self.machine.cpus and memory <= self.machine.memory_gb * (1 + 1e-9)
+        memory_fits = sum(one.memory_gb for one in asked) <= self.machine.memory_gb * (1 + 1e-9)
+        return memory_fits and sum(self._share(one.cpus) for one in asked) <= self.machine.cpus
 
     def _worker_for(self, resources: Resources) -> WorkerProcess | None:
         """An idle worker of the right shape, or a new one; None if its GPUs are taken."""
-        wanted = (resources.cpus, resources.gpus)
-        for worker in [worker for worker in self._workers if worker.idle]:
-            if (worker.threads, len(worker.gpus)) == wanted:
+        for worker in self._idle():
+            if (worker.threads, len(worker.gpus)) == (resources.cpus, resources.gpus):
                 if memory_of([worker.pid]) < resources.memory_gb * MOST_INHERITED:
                     return worker
                 self._remove(worker)  # what earlier tasks left in memory would count against this one
-        gpus = self._free_gpus(resources.gpus)
-        if gpus is None:
-            return None
-        # Idle workers of other shapes hold memory; those that would make more of them than cores give way.
-        shares = sum(min(worker.threads, self.machine.cpus) for worker in self._workers)
-        for worker in [worker for worker in self._workers if worker.idle]:
-            if shares + self._share(resources) > self.machine.cpus:
-                shares -= min(worker.threads, self.machine.cpus)
-                self._remove(worker)
-        return self._start(resources.cpus, gpus)
-
-    def _free_gpus(self, count: int) -> tuple[str, ...] | None:
-        """GPUs no worker holds. A worker holds its GPUs as long as it lives: CUDA keeps memory on them."""
-        if count == 0:
-            return ()
+        # A worker holds its GPUs as long as it lives: CUDA keeps memory on them.
         held = {gpu for worker in self._workers if not worker.idle for gpu in worker.gpus}
-        free = [gpu for gpu in self.machine.gpus if gpu not in held][:count]
-        if len(free) < count:
+        gpus = tuple(gpu for gpu in self.machine.gpus if gpu not in held)[: resources.gpus]
+        if len(gpus) < resources.gpus:
             return None
-        for worker in [worker for worker in self._workers if set(worker.gpus) & set(free)]:
-            self._remove(worker)
-        return tuple(free)
-
-    def _start(self, threads: int, gpus: tuple[str, ...]) -> WorkerProcess:
-        if self._guardian is None:
-            self._guardian = Guardian()
+        # Idle workers of other shapes hold memory, too: those that would make more of them than cores give way.
+        for worker in sorted(self._idle(), key=lambda worker: set(gpus).isdisjoint(worker.gpus)):
+            shares = self._share(resources.cpus) + sum(self._share(worker.threads) for worker in self._workers)
+            if shares > self.machine.cpus or not set(gpus).isdisjoint(worker.gpus):
+                self._remove(worker)
         self._count += 1
         self._logs.mkdir(parents=True, exist_ok=True)
-        worker = WorkerProcess(threads, gpus, self._logs / f"worker-{self._count}.log")
+        worker = WorkerProcess(resources.cpus, gpus, self._logs / f"worker-{self._count}.log")
         self._guardian.tell("+", worker.pid)
         self._workers.append(worker)
-        self._selector.register(worker.events, selectors.EVENT_READ, worker)
         return worker
 
-    # Following what runs
+    def _idle(self) -> list[WorkerProcess]:
+        return [worker for worker in self._workers if worker.idle]
 
     def _read(self, worker: WorkerProcess) -> None:
         for event in worker.read():
@@ -177,18 +146,16 @@ class Workers(Executor):
         worker.flush()
 
     def _look_after(self, worker: WorkerProcess) -> None:
-        worker.flush()
-        if worker.exit_code() is not None:
-            self._bury(worker)
-            return
         now = time.monotonic()
-        if not worker.ready and now - worker.started > START_LIMIT:
+        if worker.process.poll() is not None:
+            self._bury(worker)
+        elif not worker.ready and now - worker.started > START_LIMIT:
             worker.kill(Cause.CRASHED, f"the worker did not come up within {START_LIMIT:.0f} s")
         elif worker.job is not None and worker.job_started is not None:
             minutes = worker.job.resources.minutes
             if worker.stopping is None and now - worker.job_started > minutes * 60:
                 worker.stopping = now
-                worker.signal(signal.SIGUSR2)
+                worker.process.send_signal(signal.SIGUSR2)
             elif worker.stopping is not None and now - worker.stopping > self._stop_grace:
                 worker.kill(Cause.TIMEOUT, f"took longer than {minutes:g} minutes")
 
@@ -197,37 +164,33 @@ class Workers(Executor):
         if not LINUX or now - self._memory_looked < MEMORY_PERIOD:
             return
         self._memory_looked = now
-        busy = [worker for worker in self._workers if worker.job is not None]
-        members = group_members(worker.pid for worker in busy)
-        for worker in busy:
-            used = memory_of(members[worker.pid])
-            if worker.job is not None and used > worker.job.resources.memory_gb:
-                limit = worker.job.resources.memory_gb
+        limits = {worker: worker.job.resources.memory_gb for worker in self._workers if worker.job is not None}
+        members = group_members(worker.pid for worker in limits)
+        for worker, limit in limits.items():
+            if (used := memory_of(members[worker.pid])) > limit:
                 worker.kill(Cause.OOM, f"used {used:.2f} GB of memory, {limit:g} were asked for")
 
     def _bury(self, worker: WorkerProcess) -> None:
         """A worker died: say how its job ended, which may have been well just before."""
         self._read(worker)
-        job, code = worker.job, worker.exit_code() or 0
-        cause, detail = worker.killed or self._diagnose(worker, code)
+        job = worker.job
+        cause, detail = worker.killed or self._diagnose(worker)
         self._remove(worker)
         if not worker.ready:
             self._start_failures += 1
         if job is None:
             return
-        if worker.killed is None and worker.job_started is None and self._may_start_again(job):
-            # It never began: no fault of the job, which goes to another worker as it is.
-            self._queues.setdefault(job.resources, deque()).appendleft(job)
-            return
         if worker.job_started is None:
+            self._unstarted[job.id] += 1
+            if worker.killed is None and max(self._unstarted[job.id], self._start_failures) < START_FAILURES:
+                # It never began: no fault of the job, which goes to another worker as it is.
+                self._queues.setdefault(job.resources, deque()).appendleft(job)
+                return
             detail = f"{detail}; workers do not come up, see {worker.log}"
         self._events.append(Event(job.id, "ended", cause, detail))
 
-    def _may_start_again(self, job: Job) -> bool:
-        self._unstarted[job.id] += 1
-        return max(self._unstarted[job.id], self._start_failures) < START_FAILURES
-
-    def _diagnose(self, worker: WorkerProcess, code: int) -> tuple[Cause, str]:
+    def _diagnose(self, worker: WorkerProcess) -> tuple[Cause, str]:
+        code = worker.process.poll() or 0
         if code == -signal.SIGKILL and oom_kills() > worker.oom_kills:
             return Cause.OOM, "killed by the kernel for lack of memory"
         if code < 0:
@@ -235,12 +198,9 @@ class Workers(Executor):
         return Cause.CRASHED, f"the worker left with exit code {code}"
 
     def _remove(self, worker: WorkerProcess) -> None:
-        if worker in self._workers:
-            self._workers.remove(worker)
-            self._selector.unregister(worker.events)
-            worker.close(GRACE)
-            if self._guardian is not None:
-                self._guardian.tell("-", worker.pid)
+        self._workers.remove(worker)
+        worker.close(GRACE)
+        self._guardian.tell("-", worker.pid)
 
 
 class LocalExecutor(Workers):
@@ -265,11 +225,9 @@ class Allotted(Workers):
         asked = job.resources
         gpus = visible_gpus() if asked.gpus else ()
         if len(gpus) < asked.gpus:
-            shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-            problem = (
-                f"{socket.gethostname()} has {len(gpus)} of {asked.gpus} GPU(s): CUDA_VISIBLE_DEVICES is {shown!r}"
-            )
-            yield Event(job.id, "ended", Cause.EXCEPTION, f"the node {problem}")
+            seen = f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
+            problem = f"the node {socket.gethostname()} has {len(gpus)} of {asked.gpus} GPU(s): {seen}"
+            yield Event(job.id, "ended", Cause.EXCEPTION, problem)
             return
         self.machine = Machine(asked.cpus, asked.memory_gb, gpus[: asked.gpus])
         self.submit([job])
@@ -281,27 +239,19 @@ class Allotted(Workers):
                     yield event
         finally:
             if not ended:
-                self.close()
+                self.release()
 
     def signal(self, number: int) -> None:
         """Pass a signal on to the worker that is at a job."""
         for worker in self._workers:
             if worker.job_started is not None:
-                worker.signal(number)
-
-    def close(self) -> None:
-        """End the worker."""
-        super().close()
-        with contextlib.suppress(OSError):  # it holds output of workers that belongs to no attempt
-            self._logs.rmdir()
+                worker.process.send_signal(number)
 
 
 def remove_empty_logs(logs: Path) -> None:
-    """Remove logs of workers that hold nothing: schedulers give their owners no time to do so."""
+    """Remove logs of workers that hold nothing; what is left is output that belongs to no attempt."""
     folder = logs / WORKER_LOGS
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
         remove_if_empty(path)
         with contextlib.suppress(OSError):
             path.rmdir()
-    with contextlib.suppress(OSError):
-        folder.rmdir()

@@ -1,11 +1,10 @@
 """The driver's side of one local worker: start it, send it jobs, read its news, kill it and its children."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,8 +24,7 @@ class WorkerProcess:
     """A worker process and the job it is at. Its thread count and its GPUs are fixed before it imports anything."""
 
     def __init__(self, threads: int, gpus: tuple[str, ...], log: Path) -> None:
-        self.threads, self.gpus = threads, gpus
-        self.log = log
+        self.threads, self.gpus, self.log = threads, gpus, log
         self.ready = False
         self.started = time.monotonic()
         self.job: Job | None = None
@@ -35,29 +33,20 @@ class WorkerProcess:
         self.oom_kills = 0  # of the machine when the job began
         self.killed: tuple[Cause, str] | None = None
         self._lines, self._outbox = Lines(Event.from_json), b""
-        commands, self._commands = os.pipe()
-        self.events, events = os.pipe()
-        try:
-            self._process = self._spawn(commands, events)
-        finally:
-            os.close(commands)
-            os.close(events)
-        os.set_blocking(self._commands, False)
-        os.set_blocking(self.events, False)
-        self.pid = self._process.pid
-
-    def _spawn(self, commands: int, events: int) -> subprocess.Popen[bytes]:
-        arguments = [json.dumps(worker_path()), str(commands), str(events), str(os.getpid())]
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", _START, *arguments],
+        self.channel, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            handle = theirs.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(worker_path()), str(handle), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=worker_environment(self.threads, self.gpus),
-                pass_fds=(commands, events),
+                stdout=output,
+                stderr=output,
+                env=worker_environment(threads, gpus),
+                pass_fds=[handle],
                 start_new_session=True,
             )
+        self.channel.setblocking(False)
+        self.pid = self.process.pid
 
     @property
     def idle(self) -> bool:
@@ -71,67 +60,44 @@ class WorkerProcess:
         self.flush()
 
     def flush(self) -> None:
-        """Send what the pipe takes without waiting."""
-        while self.ready and self._outbox and self._commands >= 0:
-            try:
-                self._outbox = self._outbox[os.write(self._commands, self._outbox) :]
-            except BlockingIOError:
-                return
-            except BrokenPipeError:  # it died: `poll` of the executor will see it
-                self._outbox = b""
+        """Send what the socket takes without waiting."""
+        with contextlib.suppress(OSError):  # it is full, or its worker died, which the executor will see
+            while self.ready and self._outbox:
+                self._outbox = self._outbox[self.channel.send(self._outbox) :]
 
     def read(self) -> list[Event]:
         """News that have come."""
         events: list[Event] = []
-        while True:
-            try:
-                data = os.read(self.events, 1 << 16)
-            except BlockingIOError:
-                return events
-            if not data:
-                return events
-            events.extend(self._lines.feed(data))
-
-    def exit_code(self) -> int | None:
-        """None while it runs; minus the signal if one killed it."""
-        return self._process.poll()
-
-    def signal(self, number: int) -> None:
-        """Send it a signal, but not its children."""
-        self._process.send_signal(number)
+        with contextlib.suppress(OSError):  # there is no more, or its worker died
+            while data := self.channel.recv(1 << 16):
+                events.extend(self._lines.feed(data))
+        return events
 
     def kill(self, cause: Cause, detail: str = "") -> None:
         """Kill it and its children; why is remembered for when its end is noticed."""
         self.killed = self.killed or (cause, detail)
         self._kill_group()
 
-    def _kill_group(self) -> bool:
-        """False if no process of it is left, not even a dead one that nobody has waited for."""
-        try:
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
             os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            return False
-        return True
 
     def hang_up(self) -> None:
-        """Close the pipe to it: it ends once it is idle, and at once if it is not."""
-        if self._commands >= 0:
-            os.close(self._commands)
-            self._commands = -1
+        """Send it no more jobs: it ends once it is idle."""
+        with contextlib.suppress(OSError):  # it has ended
+            self.channel.shutdown(socket.SHUT_WR)
 
     def close(self, grace: float) -> None:
         """End it, an idle one with `grace` seconds for its exit handlers; nothing of it is left."""
         self.hang_up()
         if self.idle and self.ready:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace)
+                self.process.wait(grace)
         deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:  # a child may fork while it is killed
-            some = self._kill_group()
-            if self._process.poll() is not None and not (some and group_members([self.pid])[self.pid]):
+            self._kill_group()
+            if self.process.poll() is not None and not group_members([self.pid])[self.pid]:
                 break
             time.sleep(0.005)
-        if self.events >= 0:
-            os.close(self.events)
-            self.events = -1
+        self.channel.close()
         remove_if_empty(self.log)

@@ -1,41 +1,38 @@
 """A local worker: a process that serves one attempt after another, so that heavy imports happen once.
 
-It speaks with its driver through two pipes, and leads a process group of its own, so that Ctrl-C in a
-terminal reaches the driver alone. SIGTERM, which a machine about to be taken away sends to all, and SIGUSR2, which says
-that time is up, stop the task where it next says how far it is. It dies with its driver, and takes its children along:
-the driver's guardian kills the group, and a thread watches the pipe from the driver, which closes when the driver is
-gone. (Not `PR_SET_PDEATHSIG`: that comes when the *thread* ends that started the worker.)
+It speaks with its driver through a socket, and leads a process group of its own, so that Ctrl-C in a terminal reaches
+the driver alone. SIGTERM, which a machine about to be taken away sends to all, and SIGUSR2, which says that time is up,
+stop the task where it next says how far it is. It dies with its driver, and takes its children along: the driver's
+guardian kills the group, and a thread watches for the driver's end of the socket to close. (Not `PR_SET_PDEATHSIG`:
+that comes when the *thread* ends that started the worker.)
 """
-
-from __future__ import annotations
 
 import faulthandler
 import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 from cluster.protocol import Cause, Event, Job, Lines, encode
 from cluster.worker.attempt import perform, stopped_by
 from cluster.worker.environment import output_to
 
-LINGER = 2.0  # seconds an idle worker may take for its exit handlers once the driver has closed the pipe
+LINGER = 2.0  # seconds an idle worker may take for its exit handlers once the driver is gone
 STOPPED_BY = {
     signal.SIGTERM: (Cause.PREEMPTED, "told to give way, by SIGTERM"),
     signal.SIGUSR2: (Cause.TIMEOUT, "told that its time is up, by SIGUSR2"),
 }
 
 
-def main(commands: int, events: int, driver: int) -> None:
-    """Serve the attempts that come as lines on the file handle `commands`; tell news on `events`."""
-    busy = threading.Event()
-    _die_with(driver, commands, busy)
-    os.set_inheritable(commands, False)
-    os.set_inheritable(events, False)
+def main(handle: int, driver: int) -> None:
+    """Serve the attempts that come as lines on a socket, until its other end is shut; tell news on it."""
+    channel, busy = socket.socket(fileno=handle), threading.Event()
+    channel.set_inheritable(False)
+    threading.Thread(target=_die_with, args=(driver, channel, busy), name="driver-watch", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopped_by(STOPPED_BY, idle=lambda: not busy.is_set())
     faulthandler.enable()
@@ -43,37 +40,28 @@ def main(commands: int, events: int, driver: int) -> None:
     lock = threading.Lock()  # a task may report progress from several threads
 
     def report(event: Event) -> None:
-        data = encode(event)
         with lock:
-            while data:
-                data = data[os.write(events, data) :]
+            channel.sendall(encode(event))
 
     report(Event("", "ready"))
-    for job in _jobs(commands):
-        busy.set()
-        report(Event(job.id, "started"))
-        try:
-            with output_to(job.log):
-                ended = perform(job, report)
-        finally:
-            busy.clear()
-        report(ended)
-
-
-def _jobs(commands: int) -> Iterator[Job]:
     lines = Lines(Job.from_json)
-    while data := os.read(commands, 1 << 16):
-        yield from lines.feed(data)
+    while data := channel.recv(1 << 16):
+        for job in lines.feed(data):
+            busy.set()
+            report(Event(job.id, "started"))
+            try:
+                with output_to(job.log):
+                    ended = perform(job, report)
+            finally:
+                busy.clear()
+            report(ended)
 
 
-def _die_with(driver: int, commands: int, busy: threading.Event) -> None:
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(commands, 0)  # nothing but the other end being closed
-        while not poll.poll(1000) and os.getppid() == driver:
-            pass
-        if not busy.is_set():  # the main thread has seen the end too, and is on its way out
-            time.sleep(LINGER)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, name="driver-watch", daemon=True).start()
+def _die_with(driver: int, channel: socket.socket, busy: threading.Event) -> None:
+    poll = select.poll()
+    poll.register(channel, 0)  # nothing but the other end being closed
+    while not poll.poll(1000) and os.getppid() == driver:
+        pass
+    if not busy.is_set():  # the main thread has seen the end too, and is on its way out
+        time.sleep(LINGER)
+    os.killpg(0, signal.SIGKILL)

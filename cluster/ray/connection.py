@@ -1,7 +1,5 @@
 """Connecting to a Ray cluster: a given one, the one of this machine, or a private one."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -29,22 +27,28 @@ def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | Non
     it), else the cluster that was started on this machine, else a private one that ends with this executor.
     """
     address = profile.address or os.environ.get("RAY_ADDRESS") or "auto"
-    _check_address(address)
+    if address.startswith("ray://"):
+        raise CannotRun(f"{address} is the address of a Ray client server, from where the store cannot be shared: "
+                        "run the driver in the cluster, with `ray job submit`")  # fmt: skip
+    if "://" in address:
+        raise CannotRun(f"{address} is the address of Ray's dashboard, for `ray job submit`: drivers connect to "
+                        "HOST:6379 or `auto`")  # fmt: skip
     if address in ("auto", "local"):  # of this machine: what is started here listens on loopback only
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read by Ray when it is imported
     import ray
 
-    root = _job_root()
+    found = PACKAGE.fullmatch(str(Path.cwd()))  # as in a job that was submitted with a working dir
+    root = found["root"] if found else None
     if ray.is_initialized():
         return ray, False, root
     runtime_env: dict[str, Any] | None = None
     if profile.working_dir is not None:
         if not Path(profile.working_dir).is_dir():
             raise CannotRun(f"the working dir {profile.working_dir} is not a folder")
-        runtime_env = {"working_dir": profile.working_dir}
+        root, runtime_env = str(Path(profile.working_dir).absolute()), {"working_dir": profile.working_dir}
     with _own_signal_handlers():
         _init(ray, context, address, runtime_env)
-    return ray, True, str(Path(profile.working_dir).absolute()) if profile.working_dir else root
+    return ray, True, root
 
 
 def _init(ray: Any, context: Context, address: str, runtime_env: dict[str, Any] | None) -> None:
@@ -69,34 +73,14 @@ def _init(ray: Any, context: Context, address: str, runtime_env: dict[str, Any] 
     )
 
 
-def _check_address(address: str) -> None:
-    if address.startswith("ray://"):
-        raise CannotRun(
-            f"{address} is the address of a Ray client server, from where the store cannot be shared: run the driver "
-            "in the cluster, with `ray job submit -- python pipelines/eval.py`"
-        )
-    if "://" in address:
-        raise CannotRun(
-            f"{address} is the address of Ray's dashboard, for `ray job submit`: drivers connect to HOST:6379 or `auto`"
-        )
-
-
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
     """Restore the handlers that `ray.init` replaces: how signals end a run is decided by `run`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:
+            if main and handler is not None:
                 signal.signal(number, handler)
-
-
-def _job_root() -> str | None:
-    """The copy of a working dir that this process runs in, as a job that was submitted with one does."""
-    found = PACKAGE.fullmatch(str(Path.cwd()))
-    return found["root"] if found else None

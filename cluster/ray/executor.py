@@ -5,15 +5,13 @@ actor, queue or file between them that could be lost or left over. Ray retries n
 runs belongs to the driver's job: if the driver dies, Ray ends its workers, and they end theirs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.ray.connection import PACKAGE, connect
 from cluster.ray.profile import Node, RayProfile, misfit
-from cluster.ray.remote import code_path, remote_function
+from cluster.ray.worker import code_path, remote_function
 from cluster.task import Resources, Task, display
 
 log = logging.getLogger(__name__)
@@ -34,7 +32,6 @@ SLACK = 60.0  # seconds beyond its time limit after which a task is ended from h
 CLOSE_LIMIT = 10.0
 NODE_ID = "ray.io/node-id"  # label of every node
 PREEMPTED = 3  # `NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED` of Ray
-PASSED_ON = ("OCVTP_", "HF_", "TRANSFORMERS_", "TORCH_", "CUBLAS_", "PYTHONHASHSEED")  # variables tasks see
 
 
 @dataclass(eq=False)
@@ -44,7 +41,7 @@ class _Flight:
     job: Job
     stream: Any  # ray.ObjectRefGenerator
     since: float
-    node: str | None = None  # where it started
+    node: str = ""  # where it started
     started: float = 0.0
     verdict: tuple[Cause, str] | None = None  # why we ended it
 
@@ -59,13 +56,18 @@ class RayExecutor(Executor):
         self._flights: dict[Any, _Flight] = {}  # by stream
         self._looked, self._unplaced_since = 0.0, 0.0
         # Both now: where nodes share a disk, Ray may remove its copy of them for a moment, to make it anew.
-        self._working_folder, self._code = str(Path.cwd()), code_path()
+        self._working_folder, code = str(Path.cwd()), code_path()
         self._ray, self._owned, root = connect(context, self._profile)
         try:
             self._address = self._ray.get_runtime_context().gcs_address
             self._nodes = self._look()
             self._remote = self._ray.remote(remote_function())
-            self._setup = self._make_setup(root)
+            config = context.config
+            passed_on = (f"{config.application.upper()}_", "PYTHONHASHSEED", *config.passed_on)
+            environment = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
+            environment |= self._profile.environment
+            setup = {"folder": self._working_folder, "environment": environment, "moved_by": config.moved_by}
+            self._arguments = setup, code, root
             context.logs.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self.close()
@@ -73,22 +75,22 @@ class RayExecutor(Executor):
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node that has the cores and GPUs."""
-        nodes = [node for node in [*self._nodes, *self._profile.growth] if node.fits(asked, self._profile)]
-        return max((node.memory_gb for node in nodes), default=None)
+        return max((node["memory"] / GIB for node in self._profile.fitting(asked, self._nodes)), default=None)
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse tasks that fit no node, and a store that workers could not share."""
-        store = PACKAGE.fullmatch(str(Path(self._working_folder, self._context.config.store)))
-        if store:
+        config = self._context.config
+        if store := PACKAGE.fullmatch(str(Path(self._working_folder, config.store))):
             raise CannotRun(
                 f"the store would lie in {store['root']}, Ray's copy of the working dir, which is not kept: set "
-                "OCVTP_ROOT (or OCVTP_STORE) to a folder of the file system that all nodes share"
+                f"{config.moved_by} to a folder of the file system that all nodes share"
             )
         self._nodes = self._look()
-        for task in tasks:
-            problem = misfit(task.resources, self._nodes, self._profile)
-            if problem:
-                raise CannotRun(f"task {task.name!r} {problem} (Ray cluster at {self._address})")
+        super().check(tasks)
+
+    def _objection(self, asked: Resources) -> str | None:
+        problem = misfit(asked, self._nodes, self._profile)
+        return problem and f"{problem} (Ray cluster at {self._address})"
 
     def _advance(self, timeout: float) -> None:
         self._launch()
@@ -113,10 +115,8 @@ class RayExecutor(Executor):
             self._ray.shutdown()
         remove_empty_logs(self._context.logs)
 
-    # Handing jobs to Ray
-
     def _launch(self) -> None:
-        window = WINDOW + 2 * int(sum(node.cpus for node in self._nodes))
+        window = WINDOW + 2 * int(sum(node.get("CPU", 0.0) for node in self._nodes))
         flying = Counter(flight.job.resources for flight in self._flights.values())
         for resources, queue in self._queues.items():
             for _ in range(min(len(queue), window - flying[resources])):
@@ -124,18 +124,17 @@ class RayExecutor(Executor):
 
     def _hand_over(self, job: Job) -> None:
         asked, profile = job.resources, self._profile
-        options = {
-            "num_cpus": asked.cpus,
-            "num_gpus": asked.gpus,
-            "memory": int(asked.memory_gb * GIB),
-            "resources": profile.resources or None,
-            "accelerator_type": profile.accelerator_type if asked.gpus else None,
-            "scheduling_strategy": self._strategy(job),
-            "max_retries": 0,
-            "num_returns": "streaming",
-            "name": display(job.name),
-        }
-        stream = self._remote.options(**options).remote(job.to_json(), *self._setup)
+        stream = self._remote.options(
+            num_cpus=asked.cpus,
+            num_gpus=asked.gpus,
+            memory=int(asked.memory_gb * GIB),
+            resources=profile.resources or None,
+            accelerator_type=profile.accelerator_type if asked.gpus else None,
+            scheduling_strategy=self._strategy(job),
+            max_retries=0,
+            num_returns="streaming",
+            name=display(job.name),
+        ).remote(asdict(job), *self._arguments)
         self._flights[stream] = _Flight(job, stream, time.monotonic())
 
     def _strategy(self, job: Job) -> Any:
@@ -145,17 +144,6 @@ class RayExecutor(Executor):
         from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
         return NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
-
-    def _make_setup(self, root: str | None) -> tuple[dict[str, Any], list[str], str | None]:
-        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        setup = {
-            "logs": str(self._context.logs),
-            "folder": self._working_folder,
-            "environment": environment | self._profile.environment,
-        }
-        return setup, self._code, root
-
-    # Following what runs
 
     def _collect(self, timeout: float) -> None:
         """Take the next news of every job that has some."""
@@ -171,21 +159,20 @@ class RayExecutor(Executor):
 
     def _take(self, flight: _Flight) -> None:
         try:
-            event = Event.from_json(self._ray.get(next(flight.stream)))
+            event: Event = self._ray.get(next(flight.stream))
         except StopIteration:
-            self._ended(flight, *(flight.verdict or (Cause.LOST, "it ended and told no end")))
+            cause, detail = flight.verdict or (Cause.LOST, "it ended and told no end")
         except self._ray.exceptions.RayError as error:
-            self._ended(flight, *(flight.verdict or self._diagnose(flight, error)))
+            cause, detail = flight.verdict or self._diagnose(flight, error)
         else:
             if event.kind == "started":
                 flight.node, flight.started = event.node, time.monotonic()
             elif event.kind == "ended":
                 del self._flights[flight.stream]
             self._events.append(event)
-
-    def _ended(self, flight: _Flight, cause: Cause, detail: str) -> None:
+            return
         del self._flights[flight.stream]
-        self._events.append(Event(flight.job.id, "ended", cause, detail, node=flight.node or ""))
+        self._events.append(Event(flight.job.id, "ended", cause, detail, node=flight.node))
 
     def _diagnose(self, flight: _Flight, error: Exception) -> tuple[Cause, str]:
         """Why Ray ended a job, of which no word came."""
@@ -209,8 +196,7 @@ class RayExecutor(Executor):
         for node in self._ray.nodes():
             if node["NodeID"] == flight.node and not node["Alive"]:
                 why = node.get("DeathReasonMessage") or "no reason given"
-                preempted = node.get("DeathReason") == PREEMPTED
-                cause = Cause.PREEMPTED if preempted else Cause.NODE
+                cause = Cause.PREEMPTED if node.get("DeathReason") == PREEMPTED else Cause.NODE
                 return cause, f"its node {node['NodeManagerHostname']} is gone: {why}"
         return None
 
@@ -220,28 +206,23 @@ class RayExecutor(Executor):
         if now - self._looked < LOOK_PERIOD:
             return
         self._looked = now
+        waiting = []
         for flight in self._flights.values():
             limit = flight.job.resources.minutes
             if flight.started and now - flight.started > limit * 60 + SLACK:
                 self._end(flight, Cause.TIMEOUT, f"took longer than {limit:g} minutes, and its node did not end it")
-        flights = self._flights.values()
-        waiting = [flight for flight in flights if not flight.started and now - flight.since > LOOK_PERIOD]
-        if not waiting:
-            self._unplaced_since = 0.0
-            return
-        self._nodes = self._look()
-        self._end_misfits(waiting, now)
-
-    def _end_misfits(self, waiting: Sequence[_Flight], now: float) -> None:
+            elif not flight.started and now - flight.since > LOOK_PERIOD:
+                waiting.append(flight)
+        if waiting:
+            self._nodes = self._look()
         problems = [(flight, misfit(flight.job.resources, self._nodes, self._profile)) for flight in waiting]
         stuck = [(flight, problem) for flight, problem in problems if problem]
         if not stuck:
             self._unplaced_since = 0.0
-            return
-        if not self._unplaced_since:
+        elif not self._unplaced_since:
             self._unplaced_since = now
             log.warning("%d tasks wait for nodes that are gone: the first %s", len(stuck), stuck[0][1])
-        if now - self._unplaced_since > self._profile.patience_minutes * 60:
+        elif now - self._unplaced_since > self._profile.patience_minutes * 60:
             for flight, problem in stuck:
                 self._end(flight, Cause.NODE, f"no node came back for it: it {problem}")
 
@@ -250,4 +231,4 @@ class RayExecutor(Executor):
         self._ray.cancel(flight.stream, force=True)
 
     def _look(self) -> list[Node]:
-        return [Node.of_ray(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]

@@ -1,10 +1,7 @@
-"""What a Ray cluster's nodes have, and whether one of them can run a task."""
-
-from __future__ import annotations
+"""How to use a Ray cluster, and which of its nodes can run a task."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,37 +11,8 @@ from cluster.profiles import Profile
 from cluster.task import Resources
 from cluster.validation import Section, Text
 
-ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a node's GPUs
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node."""
-
-    cpus: float
-    gpus: float
-    memory_gb: float
-    extra: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of_ray(cls, resources: Mapping[str, float]) -> Node:
-        """From an entry of `ray.nodes()`."""
-        known = {"CPU", "GPU", "memory"}
-        extra = {name: value for name, value in resources.items() if name not in known}
-        memory = resources.get("memory", 0.0) / GIB
-        return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory, extra)
-
-    def fits(self, asked: Resources, profile: RayProfile) -> bool:
-        """Whether it could run such a task if it had nothing else to do."""
-        if profile.accelerator_type and asked.gpus and ACCELERATOR + profile.accelerator_type not in self.extra:
-            return False
-        if any(self.extra.get(name, 0.0) < amount for name, amount in profile.resources.items()):
-            return False
-        # A retry with all the memory there is may differ from it by rounding.
-        return asked.cpus <= self.cpus and asked.gpus <= self.gpus and asked.memory_gb <= self.memory_gb * (1 + 1e-9)
-
-    def __str__(self) -> str:
-        return f"{self.cpus:g} core(s), {self.gpus:g} GPU(s), {self.memory_gb:.1f} GB of memory"
+Node = Mapping[str, float]
+"""What `ray.nodes()` calls the Resources of a node: its CPU, GPU, memory in bytes, and what else it offers."""
 
 
 class LargestNode(Section):
@@ -68,31 +36,34 @@ class RayProfile(Profile):
     largest_node: LargestNode | None = None
     patience_minutes: float = Field(default=10.0, ge=0)
 
-    @property
-    def growth(self) -> list[Node]:
-        """The largest node that the cluster may grow by, if it grows."""
-        if self.largest_node is None:
-            return []
+    def fitting(self, asked: Resources, nodes: Sequence[Node]) -> list[Node]:
+        """Nodes, there or to be added, that could run such a task if they had nothing else to do."""
+        needs = {"CPU": asked.cpus, "GPU": asked.gpus, "memory": asked.memory_gb * GIB, **self.resources}
+        if self.accelerator_type and asked.gpus:
+            needs[f"accelerator_type:{self.accelerator_type}"] = 1e-3  # Ray names a node's GPUs so
         size = self.largest_node
-        extra = dict.fromkeys(self.resources, float("inf"))
-        if self.accelerator_type:
-            extra[ACCELERATOR + self.accelerator_type] = 1.0
-        return [Node(size.cpus, size.gpus, size.memory_gb, extra)]
+        if size is not None:
+            nodes = [*nodes, {**needs, "CPU": size.cpus, "GPU": size.gpus, "memory": size.memory_gb * GIB}]
+        # A retry with all the memory there is may differ from it by rounding.
+        return [node for node in nodes if all(node.get(one, 0.0) * (1 + 1e-9) >= needs[one] for one in needs)]
 
 
 def misfit(asked: Resources, nodes: Sequence[Node], profile: RayProfile) -> str | None:
     """Why no node can ever run such a task, as the rest of a sentence; None if one can."""
-    if any(node.fits(asked, profile) for node in [*nodes, *profile.growth]):
+    if profile.fitting(asked, nodes):
         return None
-    wanted = f"{asked.cpus} core(s), {asked.gpus} GPU(s) and {asked.memory_gb:g} GB of memory on one node"
     extra = [f"{amount:g} {name}" for name, amount in profile.resources.items()]
     if profile.accelerator_type and asked.gpus:
         extra.append(f"GPUs of type {profile.accelerator_type}")
-    if extra:
-        wanted += f", with {' and '.join(extra)} as its profile says"
-    kinds = Counter(map(str, nodes))
-    there = "; ".join(f"{count} with {kind}" for kind, count in kinds.items()) or "none"
+    also = f", with {' and '.join(extra)} as its profile says" if extra else ""
+    there = "; ".join(f"{count} with {kind}" for kind, count in Counter(map(_described, nodes)).items()) or "none"
     return (
-        f"asks for {wanted}. Nodes there are: {there}. Ask for less, add such a node, or, if the cluster grows by "
-        "itself, say in the profile how large its nodes get (largest_node)"
+        f"asks for {asked.cpus} core(s), {asked.gpus} GPU(s) and {asked.memory_gb:g} GB of memory on one node{also}. "
+        f"Nodes there are: {there}. Ask for less, add such a node, or, if the cluster grows by itself, say in the "
+        "profile how large its nodes get (largest_node)"
     )
+
+
+def _described(node: Node) -> str:
+    cpus, gpus, memory = (node.get(name, 0.0) for name in ("CPU", "GPU", "memory"))
+    return f"{cpus:g} core(s), {gpus:g} GPU(s), {memory / GIB:.1f} GB of memory"

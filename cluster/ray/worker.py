@@ -1,82 +1,113 @@
-"""One attempt inside a Ray worker.
+"""One attempt inside a Ray worker: the function that Ray runs finds our code on the node, and runs the attempt.
 
 The call never runs in Ray's own process but in a local worker beside it, which serves one attempt after another. If
 Ray's process dies, the local worker and its children die with it.
 """
 
-from __future__ import annotations
-
 import os
+import site
 import socket
+import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from cluster.local.executor import Allotted
 from cluster.protocol import Cause, Event, Job
+from cluster.worker.environment import worker_path
 
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show the folder of logs
 
 
+def code_path() -> list[str]:
+    """Folders the driver imports from, but those of Python and of installed packages: nodes have their own."""
+    paths = sysconfig.get_paths()
+    installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")] + site.getsitepackages()
+    folders = [Path(folder) for folder in worker_path() if Path(folder).is_dir()]
+    return [str(folder) for folder in folders if not any(folder.is_relative_to(path) for path in installed)]
+
+
+def remote_function() -> Callable[..., Iterator[Any]]:
+    """The function that Ray runs.
+
+    A nested one, so that it travels as code: to import anything of this package a worker must know where it
+    is, which this function tells it. The call of the task is imported by name.
+    """
+
+    def start(job: dict[str, Any], setup: dict[str, Any], code: list[str], root: str | None) -> Iterator[Any]:
+        import os
+        import sys
+
+        import ray
+
+        if "cluster.ray.worker" not in sys.modules:  # the first attempt of this process
+            if root is not None:
+                # Not by the current folder: where nodes share a disk, another one may have made the copy anew.
+                mark = "/_ray_pkg_"
+                found = next((path for path in sys.path if mark in path), None)
+                if found is None:
+                    raise RuntimeError(f"no copy of the working dir here: this worker imports from {sys.path}")
+                before, _, name = found.partition(mark)
+                copy = before + mark + name.partition("/")[0]
+                # What does not lie in the working dir keeps its path.
+                paths = [(path, os.path.relpath(path, root)) for path in (setup["folder"], *code)]
+                setup["folder"], *code = [
+                    path if inside.startswith("..") else os.path.normpath(f"{copy}/{inside}") for path, inside in paths
+                ]
+            of_ray = ray.__path__[0] + os.sep
+            others = [path for path in sys.path if path not in code]
+            # Ray's own copies of common packages come last: tasks do not import those.
+            sys.path[:] = [*code, *sorted(others, key=lambda path: path.startswith(of_ray))]
+            setup["environment"]["PYTHONPATH"] = os.pathsep.join(code)
+            vars(sys)["_cluster_setup"] = setup
+        from cluster.ray.worker import attempt
+
+        for event in attempt(job, vars(sys)["_cluster_setup"]):
+            yield replace(event, node=ray.get_runtime_context().get_node_id())
+
+    return start
+
+
 class _Here:
-    """What this process keeps between attempts."""
+    """What this process keeps between attempts of a run."""
 
     executor: Allotted | None = None
-    setup: Mapping[str, Any] = MappingProxyType({})
+    logs: Path | None = None
 
 
-def attempt(job: Mapping[str, Any], setup: Mapping[str, Any], node: str) -> Iterator[dict[str, Any]]:
-    """Run one attempt to its end, yielding its news; the last is of kind "ended". JSON in, JSON out.
+def attempt(as_json: Mapping[str, Any], setup: Mapping[str, Any]) -> Iterator[Event]:
+    """Run one attempt to its end, yielding its news; the last is of kind "ended".
 
     Args:
-        job: as `Job.to_json` writes it.
-        setup: what all attempts of a run need to know: `logs`, the `folder` to work in, and variables (`environment`).
-        node: where this is; comes with each event.
+        as_json: the job, as `Job.from_json` reads it.
+        setup: the `folder` to work in, variables (`environment`), and those by which the store is moved (`moved_by`).
     """
-    for event in _attempt(Job.from_json(job), setup):
-        yield {**event.to_json(), "node": node}
-
-
-def _attempt(job: Job, setup: Mapping[str, Any]) -> Iterator[Event]:
-    deadline = time.monotonic() + VISIBLE_WITHIN
-    while not job.log.parent.is_dir():
+    job = Job.from_json(as_json)
+    logs, deadline = job.log.parent, time.monotonic() + VISIBLE_WITHIN
+    while not logs.is_dir():
         if time.monotonic() > deadline:
             problem = (
-                f"node {socket.gethostname()} does not see {job.log.parent}: the store must lie on a file system that "
-                "all nodes share, under the same path (OCVTP_ROOT or OCVTP_STORE name it)"
+                f"node {socket.gethostname()} does not see {logs}: the store must lie on a file system that all nodes "
+                f"share, under the same path ({setup['moved_by']} names it)"
             )
             yield Event(job.id, "ended", Cause.EXCEPTION, problem)
             return
         time.sleep(0.2)
-    ended = False
-    try:
-        for event in _executor(setup).attempt(job):
-            ended = event.kind == "ended"
-            # CUDA keeps memory on a GPU as long as its process lives, and Ray gives the GPU away now.
-            if ended and job.resources.gpus:
-                _close()
-            yield event
-    finally:
-        if not ended:
-            _close()
+    executor = _executor(logs, setup)
+    yield from executor.attempt(job)
+    if job.resources.gpus:  # CUDA keeps memory on a GPU as long as its process lives, and Ray gives the GPU away now
+        executor.release()
 
 
-def _executor(setup: Mapping[str, Any]) -> Allotted:
+def _executor(logs: Path, setup: Mapping[str, Any]) -> Allotted:
     """What runs attempts in this process."""
-    if _Here.setup != setup:
-        _close()
+    if _Here.executor is None or _Here.logs != logs:
+        if _Here.executor is not None:
+            _Here.executor.close()
         os.environ.update(setup["environment"])
         if Path(setup["folder"]).is_dir():
             os.chdir(setup["folder"])
-        _Here.setup = setup
-    if _Here.executor is None:
-        _Here.executor = Allotted(Path(setup["logs"]))
+        _Here.executor, _Here.logs = Allotted(logs), logs
     return _Here.executor
-
-
-def _close() -> None:
-    if _Here.executor is not None:
-        _Here.executor.close()
-        _Here.executor = None

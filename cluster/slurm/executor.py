@@ -6,8 +6,6 @@ read from files that the jobs write (`cluster.slurm.worker`) and from squeue, on
 requeues nothing, `run` retries: a job that is started again by SLURM would be the same attempt twice.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -18,6 +16,7 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,11 +24,11 @@ from cluster.errors import CannotRun
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
 from cluster.slurm import queue as slurm_queue
-from cluster.slurm.orphans import FOLDER, Ledger, job_name, reap
+from cluster.slurm.orphans import FOLDER, Ledger, reap
 from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import CAUSES, ControllerUnreachable, State
 from cluster.slurm.worker import events_file, run_jobs, write_array
-from cluster.task import Resources, Task
+from cluster.task import Resources
 from cluster.worker.environment import worker_path
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ SHORTEST, LONGEST = 1.0, 10.0  # seconds of work to give to a job
 ALLOWANCE = 60.0  # seconds that the tasks of a pack may take in all, before the last one begins
 _UNHEARD = re.compile(r"timed out|Zero Bytes", re.IGNORECASE)  # it may have queued them all the same
 _HELD = re.compile(r"held|BadConstraints|PartitionDown|PartitionInactive", re.IGNORECASE)
-_MEMORY = re.compile(rb"exceeded (job |step )?memory limit|oom[-_ ]kill", re.IGNORECASE)
+_MEMORY = re.compile(r"exceeded (job |step )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 
 _Shape = tuple[Resources, tuple[str, ...], str]  # what jobs of one array share: resources, nodes they avoid, call
 
@@ -59,11 +58,10 @@ class _SlurmJob:
     shape: _Shape
     events: Path
     log: Path  # of srun, and of the process that starts the attempts
-    submitted: float
     lines: Lines[Event] = field(default_factory=lambda: Lines(Event.from_json))
     read: int = 0  # bytes of its events
     gone: float | None = None  # when it was first seen to have ended, or not seen any more
-    state: State | None = None
+    last: str = ""  # state, for messages
     node: str = ""
     cancelled: set[str] = field(default_factory=set)  # attempts that we cancelled
 
@@ -76,46 +74,37 @@ class SlurmExecutor(Executor):
         try:
             import submitit
         except ImportError as error:
-            raise CannotRun("submitit is not installed: pip install 'ocvtp[pipeline]'") from error
+            raise CannotRun("submitit is not installed: `pip install submitit`") from error
         self._submitit = submitit
         self._profile = SlurmProfile.load(context.config.profile)
         self._logs, self._folder = context.logs, context.logs / FOLDER
-        self._name = job_name(context.run_id)
+        self._name = f"{context.config.application}-{context.run_id}"
         self._jobs: dict[str, _SlurmJob] = {}  # by id
-        self._known: set[str] = set()  # ids of all jobs that SLURM has taken
-        self._looked = 0.0
+        self._looked, self._full_until = 0.0, 0.0
         self._unreachable_since: float | None = None
         self._full_since: float | None = None
-        self._full_until = 0.0
-        self._seconds: dict[tuple[Resources, str], deque[float]] = defaultdict(lambda: deque(maxlen=100))
-        self._sampled: dict[tuple[Resources, str], float] = {}  # when the sample was submitted
+        self._seconds: dict[_Shape, deque[float]] = defaultdict(lambda: deque(maxlen=100))  # that attempts took
+        self._sampled: dict[_Shape, float] = {}  # when the sample was submitted
         self._single: set[_Shape] = set()  # SLURM refuses packs of those
         self._reasons: set[str] = set()  # to wait, of which people know
+        settings = slurm_queue.settings()
+        self._accounting = settings.get("AccountingStorageType", "").endswith("slurmdbd")
+        self._wave = self._longest_array = max(1, int(settings.get("MaxArraySize", "1001")))
         self._ledger = Ledger(self._folder)
-        try:
-            self._settings = slurm_queue.settings()
-            self._ledger.open()
-            reap(self._ledger)
-        except ControllerUnreachable as error:
-            raise CannotRun(f"SLURM does not answer: {error}") from error
-        self._wave = self._longest_array
+        self._ledger.open()
+        reap(self._ledger)
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node with GPUs or without, less what each job has beside its task."""
         largest = slurm_queue.largest_memory_gb(self._profile.partition, gpus=asked.gpus > 0)
         return None if largest is None else largest - self._profile.spare_memory_gb
 
-    def check(self, tasks: Sequence[Task]) -> None:
-        """Refuse tasks that SLURM says it can never run."""
-        for asked in dict.fromkeys(task.resources for task in tasks):
-            objection = slurm_queue.objection(self._profile.test_arguments(asked))
-            if objection:
-                name = next(task.name for task in tasks if task.resources == asked)
-                raise CannotRun(
-                    f"task {name!r} asks for {asked.cpus} core(s), {asked.gpus} GPU(s), {asked.memory_gb:g} GB and "
-                    f"{asked.minutes:g} minutes, and SLURM refuses that: {objection}. Ask for less, or choose another "
-                    "partition in the profile"
-                )
+    def _objection(self, asked: Resources) -> str | None:
+        said = slurm_queue.objection(self._profile.test_arguments(asked))
+        return said and (
+            f"asks for {asked.cpus} core(s), {asked.gpus} GPU(s), {asked.memory_gb:g} GB and {asked.minutes:g} "
+            f"minutes, and SLURM refuses that: {said}. Ask for less, or choose another partition in the profile"
+        )
 
     def close(self) -> None:
         """Cancel what is left, and wait until it is gone."""
@@ -123,15 +112,15 @@ class SlurmExecutor(Executor):
         self.cancel([attempt for job in self._jobs.values() for attempt in job.attempts])
         deadline = time.monotonic() + CLOSE_LIMIT
         while time.monotonic() < deadline and (left := self._left()):
-            slurm_queue.cancel(left - self._known)  # such as sbatch queued without saying so
-            self.poll(TICK)
+            slurm_queue.cancel(left)  # again: sbatch may have queued some without saying so
+            self.poll(1.0)
         self._jobs.clear()
         remove_empty_logs(self._logs)
 
     def _left(self) -> set[str]:
         """Jobs of this run in the queue, also such as have told the end of all their attempts."""
         try:
-            return {listed.id for listed in slurm_queue.queue(name=self._name) if listed.state.alive}
+            return {one for one, state in slurm_queue.queue(name=self._name).items() if state.alive}
         except ControllerUnreachable as error:
             log.warning("%s", error)
             return set()
@@ -153,8 +142,6 @@ class SlurmExecutor(Executor):
         slurm_queue.cancel(job.id for job in jobs)
         self._looked = 0.0
 
-    # Handing jobs to SLURM
-
     def _launch(self) -> None:
         for shape, queue in self._queues.items():
             while queue and time.monotonic() >= self._full_until:
@@ -164,32 +151,27 @@ class SlurmExecutor(Executor):
                 if not self._hand_over(shape, packs):
                     queue.extendleft(job for pack in reversed(packs) for job in reversed(pack))
 
-    @property
-    def _longest_array(self) -> int:
-        return max(1, int(self._settings.get("MaxArraySize", "1001")))
-
     def _next_packs(self, shape: _Shape, queue: deque[Job]) -> list[list[Job]]:
         """The attempts of each job of the next array, taken off the queue; none if they have to wait."""
         room = min(self._profile.max_jobs - len(self._jobs), self._wave)
         size = self._pack_size(shape, len(queue)) if room > 0 else 1
         if size == 0:
-            kind, now = (shape[0], shape[2]), time.monotonic()
-            if kind not in self._sampled:
-                self._sampled[kind], room = now, min(room, SAMPLE)
-            elif now - self._sampled[kind] < SAMPLE_LIMIT:
+            now, size = time.monotonic(), 1
+            if shape not in self._sampled:
+                self._sampled[shape], room = now, min(room, SAMPLE)
+            elif now - self._sampled[shape] < SAMPLE_LIMIT:
                 return []
-            size = 1
         count = min(room, math.ceil(len(queue) / size))
         return [[queue.popleft() for _ in range(min(size, len(queue)))] for _ in range(count)]
 
     def _pack_size(self, shape: _Shape, waiting: int) -> int:
         """How many attempts one job makes, one after another; 0 if that is to be measured first."""
-        asked, avoid, call = shape
+        asked, avoid, _ = shape
         if avoid or shape in self._single:
             return 1
         if self._profile.tasks_per_job != "auto":
             return int(self._profile.tasks_per_job)
-        measured = self._seconds[asked, call]
+        measured = self._seconds[shape]
         if not measured:
             return 1 if waiting <= FEW else 0
         seconds = max(statistics.median(measured), 1e-3)
@@ -199,47 +181,43 @@ class SlurmExecutor(Executor):
 
     def _hand_over(self, shape: _Shape, packs: Sequence[Sequence[Job]]) -> bool:
         """Submit an array; False if the queue takes no more just now. What it never takes has ended."""
-        asked, longest = shape[0], max(map(len, packs))
-        allowance = 0.0 if longest == 1 else (longest - 1) * asked.minutes * 60
+        asked, avoid, _ = shape
+        allowance = (max(map(len, packs)) - 1) * asked.minutes * 60
         if self._profile.tasks_per_job == "auto":
             allowance = min(allowance, ALLOWANCE)
-        profile = self._elsewhere(*shape[:2])
+        parameters = self._elsewhere(asked, avoid).parameters(replace(asked, minutes=asked.minutes + allowance / 60))
         executor = self._submitit.SlurmExecutor(folder=self._folder / "submitit")
-        executor.update_parameters(
-            **profile.parameters(replace(asked, minutes=asked.minutes + allowance / 60)),
-            job_name=self._name, setup=self._setup(asked),
-        )  # fmt: skip
+        # The job script says where our code is, and what srun does not take from sbatch.
+        values = {"PYTHONPATH": os.pathsep.join(worker_path()), "SRUN_CPUS_PER_TASK": str(asked.cpus)}
+        setup = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+        executor.update_parameters(**parameters, job_name=self._name, setup=setup + self._profile.setup)
         array = str(write_array(self._folder, packs, self._profile.signal_seconds, allowance))
         try:
             with slurm_queue.undisturbed():
                 handles = executor.map_array(run_jobs, [array] * len(packs), range(len(packs)))
         except Exception as error:  # submitit has several for what sbatch says
             return self._refused(shape, packs, " ".join(str(error).split())[-500:])
-        now = time.monotonic()
+        self._looked = time.monotonic()
         self._full_since, self._wave = None, min(2 * self._wave, self._longest_array)
         for handle, pack in zip(handles, packs, strict=True):
             attempts, events = {job.id: job for job in pack}, events_file(self._folder, pack)
-            one = _SlurmJob(handle.job_id, attempts, shape, events, Path(handle.paths.stderr), now)
-            self._jobs[one.id] = one
-            self._known.add(one.id)
+            own_log = Path(handle.paths.stderr)
+            self._jobs[handle.job_id] = _SlurmJob(handle.job_id, attempts, shape, events, own_log)
             for job in pack:
-                self._ledger.note(one.id, job.id, job.out)
-        self._looked = now
+                self._ledger.note(handle.job_id, job.id, job.out)
         return True
 
     def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> SlurmProfile:
         """The profile, without nodes to avoid if another one that is up can run such jobs."""
+        profile, without = self._profile, [*avoid, *([self._profile.exclude] if self._profile.exclude else [])]
         if not avoid:
-            return self._profile
-        without = [*([self._profile.exclude] if self._profile.exclude else []), *avoid]
-        try:
-            down = slurm_queue.unusable_nodes(self._profile.partition)
-        except ControllerUnreachable:
-            return self._profile
-        others = self._profile.model_copy(update={"exclude": ",".join([*without, *down])})
-        if slurm_queue.objection(others.test_arguments(asked)):
-            return self._profile
-        return self._profile.model_copy(update={"exclude": ",".join(without)})
+            return profile
+        with suppress(ControllerUnreachable):
+            down = slurm_queue.unusable_nodes(profile.partition)
+            others = profile.model_copy(update={"exclude": ",".join([*without, *down])})
+            if not slurm_queue.objection(others.test_arguments(asked)):
+                return profile.model_copy(update={"exclude": ",".join(without)})
+        return profile
 
     def _refused(self, shape: _Shape, packs: Sequence[Sequence[Job]], message: str) -> bool:
         """Later and fewer at once where a limit is reached, for as long as our own jobs hold it or patience lasts."""
@@ -251,40 +229,30 @@ class SlurmExecutor(Executor):
             self._full_until = now + max(self._profile.poll_seconds, 1.0)
             log.info("SLURM takes no more jobs just now: %s", message)
             return False
-        if max(map(len, packs)) > 1 and not _UNHEARD.search(message):
+        cause = Cause.LOST if _UNHEARD.search(message) else Cause.EXCEPTION
+        if max(map(len, packs)) > 1 and cause is Cause.EXCEPTION:
             log.warning("SLURM takes no jobs of several tasks, so each gets its own: %s", message)
             self._single.add(shape)
             return False
-        cause = Cause.LOST if _UNHEARD.search(message) else Cause.EXCEPTION
         detail = f"SLURM does not take the job: {message}"
         self._events += [Event(job.id, "ended", cause, detail) for pack in packs for job in pack]
         return True
 
-    def _setup(self, asked: Resources) -> list[str]:
-        """Lines of the job script: where our code is, and what srun does not take from sbatch."""
-        values = {"PYTHONPATH": os.pathsep.join(worker_path()), "SRUN_CPUS_PER_TASK": str(asked.cpus)}
-        return [*(f"export {name}={shlex.quote(value)}" for name, value in values.items()), *self._profile.setup]
-
-    # Following what runs
-
     def _read(self) -> None:
         """What the jobs tell of their attempts."""
         for job in list(self._jobs.values()):
-            try:
-                with job.events.open("rb") as file:
-                    file.seek(job.read)
-                    data = file.read()
-            except OSError:
-                continue
+            data = b""
+            with suppress(OSError), job.events.open("rb") as file:
+                file.seek(job.read)
+                data = file.read()
             job.read += len(data)
             for event in job.lines.feed(data):
-                if event.job not in job.attempts:
-                    continue
-                job.node = event.node or job.node
-                if event.kind == "ended":
-                    self._end(job, event)
-                else:
-                    self._events.append(event)
+                if event.job in job.attempts:
+                    job.node = event.node or job.node
+                    if event.kind == "ended":
+                        self._end(job, event)
+                    else:
+                        self._events.append(event)
 
     def _look(self) -> None:
         """What SLURM tells of the jobs."""
@@ -296,13 +264,18 @@ class SlurmExecutor(Executor):
         if not self._jobs:
             return
         try:
-            states = {listed.id: listed.state for listed in slurm_queue.queue(name=self._name)}
+            states = slurm_queue.queue(name=self._name)
             self._unreachable_since = None
         except ControllerUnreachable as error:
-            self._wait_for_controller(now, str(error))
+            self._unreachable_since = self._unreachable_since or now
+            if now == self._unreachable_since:
+                log.warning("%s; jobs go on meanwhile", error)
+            elif now - self._unreachable_since > self._profile.patience_minutes * 60:
+                for job in list(self._jobs.values()):
+                    self._end_all(job, Cause.LOST, f"for {self._profile.patience_minutes:g} minutes, {error}")
             return
         missing = [one for one in self._jobs if one not in states]
-        if missing and self._settings.get("AccountingStorageType", "").endswith("slurmdbd"):
+        if missing and self._accounting:
             try:
                 states |= slurm_queue.accounted(missing)
             except ControllerUnreachable as error:
@@ -311,43 +284,37 @@ class SlurmExecutor(Executor):
             if job.id in self._jobs:  # judging another one may have read the end of this one
                 self._judge(job, states.get(job.id), now)
 
-    def _wait_for_controller(self, now: float, message: str) -> None:
-        if self._unreachable_since is None:
-            self._unreachable_since = now
-            log.warning("SLURM does not answer, jobs go on meanwhile: %s", message)
-        elif now - self._unreachable_since > self._profile.patience_minutes * 60:
-            for job in list(self._jobs.values()):
-                self._end_all(job, Cause.LOST, f"SLURM has not answered for long: {message}")
-
     def _judge(self, job: _SlurmJob, state: State | None, now: float) -> None:
         """End the attempts of a job that is over, once what it told last has had time to become visible."""
-        job.state = state or job.state
-        job.node = (state.node if state else "") or job.node
-        if state is not None and state.alive:
-            job.gone = None
-            self._warn_if_held(job, state)
-            return
-        job.gone = job.gone or now
         if state is None:
             # Right after sbatch squeue may not list it yet, and one that ended may be forgotten at once.
-            if now - max(job.gone, job.submitted) >= self._profile.lost_seconds or job.cancelled:
-                last = f", last seen {job.state.state}" if job.state else ""
-                self._end_all(job, Cause.LOST, f"SLURM knows no job {job.id} any more{last}")
-        elif job.cancelled or state.state != "COMPLETED" or now - job.gone >= VISIBLE_WITHIN:
+            job.gone = job.gone or now
+            if now - job.gone >= self._profile.lost_seconds or job.cancelled:
+                self._end_all(job, Cause.LOST, f"SLURM knows no job {job.id} any more{job.last}")
+            return
+        job.last, job.node = f", last seen {state.state}", state.node or job.node
+        if state.alive:
+            job.gone = None
+            # Once of each reason that jobs wait until a person does something.
+            if state.state == "PENDING" and _HELD.search(state.reason) and state.reason not in self._reasons:
+                self._reasons.add(state.reason)
+                log.warning("SLURM job %s waits and will not start by itself: %s (see `scontrol show job %s`)",
+                            job.id, state.reason, job.id)  # fmt: skip
+            return
+        job.gone = job.gone or now
+        if job.cancelled or state.state != "COMPLETED" or now - job.gone >= VISIBLE_WITHIN:
             self._read()
-            if job.id in self._jobs:
-                cause = CAUSES.get(state.state, Cause.LOST)
-                if cause is Cause.CRASHED and _MEMORY.search(_tail(job.log)):
-                    cause = Cause.OOM
-                where = f" on {state.node}" if state.node else ""
-                self._end_all(job, cause, f"SLURM job {job.id}{where} is {state.state}{_last_line(job.log)}")
-
-    def _warn_if_held(self, job: _SlurmJob, state: State) -> None:
-        """Warn once of each reason that jobs wait until a person does something."""
-        if state.state == "PENDING" and _HELD.search(state.reason) and state.reason not in self._reasons:
-            self._reasons.add(state.reason)
-            log.warning("SLURM job %s waits and will not start by itself: %s (see `scontrol show job %s`)",
-                        job.id, state.reason, job.id)  # fmt: skip
+            said = ""
+            with suppress(OSError):
+                said = job.log.read_bytes()[-4000:].decode(errors="replace")
+            cause = CAUSES.get(state.state, Cause.LOST)
+            if cause is Cause.CRASHED and _MEMORY.search(said):
+                cause = Cause.OOM
+            lines = [line for line in said.splitlines() if line.strip()]
+            own = [line for line in lines if not line.startswith("srun:")]  # says more than that it exited with 1
+            last = f": {json.dumps((own or lines)[-1][:200])}" if lines else ""
+            where = f" on {state.node}" if state.node else ""
+            self._end_all(job, cause, f"SLURM job {job.id}{where} is {state.state}{last}")
 
     def _end_all(self, job: _SlurmJob, cause: Cause, detail: str) -> None:
         """A job is over: so is the attempt it was at. The others had not begun, and are free to start elsewhere."""
@@ -358,21 +325,8 @@ class SlurmExecutor(Executor):
     def _end(self, job: _SlurmJob, event: Event) -> None:
         del job.attempts[event.job]
         if event.cause is Cause.DONE and event.seconds is not None:
-            self._seconds[job.shape[0], job.shape[2]].append(event.seconds)
+            self._seconds[job.shape].append(event.seconds)
         cause = Cause.CANCELLED if event.job in job.cancelled else event.cause
         self._events.append(replace(event, cause=cause, node=job.node))
         if not job.attempts:
             del self._jobs[job.id]
-
-
-def _tail(path: Path) -> bytes:
-    try:
-        return path.read_bytes()[-4000:]
-    except OSError:
-        return b""
-
-
-def _last_line(path: Path) -> str:
-    lines = [line for line in _tail(path).decode(errors="replace").splitlines() if line.strip()]
-    own = [line for line in lines if not line.startswith("srun:")]  # says more than that it exited with 1
-    return f": {json.dumps((own or lines)[-1][:200])}" if lines else ""

@@ -4,8 +4,6 @@ Each run notes in its folder of logs who drives it, and which job runs which att
 Whether a driver on another login node is dead, the time of its file tells, which it renews.
 """
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import json
@@ -22,16 +20,10 @@ from cluster.store.leftovers import fence
 
 log = logging.getLogger(__name__)
 
-PREFIX = "ocvtp-"
 FOLDER, DRIVER, ATTEMPTS = "slurm", "driver.json", "attempts.jsonl"
 SILENCE = 300.0  # seconds without a sign of life of a driver on another host after which it counts as dead
 LIMIT = 30.0  # seconds that cancelled jobs have to leave the queue
-_NAME = re.compile(rf"{PREFIX}(?P<run>\d{{8}}-\d{{6}}-[0-9a-f]{{8}})")
-
-
-def job_name(run_id: str) -> str:
-    """Of all jobs of a run."""
-    return f"{PREFIX}{run_id}"
+_NAME = re.compile(r".+-(?P<run>\d{8}-\d{6}-[0-9a-f]{8})")  # as the executor names the jobs of a run
 
 
 @dataclass(frozen=True)
@@ -56,10 +48,9 @@ class Ledger:
             file.write(json.dumps({"job": job, "attempt": attempt, "out": str(out)}) + "\n")
 
     def abandoned(self, now: float) -> bool:
-        """Whether its driver is dead. Should it live all the same, its cancelled jobs come again, and nothing is lost.
+        """Whether its driver is dead at a time by the clock of the file system.
 
-        Args:
-            now: a time by the clock of the file system.
+        Should it live all the same, its cancelled jobs come again, and nothing is lost.
         """
         try:
             alive = Process.from_json(json.loads((self.folder / DRIVER).read_bytes())).alive()
@@ -82,33 +73,28 @@ class Ledger:
 
 
 def reap(own: Ledger) -> None:
-    """Cancel jobs of runs on this store whose drivers are dead, and fence their attempts.
-
-    Args:
-        own: of the run that begins now, opened.
-
-    Raises:
-        ControllerUnreachable: the controller does not answer.
-    """
+    """Cancel jobs of runs on the store of this one, which begins now, whose drivers are dead; fence their attempts."""
     logs, now = own.folder.parent.parent, own.seen()
     ledgers: dict[str, Ledger] = {}
     orphans: set[str] = set()
-    for listed in slurm_queue.queue(user=getpass.getuser()):
-        match = _NAME.fullmatch(listed.name)
-        if match is None or not listed.state.alive:
-            continue
-        ledger = ledgers.setdefault(match["run"], Ledger(logs / match["run"] / FOLDER))
-        if ledger.abandoned(now):
-            orphans.add(listed.id)
+    for job, name in _alive().items():
+        if match := _NAME.fullmatch(name):
+            ledger = ledgers.setdefault(match["run"], Ledger(logs / match["run"] / FOLDER))
+            orphans |= {job} if ledger.abandoned(now) else set()
     if not orphans:
         return
     log.warning("cancelling %d SLURM jobs that a killed driver left behind", len(orphans))
     slurm_queue.cancel(orphans)
     deadline = time.monotonic() + LIMIT
-    while orphans & {listed.id for listed in slurm_queue.queue(user=getpass.getuser()) if listed.state.alive}:
+    while orphans & _alive().keys():
         if time.monotonic() > deadline:
             log.warning("some cancelled SLURM jobs have not left the queue; they can publish nothing")
             break
         time.sleep(0.5)
     for ledger in ledgers.values():
         ledger.fence(orphans)
+
+
+def _alive() -> dict[str, str]:
+    """The names of this user's jobs, by their ids."""
+    return {one: state.name for one, state in slurm_queue.queue(user=getpass.getuser()).items() if state.alive}

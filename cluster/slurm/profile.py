@@ -1,7 +1,5 @@
 """How to use a SLURM cluster: a profile, and what sbatch is asked for a task."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Any, Literal
 
@@ -11,7 +9,6 @@ from cluster.profiles import Profile
 from cluster.task import Resources
 from cluster.validation import Text
 
-_PLAIN = ("partition", "account", "qos", "constraint", "exclude")
 _OURS = {"array", "job-name", "output", "error", "time", "mem", "cpus-per-task", "gres", "signal", "requeue",
          "no-requeue", "comment", "ntasks", "nodes"}  # fmt: skip
 
@@ -44,42 +41,27 @@ class SlurmProfile(Profile):
     setup: list[str] = Field(default=[])
     sbatch: Annotated[dict[str, Any], AfterValidator(_theirs)] = Field(default={})
 
-    def memory_mb(self, asked: Resources) -> int:
-        """Of a job."""
-        return math.ceil((asked.memory_gb + self.spare_memory_gb) * 1024)
-
-    def minutes(self, asked: Resources) -> int:
-        """Of a job: SLURM counts whole ones, and tells the task to stop before they are over."""
-        return math.ceil(asked.minutes + self.signal_seconds / 60)
+    def _asks(self, asked: Resources) -> dict[str, Any]:
+        """Of one job, as submitit names it. SLURM counts whole minutes, and tells the task to stop before they end."""
+        found = self.model_dump(include={"partition", "account", "qos", "constraint", "exclude"}, exclude_none=True)
+        if asked.gpus:
+            found["gres"] = f"{self.gres}:{asked.gpus}"
+        memory = math.ceil((asked.memory_gb + self.spare_memory_gb) * 1024)
+        minutes = math.ceil(asked.minutes + self.signal_seconds / 60)
+        one = {"cpus_per_task": asked.cpus, "ntasks_per_node": 1, "nodes": 1}
+        return {**found, **one, "time": minutes, "mem": f"{memory}MB"}
 
     def parameters(self, asked: Resources) -> dict[str, Any]:
         """Of submitit's `SlurmExecutor`, for jobs that ask for as much."""
-        extra: dict[str, Any] = {key.replace("_", "-"): value for key, value in self.sbatch.items()}
-        extra["no-requeue"] = True  # `run` retries, under another attempt
-        found: dict[str, Any] = {key: getattr(self, key) for key in _PLAIN if getattr(self, key) is not None}
-        if asked.gpus:
-            found["gres"] = f"{self.gres}:{asked.gpus}"
+        extra = {key.replace("_", "-"): value for key, value in self.sbatch.items()}
         return {
-            **found,
-            "time": self.minutes(asked),
-            "mem": f"{self.memory_mb(asked)}MB",
-            "cpus_per_task": asked.cpus,
-            "ntasks_per_node": 1,
-            "nodes": 1,
+            **self._asks(asked),
             "signal_delay_s": math.ceil(self.signal_seconds),
             "array_parallelism": self.array_parallelism,
-            "additional_parameters": extra,
+            "additional_parameters": extra | {"no-requeue": True},  # `run` retries, under another attempt
         }
 
     def test_arguments(self, asked: Resources) -> list[str]:
         """For `sbatch --test-only`: whether such a job could ever run."""
-        found = [f"--{key}={getattr(self, key)}" for key in _PLAIN if getattr(self, key) is not None]
-        if asked.gpus:
-            found.append(f"--gres={self.gres}:{asked.gpus}")
-        for key, value in self.sbatch.items():
-            flag = f"--{key.replace('_', '-')}"
-            found.append(flag if value is True else f"{flag}={value}")
-        return [
-            *found, f"--time={self.minutes(asked)}", f"--mem={self.memory_mb(asked)}M", "--nodes=1", "--ntasks=1",
-            f"--cpus-per-task={asked.cpus}",
-        ]  # fmt: skip
+        options = {key.replace("_", "-"): value for key, value in (self._asks(asked) | self.sbatch).items()}
+        return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]

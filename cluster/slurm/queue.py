@@ -1,6 +1,7 @@
-"""What SLURM says of jobs: squeue and, where there is accounting, sacct, each once for all jobs of a run."""
+"""What SLURM says of jobs: squeue and, where there is accounting, sacct, each once for all jobs of a run.
 
-from __future__ import annotations
+Functions raise `ControllerUnreachable` if the controller does not answer, unless they say otherwise.
+"""
 
 import contextlib
 import logging
@@ -20,15 +21,10 @@ AT_ONCE = 500  # ids in one command
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING",
          "STAGE_OUT", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}  # fmt: skip
 CAUSES = {
-    "PREEMPTED": Cause.PREEMPTED,
-    "REVOKED": Cause.PREEMPTED,
+    **dict.fromkeys(["PREEMPTED", "REVOKED"], Cause.PREEMPTED),
     "CANCELLED": Cause.PREEMPTED,  # not by us: an administrator, or a preemption that cancels
-    "NODE_FAIL": Cause.NODE,
-    "BOOT_FAIL": Cause.NODE,
-    "LAUNCH_FAILED": Cause.NODE,
-    "RECONFIG_FAIL": Cause.NODE,
-    "TIMEOUT": Cause.TIMEOUT,
-    "DEADLINE": Cause.TIMEOUT,
+    **dict.fromkeys(["NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL"], Cause.NODE),
+    **dict.fromkeys(["TIMEOUT", "DEADLINE"], Cause.TIMEOUT),
     "OUT_OF_MEMORY": Cause.OOM,
     "FAILED": Cause.CRASHED,
     "COMPLETED": Cause.LOST,
@@ -38,31 +34,26 @@ _REASON = re.compile(r"\b(?:QOS|Assoc)\w+")
 _LATER = re.compile(r"Submit|MaxJobs|GrpJobs|MaxJobCount|temporarily unable|unable to contact", re.IGNORECASE)
 
 
-class ControllerUnreachable(Exception):
+class ControllerUnreachable(CannotRun):
     """The controller does not answer."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(f"SLURM does not answer: {said}")
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a job: its state as SLURM names it, the node it is on, and why it waits."""
+    """Of a job: its state as SLURM names it, the node it is on, why it waits, and its name."""
 
     state: str
     node: str = ""
     reason: str = ""
+    name: str = ""
 
     @property
     def alive(self) -> bool:
         """Whether it may still do something."""
         return self.state in ALIVE
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A job in the queue, with its name."""
-
-    id: str
-    name: str
-    state: State
 
 
 @contextlib.contextmanager
@@ -78,51 +69,37 @@ def undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run(command: Sequence[str]) -> str:
+def _finished(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
         with undisturbed():
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except FileNotFoundError as error:
+            return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    except OSError as error:
         raise CannotRun(f"there is no {command[0]} on this machine: is it one of a SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
         raise ControllerUnreachable(f"{command[0]} did not answer within {LIMIT:.0f} s") from error
+
+
+def _run(command: Sequence[str]) -> str:
+    done = _finished(command)
     if done.returncode:
         raise ControllerUnreachable(f"{command[0]}: {' '.join(done.stderr.split())[-300:]}")
     return done.stdout
 
 
-def queue(*, name: str | None = None, user: str | None = None) -> list[Listed]:
-    """Jobs in the queue, those that ended not long ago included.
-
-    Raises:
-        ControllerUnreachable: the controller does not answer.
-    """
+def queue(**only: str) -> dict[str, State]:
+    """Jobs in the queue by their ids, those that ended not long ago included; only those of a `name` or a `user`."""
     # One line for each element of an array: ranges come with steps, and are cut short where they are long.
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%N|%r"]
-    command += [f"--name={name}"] if name else []
-    command += [f"--user={user}"] if user else []
-    found = []
-    for line in _run(command).splitlines():
-        identity, _, rest = line.partition("|")
-        job, state, node, reason = rest.rsplit("|", 3)
-        found.append(Listed(identity, job, State(state, node, reason)))
-    return found
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r|%j"]
+    lines = _run([*command, *(f"--{key}={value}" for key, value in only.items())]).splitlines()
+    return {identity: State(*rest) for identity, *rest in (line.split("|", 4) for line in lines)}
 
 
 def accounted(ids: Collection[str]) -> dict[str, State]:
-    """What the accounting says of jobs that the queue has forgotten.
-
-    Raises:
-        ControllerUnreachable: there is no accounting, or it does not answer.
-    """
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList",
-               f"--jobs={','.join(sorted(ids))}"]  # fmt: skip
-    found = {}
-    for line in _run(command).splitlines():
-        identity, state, node = line.split("|")
-        if identity in ids:
-            found[identity] = State(state.split()[0].rstrip("+"), node)  # CANCELLED by 0
-    return found
+    """What the accounting says of jobs that the queue has forgotten."""
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList"]
+    lines = (line.split("|") for line in _run([*command, f"--jobs={','.join(sorted(ids))}"]).splitlines())
+    # CANCELLED by 0
+    return {one: State(state.split()[0].rstrip("+"), node) for one, state, node in lines if one in ids}
 
 
 def cancel(ids: Iterable[str]) -> None:
@@ -132,57 +109,45 @@ def cancel(ids: Iterable[str]) -> None:
     """
     wanted = sorted(ids)
     for start in range(0, len(wanted), AT_ONCE):
-        some = wanted[start : start + AT_ONCE]
         for how in (["--state=PENDING"], ["--signal=KILL"], []):
             try:
-                _run(["scancel", "--quiet", *how, *some])
+                _run(["scancel", "--quiet", *how, *wanted[start : start + AT_ONCE]])
             except ControllerUnreachable as error:
                 log.warning("%s", error)
 
 
 def settings() -> dict[str, str]:
-    """`scontrol show config`.
-
-    Raises:
-        ControllerUnreachable: the controller does not answer.
-    """
-    pairs = (line.partition("=") for line in _run(["scontrol", "show", "config"]).splitlines() if "=" in line)
+    """`scontrol show config`."""
+    pairs = (line.partition("=") for line in _run(["scontrol", "show", "config"]).splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _nodes(partition: str | None, form: str, *how: str) -> list[list[str]]:
+    """The fields that sinfo gives, line by line."""
+    of = [f"--partition={partition}"] if partition else []
+    return [line.split("|") for line in _run(["sinfo", "--noheader", f"--format={form}", *how, *of]).split()]
 
 
 def idle_cpus(partition: str | None) -> int:
     """Cores without work now; 0 if SLURM does not say."""
     try:
-        lines = _run(["sinfo", "--noheader", "--format=%C", *_of(partition)]).split()  # allocated/idle/other/total
-        return sum(int(line.split("/")[1]) for line in lines)
-    except (ControllerUnreachable, ValueError, IndexError):
+        return sum(int(cpus.split("/")[1]) for (cpus,) in _nodes(partition, "%C"))  # allocated/idle/other/total
+    except (CannotRun, ValueError, IndexError):
         return 0
 
 
 def largest_memory_gb(partition: str | None, *, gpus: bool = False) -> float | None:
     """Of a node, or of one with GPUs; None if SLURM does not say."""
-    try:
-        lines = _run(["sinfo", "--noheader", "--format=%m|%G", *_of(partition)]).splitlines()
-    except (ControllerUnreachable, CannotRun):
-        return None
-    found = [line.strip().split("|", 1) for line in lines if "|" in line]
-    numbers = [float(memory.rstrip("+")) for memory, gres in found if "gpu" in gres or not gpus]
-    return max(numbers) / 1024 if numbers else None
+    with contextlib.suppress(CannotRun, ValueError):  # ValueError: there is none
+        nodes = _nodes(partition, "%m|%G")
+        return max(float(memory.rstrip("+")) for memory, gres in nodes if "gpu" in gres or not gpus) / 1024
+    return None
 
 
 def unusable_nodes(partition: str | None) -> list[str]:
-    """Nodes that start no job now, however long it waits for those at work.
-
-    Raises:
-        ControllerUnreachable: the controller does not answer.
-    """
-    lines = _run(["sinfo", "--Node", "--noheader", "--format=%N|%t", *_of(partition)]).splitlines()
-    nodes = (line.split("|") for line in lines)
+    """Nodes that start no job now, however long it waits for those at work."""
+    nodes = _nodes(partition, "%N|%t", "--Node")
     return sorted({name for name, state in nodes if state.endswith("*") or not state.startswith(_USABLE)})
-
-
-def _of(partition: str | None) -> list[str]:
-    return [f"--partition={partition}"] if partition else []
 
 
 def takes_later(refusal: str) -> bool:
@@ -193,12 +158,7 @@ def takes_later(refusal: str) -> bool:
 
 def objection(arguments: Sequence[str]) -> str | None:
     """Why such a job can never run; None if it can."""
-    command = ["sbatch", "--test-only", *arguments, "--wrap=true"]
-    try:
-        with undisturbed():
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CannotRun(f"sbatch does not answer: {error}") from error
+    done = _finished(["sbatch", "--test-only", *arguments, "--wrap=true"])
     if done.returncode == 0 or takes_later(done.stderr):
         return None
     return " ".join(done.stderr.replace("sbatch: error:", " ").replace("allocation failure:", " ").split())

@@ -5,15 +5,12 @@ SLURM tells a job to stop with SIGUSR2 before its time is over and with SIGTERM 
 stops where it next says how far it is.
 """
 
-from __future__ import annotations
-
-import itertools
 import json
 import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +19,7 @@ from cluster.local.worker import STOPPED_BY
 from cluster.protocol import Cause, Event, Job, encode
 
 PERIOD = 2.0  # seconds between two lines of progress: many jobs write to one file system
-VISIBLE_TRIES = 60  # seconds a shared file system may take to show the file of an array
+VISIBLE_WITHIN = 60.0  # seconds a shared file system may take to show the file of an array
 
 
 def events_file(folder: Path, jobs: Sequence[Job]) -> Path:
@@ -31,31 +28,23 @@ def events_file(folder: Path, jobs: Sequence[Job]) -> Path:
 
 
 def write_array(folder: Path, packs: Sequence[Sequence[Job]], grace: float, allowance: float) -> Path:
-    """What the jobs of an array are to do, a line each.
+    """Write into a folder of the run's logs what the jobs of an array are to do: the attempts of each, in order.
 
-    Args:
-        folder: for it and for event files; in the folder of the run's logs.
-        packs: the attempts of each job of the array, in order.
-        grace: seconds that a task has to stop after it was told to because its time is over.
-        allowance: seconds after its start in which a job may begin another attempt.
+    A task has `grace` seconds to stop once its time is over. A job begins no attempt later than `allowance` seconds.
     """
     path = folder / f"{packs[0][0].id}.array"
-    lines = [
-        json.dumps({"jobs": [job.to_json() for job in pack], "grace": grace, "allowance": allowance}) for pack in packs
-    ]
+    common = {"grace": grace, "allowance": allowance}
+    lines = [json.dumps({"jobs": [asdict(job) for job in pack], **common}, default=str) for pack in packs]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def run_jobs(array: str, index: int) -> None:
     """Do what the array's file says of one job of it."""
-    path = Path(array)
-    for _ in range(VISIBLE_TRIES):
-        if path.exists():
-            break
+    path, deadline = Path(array), time.monotonic() + VISIBLE_WITHIN
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(1)
-    with path.open() as file:
-        found = json.loads(next(itertools.islice(file, index, None)))
+    found = json.loads(path.read_text().split("\n")[index])
     jobs = [Job.from_json(job) for job in found["jobs"]]
     executor = Allotted(path.parent.parent, found["grace"])
     signals: list[int] = []

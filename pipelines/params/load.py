@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from cluster import BadConfig
-from cluster.config import overridden
 from cluster.validation import Problems, load_yaml, read
 from ocvtp.errors import BadInput
 from pipelines.params.crosscheck import crosscheck
-from pipelines.params.model import Params
+from pipelines.params.model import Cluster, Params
 
 
 def load(path: Path | str = "params.yaml") -> Params:
@@ -23,7 +22,7 @@ def load(path: Path | str = "params.yaml") -> Params:
         raise BadInput(str(error)) from None
     data = {} if data is None else data
     if isinstance(data, dict) and isinstance(data.get("cluster", {}), dict):
-        data["cluster"] = overridden(data.get("cluster", {}))
+        data["cluster"] = Cluster.overridden(data.get("cluster", {}))
     problems = Problems(file.name)
     params = crosscheck(read(Params, data, problems), problems)
     problems.raise_as(BadInput)

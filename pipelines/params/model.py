@@ -7,7 +7,8 @@ which check them themselves: an option that they gain is legal here at once.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, cast
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator, model_validator
 
@@ -195,8 +196,16 @@ class Demands(Section):
 
 
 class Cluster(ClusterConfig):
-    """Where tasks run: the package's own entries, and two of ours."""
+    """Where tasks run: what `cluster` has to know of us, and entries of ours beside its own.
 
+    OCVTP_EXECUTOR and OCVTP_STORE override `executor` and `store`.
+    """
+
+    application: ClassVar[str] = "ocvtp"
+    passed_on: ClassVar[tuple[str, ...]] = ("HF_", "TRANSFORMERS_", "TORCH_", "CUBLAS_")
+    moved_by: ClassVar[str] = "OCVTP_ROOT (or OCVTP_STORE)"
+
+    store: Path = Path(".ocvtp/store")
     fail_fast: bool = False
     resources: Demands = Demands()
 

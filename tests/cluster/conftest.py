@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OCVTP_EXECUTOR", "OCVTP_STORE"):
+    for name in ("CLUSTER_EXECUTOR", "CLUSTER_STORE"):
         monkeypatch.delenv(name, raising=False)
 
 

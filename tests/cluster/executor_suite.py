@@ -1,6 +1,6 @@
 """What every executor must do alike: 24 tasks, of which one is no good and five meet with an accident once.
 
-`python executor_suite.py WORK [PROFILE]` runs them (OCVTP_EXECUTOR says where) and writes WORK/report.json.
+`python executor_suite.py WORK [PROFILE]` runs them (CLUSTER_EXECUTOR says where) and writes WORK/report.json.
 """
 
 from __future__ import annotations

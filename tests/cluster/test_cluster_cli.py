@@ -82,8 +82,8 @@ def test_the_store_is_the_one_of_the_environment_or_of_this_folder(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text("nothing: that cluster reads\n")
     assert main(["status"]) == 2
-    assert f"there is no store at {tmp_path}/.ocvtp/store" in capsys.readouterr().err
-    monkeypatch.setenv("OCVTP_STORE", str(full.root))
+    assert f"there is no store at {tmp_path}/.cluster/store" in capsys.readouterr().err
+    monkeypatch.setenv("CLUSTER_STORE", str(full.root))
     assert main(["status"]) == 0
     assert "squares done" in capsys.readouterr().out
 
@@ -184,9 +184,9 @@ def test_a_task_is_looked_up(store: Store, config: ClusterConfig) -> None:
 
 
 def test_wrong_use_ends_with_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OCVTP_EXECUTOR", "nowhere")
+    monkeypatch.setenv("CLUSTER_EXECUTOR", "nowhere")
     assert main(["verify"]) == 2
-    assert "'nowhere' (OCVTP_EXECUTOR) is no executor" in capsys.readouterr().err
+    assert "'nowhere' (CLUSTER_EXECUTOR) is no executor" in capsys.readouterr().err
 
 
 def test_a_run_leaves_a_line_for_each_attempt(full: Store) -> None:

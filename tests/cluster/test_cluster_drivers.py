@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import alive, descendants, is_worker, job_of, kill, results, strays, wait_for
 
-from cluster import ClusterConfig, Interrupted, Locked, Store, Task, run, verify
+from cluster import ClusterConfig, Interrupted, Locked, Store, run, verify
 from cluster.driver.lock import run_lock
 from cluster.host.process import Process
 from cluster.local.executor import LocalExecutor
@@ -45,7 +45,7 @@ def start(store: Store, tmp_path: Path) -> Start:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith("OCVTP_")},
+            env={name: value for name, value in os.environ.items() if not name.startswith("CLUSTER_")},
         )
 
     return begin
@@ -309,15 +309,13 @@ class Elsewhere(Executor):
 
     def memory_limit_gb(self, asked: object) -> None: ...
     def close(self) -> None: ...
+    def _objection(self, asked: object) -> None: ...
     def _cancel_running(self, ids: set[str]) -> None: ...
 
     def __init__(self, clock: list[float], other: Workspace, beats_until: float) -> None:
         super().__init__()
         self.submitted: list[float] = []
         self._clock, self._other, self._until = clock, other, beats_until
-
-    def check(self, tasks: Sequence[Task]) -> None:
-        pass
 
     def _advance(self, timeout: float) -> None:
         self._clock[0] += self.STEP

@@ -158,7 +158,7 @@ def test_damaged_results_would_be_made_again(store: Store, config: ClusterConfig
         f"{tasks[0].out}/result.json is missing",
         f"{tasks[1].out}/result.json has 1 bytes, its manifest says 21",
         f"{tasks[2].out}/manifest.json is not a manifest: KeyError('format')",
-        f"{tasks[3].out}/result.json was touched since it was found whole: it is read first",
+        f"{tasks[3].out} was touched since it was found whole: it is read first",
     ]
     assert list(kind.lines())[1:] == [
         "  3 of them: damaged",

@@ -130,10 +130,10 @@ def test_a_wrong_configuration_is_refused(section: dict[str, Any], words: str) -
 def test_the_environment_overrides_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     section = {"executor": "local", "store": "here", "workers": None, "tries": 5}
     assert ClusterConfig.from_params(section) == ClusterConfig(store=Path("here"), tries=5)
-    monkeypatch.setenv("OCVTP_STORE", "/else where")
+    monkeypatch.setenv("CLUSTER_STORE", "/else where")
     assert ClusterConfig.from_params(section).store == Path("/else where")
-    monkeypatch.setenv("OCVTP_EXECUTOR", "nowhere")
-    with pytest.raises(BadConfig, match=r"cluster.executor: 'nowhere' \(OCVTP_EXECUTOR\) is no executor"):
+    monkeypatch.setenv("CLUSTER_EXECUTOR", "nowhere")
+    with pytest.raises(BadConfig, match=r"cluster.executor: 'nowhere' \(CLUSTER_EXECUTOR\) is no executor"):
         ClusterConfig.from_params(section)
 
 

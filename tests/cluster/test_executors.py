@@ -25,10 +25,10 @@ def executor(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 def environment(kind: str, server: Any) -> dict[str, str]:
     """Of a driver."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OCVTP_", "RAY_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CLUSTER_", "RAY_"))}
     if server is None:
-        return {**inherited, "OCVTP_EXECUTOR": kind, "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
-    return {**inherited, **server.environment, "OCVTP_EXECUTOR": kind}
+        return {**inherited, "CLUSTER_EXECUTOR": kind, "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
+    return {**inherited, **server.environment, "CLUSTER_EXECUTOR": kind}
 
 
 def run_suite(kind: str, server: Any, base: Path) -> Path:

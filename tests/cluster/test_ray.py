@@ -29,8 +29,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def environment(server: ServerInfo | None, **more: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OCVTP_", "RAY_"))}
-    return inherited | (server.environment if server else {}) | {"OCVTP_EXECUTOR": "ray"} | more
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CLUSTER_", "RAY_"))}
+    return inherited | (server.environment if server else {}) | {"CLUSTER_EXECUTOR": "ray"} | more
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import yaml
 
 from cluster import Resources
 from cluster.errors import BadConfig
-from cluster.ray.profile import LargestNode, Node, RayProfile, misfit
+from cluster.host.machine import GIB
+from cluster.ray.profile import LargestNode, RayProfile, misfit
 from cluster.slurm.profile import SlurmProfile
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ def test_ray_accepts_cluster_yaml() -> None:
     config = yaml.safe_load((ROOT / "cluster/ray/cluster.yaml").read_text())
     validate_config(prepare_config(config))
     starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
-    assert all(command.startswith("/mnt/shared/ocvtp/.venv/bin/ray ") for command in starts), "the ray of the lock file"
+    assert all(command.startswith("/mnt/shared/code/.venv/bin/ray ") for command in starts), "the ray of the lock file"
     assert all("ImageId" in kind["node_config"] for kind in config["available_node_types"].values())
 
 
@@ -69,9 +70,10 @@ def test_a_profile_with_an_impossible_value_is_refused(tmp_path: Path, text: str
 
 def test_a_cluster_that_grows_takes_what_its_largest_node_will_hold() -> None:
     asked = Resources(gpus=1, memory_gb=10)
-    small = [Node(4, 0, 16)]
+    small = [{"CPU": 4.0, "memory": 16.0 * GIB}]
     assert "asks for 1 core(s), 1 GPU(s) and 10 GB" in str(misfit(asked, small, RayProfile()))
     assert misfit(asked, small, RayProfile(largest_node=LargestNode(cpus=8, gpus=1, memory_gb=60))) is None
     kind = RayProfile(accelerator_type="H100")
-    assert "GPUs of type H100" in str(misfit(asked, [Node(8, 1, 64)], kind))
-    assert misfit(asked, [Node(8, 1, 64, {"accelerator_type:H100": 1.0})], kind) is None
+    large = {"CPU": 8.0, "GPU": 1.0, "memory": 64.0 * GIB}
+    assert "GPUs of type H100" in str(misfit(asked, [large], kind))
+    assert misfit(asked, [{**large, "accelerator_type:H100": 1.0}], kind) is None

@@ -25,7 +25,7 @@ from cluster.protocol import Cause, Context, Event, Job, encode
 from cluster.slurm import executor as slurm_executor
 from cluster.slurm import queue as slurm_queue
 from cluster.slurm.executor import SlurmExecutor, _SlurmJob
-from cluster.slurm.orphans import PREFIX, SILENCE, Ledger
+from cluster.slurm.orphans import SILENCE, Ledger
 from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import State, takes_later
 from cluster.slurm.worker import events_file
@@ -54,7 +54,7 @@ def start(config: ClusterConfig, tmp_path: Path) -> Start:
         arguments = [str(config.store), str(config.profile), str(tmp_path / "calls"), str(seconds), str(count)]
         return subprocess.Popen(
             [sys.executable, slurm_jobs.__file__, *arguments], stdout=-1, stderr=-1, text=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith("OCVTP_")},
+            env={name: value for name, value in os.environ.items() if not name.startswith("CLUSTER_")},
         )  # fmt: skip
 
     return begin
@@ -492,7 +492,6 @@ def test_what_the_accounting_says(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_as_slurm_writes_them() -> None:
     assert State("COMPLETING").alive
     assert not State("NODE_FAIL").alive
-    assert PREFIX == "ocvtp-"
 
 
 @pytest.mark.nightly
@@ -502,6 +501,7 @@ def test_a_ray_cluster_inside_an_allocation(
     """`ray-on-slurm.sbatch` on a node of this cluster: another executor in the same allocation."""
     script = Path(__file__).parents[2] / "cluster" / "slurm" / "ray-on-slurm.sbatch"
     driver = Path(__file__).with_name("cluster_driver.py")
+    monkeypatch.setenv("CLUSTER_EXECUTOR", "ray")
     monkeypatch.setenv("RAY_HEAD_ADDRESS", "127.0.0.1")
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # or Ray moves from 127.0.0.1 to the outer interface
     monkeypatch.setenv("RAY_TMPDIR", str(server.folder / "ray"))
@@ -524,9 +524,7 @@ def unreal(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[SlurmExecutor
     states: dict[str, str] = {}
     monkeypatch.setattr(slurm_queue, "settings", dict)
     monkeypatch.setattr(slurm_queue, "cancel", list)
-    monkeypatch.setattr(
-        slurm_queue, "queue", lambda **_: [slurm_queue.Listed(one, "x", State(state)) for one, state in states.items()]
-    )
+    monkeypatch.setattr(slurm_queue, "queue", lambda **_: {one: State(state) for one, state in states.items()})
     config = ClusterConfig(executor="slurm", store=store.root)
     executor = SlurmExecutor(Context("run", store.logs / "run", config))
     executor._profile = executor._profile.model_copy(update={"poll_seconds": 0.0})
@@ -539,7 +537,7 @@ def taken(executor: SlurmExecutor, store: Store, number: int, count: int = 1) ->
     pack = [job_of(task) for task in tasks]
     shape, events = executor._shape(pack[0]), events_file(executor._folder, pack)
     attempts = {job.id: job for job in pack}
-    executor._jobs[f"{number}"] = _SlurmJob(f"{number}", attempts, shape, events, events.with_suffix(".err"), 0.0)
+    executor._jobs[f"{number}"] = _SlurmJob(f"{number}", attempts, shape, events, events.with_suffix(".err"))
     return pack
 
 
@@ -565,7 +563,7 @@ def test_one_job_may_end_while_another_is_judged(
     (first,), (second,) = taken(executor, store, 1), taken(executor, store, 2)
     said = slurm_queue.queue
 
-    def queue(**options: Any) -> list[slurm_queue.Listed]:
+    def queue(**options: Any) -> dict[str, State]:
         events_file(executor._folder, [second]).write_bytes(encode(Event(second.id, "ended", Cause.DONE)))
         return said(**options)
 

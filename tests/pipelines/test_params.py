@@ -191,6 +191,17 @@ def test_all_stands_for_every_method_that_has_a_meaning_on_the_vlm(write, caplog
     assert given.method == ("random", "trim")
 
 
+def test_the_environment_says_where_tasks_run_and_where_results_are(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCVTP_EXECUTOR", "ray")
+    monkeypatch.setenv("OCVTP_STORE", "/elsewhere")
+    config = load(write()).cluster
+    assert (config.executor, config.store) == ("ray", Path("/elsewhere"))
+    assert (config.application, "OCVTP_ROOT" in config.moved_by) == ("ocvtp", True)
+    assert "HF_" in config.passed_on
+    monkeypatch.setenv("OCVTP_EXECUTOR", "rya")
+    assert "cluster.executor: 'rya' (OCVTP_EXECUTOR) is no executor; did you mean ray?" in message(write())
+
+
 def test_official_data_needs_no_scenes(write) -> None:
     params = load(write(evaluate__data="official", sample__questions=0, benchmark=["mmmu", "pope"]))
     assert params.benchmark == ("mmmu", "pope")
