@@ -26,6 +26,7 @@ class Selection:
         distinct_B: how many distinct tokens the slots picked, before any were dropped or filled in.
         picked_BN: True where a slot picked the token.
         attention_BKN: of the last iteration of slot attention; None where all tokens stay without it.
+        picks_BKk: the tokens of each slot, N where it has none; None likewise.
     """
 
     indices_BS: Tensor
@@ -33,6 +34,7 @@ class Selection:
     distinct_B: Tensor
     picked_BN: Tensor
     attention_BKN: Tensor | None = None
+    picks_BKk: Tensor | None = None
 
 
 def choose(
@@ -96,7 +98,8 @@ def choose(
     chosen_BS = order_BN[:, :width]
     over_BS = torch.arange(chosen_BS.shape[1], device=chosen_BS.device) >= counts_B1
     indices_BS = chosen_BS.masked_fill(over_BS, tokens).sort(1).values
-    return Selection(indices_BS.masked_fill(over_BS, -1), counts_B1[:, 0], distinct_B, picked_BN, attention_BKN)
+    kept_BS = indices_BS.masked_fill(over_BS, -1)
+    return Selection(kept_BS, counts_B1[:, 0], distinct_B, picked_BN, attention_BKN, picks_BKk)
 
 
 def picks(
