@@ -86,7 +86,9 @@ class Teacher:
         if "_ocvtp_handle" in vlm.model.__dict__:
             raise BadInput("the VLM that teaches is pruned: call remove() on its handle first")
         self._vlm, self._family, self._model = vlm, vlm.family.untrimmed(), vlm.model.eval().requires_grad_(False)
-        self._forward = Forward(self._model, self._family, self._model.forward, None, Budget.parse(1.0), None, "compact")
+        self._forward = Forward(
+            self._model, self._family, self._model.forward, None, Budget.parse(1.0), None, "compact"
+        )
         self._picture, self._prompts = picture, prompts
         self._preprocessing, self._a_step, self._room = preprocessing, prompts_a_step, memory_budget
         self._images: list[str] = []
