@@ -14,6 +14,7 @@ the prompts, A places of an answer, V vocabulary.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -21,12 +22,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.answers.prompts import Prompt, Prompts, digest
+from ocvtp.answers.asking import Prompt, Prompts, digest, generic, read_prompts, scene_questions
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import Budget
 from ocvtp.pruner.seeding import generator
+from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 from ocvtp.pruning.forward import Forward, Looked
 from ocvtp.pruning.splice import Spot
+from ocvtp.tokens.extract import ImageRecord, open_record
 from ocvtp.vlms.loading import VLM
 
 MEMORY_BUDGET: Final = 2 * 2**30
@@ -258,3 +261,40 @@ class Teacher:
             behind = [len(one.ids_L) - part.shape[1] for one, part in zip(asked, parts, strict=True)]
             parts = [F.pad(part, (length - part.shape[1] - end, end)) for part, end in zip(parts, behind, strict=True)]
         return torch.cat(parts)
+
+
+def teacher_of(
+    vlm: VLM,
+    config: TrainConfig,
+    records: Sequence[ImageRecord],
+    *,
+    scenes_seed: int | None = None,
+    preprocessing: str = "pad",
+    prompts_file: Path | None = None,
+) -> Teacher:
+    """The teacher that a training asks for.
+
+    Args:
+        vlm: whose tower made the tokens.
+        config: of the training: `prompts` and what belongs to them.
+        records: the training images.
+        scenes_seed: of the synthetic scenes that these images are; None if they are something else.
+        preprocessing: as for the tokens.
+        prompts_file: where the file that `config.prompts` names is, if elsewhere.
+
+    Raises:
+        BadInput: no questions come with the images; a file of prompts that cannot be read.
+    """
+    given = config.prompts
+    if isinstance(given, tuple):
+        prompts = generic(given)
+    elif given != QUESTIONS:
+        prompts = read_prompts(Path(given) if prompts_file is None else prompts_file)
+    elif scenes_seed is not None:
+        prompts = scene_questions(scenes_seed, config.prompts_an_image)
+    else:
+        raise BadInput("prompts is questions, but none come with these images, which are no synthetic scenes: give a "
+                       "list of texts, such as ['Describe the image.'], or a file of JSON lines")  # fmt: skip
+    found = {record.id: record for record in records}
+    return Teacher(vlm, lambda name: open_record(found[name]), lambda name: prompts(name) if name in found else (),
+                   preprocessing=preprocessing, prompts_a_step=config.prompts_a_step)  # fmt: skip

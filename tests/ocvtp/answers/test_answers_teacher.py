@@ -1,4 +1,4 @@
-"""The VLM that teaches: what it says is what the pruned and the unpruned model say, whatever the batch and the family."""
+"""The VLM that teaches says what the pruned and the unpruned model say, whatever the batch and the family."""
 
 from collections.abc import Callable
 from pathlib import Path
