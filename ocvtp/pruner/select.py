@@ -50,6 +50,7 @@ def choose(
     mask_BN: Tensor | None = None,
     slot_mask_BK: Tensor | None = None,
     tokens_BNC: Tensor | None = None,
+    given_BKk: Tensor | None = None,
 ) -> Selection:
     """The tokens that slots attend to most, brought to the number asked for.
 
@@ -58,19 +59,22 @@ def choose(
         keep_B1: tokens to keep of each image, at most as many as it has; [B, 1] or [1, 1].
         width: S, the largest of them.
         top_k: tokens that each slot picks.
-        assignment: `shared`, `distinct` or `residual`.
+        assignment: `shared`, `distinct`, `residual` or `gain`.
         fill: `slot_mass`, `attention`, `next_best`, `random` or `none`.
         fill_scores_BN: scores for `attention` and `random`; the highest come first.
         surplus: `attention` or `hash`.
         mask_BN: True where there is a token.
         slot_mask_BK: True where there is a slot.
-        tokens_BNC: what slots were gathered from; `residual` needs it.
+        tokens_BNC: what slots were gathered from; `residual` and `gain` need it.
+        given_BKk: picks of the slots, in place of those that `assignment` finds.
     """
     batch, _, tokens = attention_BKN.shape
     scores_BKN = attention_BKN if mask_BN is None else attention_BKN.masked_fill(~mask_BN[:, None], -1.0)
     if slot_mask_BK is not None:
         scores_BKN = scores_BKN.masked_fill(~slot_mask_BK[:, :, None], -1.0)
-    picks_BKk = picks(scores_BKN, assignment, top_k, mask_BN, slot_mask_BK, tokens_BNC)
+    picks_BKk = given_BKk
+    if picks_BKk is None:
+        picks_BKk = picks(scores_BKN, assignment, top_k, mask_BN, slot_mask_BK, tokens_BNC)
     if slot_mask_BK is not None:
         picks_BKk = picks_BKk.masked_fill(~slot_mask_BK[:, :, None], tokens)
     picks_BX = picks_BKk.flatten(1)
@@ -119,7 +123,7 @@ def picks(
     exists_BN = torch.ones_like(tokens_BNC[:, :, 0], dtype=torch.bool) if mask_BN is None else mask_BN
     slots_BK = torch.ones_like(scores_BKN[:, :, 0], dtype=torch.bool) if slot_mask_BK is None else slot_mask_BK
     wish_BXN = scores_BKN.repeat_interleave(top_k, 1)
-    picks_BX = propose(wish_BXN, tokens_BNC, exists_BN, slots_BK.repeat_interleave(top_k, 1))
+    picks_BX = propose(wish_BXN, tokens_BNC, exists_BN, slots_BK.repeat_interleave(top_k, 1), assignment)
     return picks_BX.view(len(picks_BX), -1, top_k)
 
 

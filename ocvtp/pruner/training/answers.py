@@ -15,8 +15,10 @@ from torch import Tensor
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.provenance import TrainedFor
+from ocvtp.pruner.seeding import generator
 from ocvtp.pruner.select import Selection, choose
 from ocvtp.pruner.span import over_tokens
+from ocvtp.selection.proposals import sample
 
 NEEDS: Final = "loss is answers, which needs a VLM that teaches (`ocvtp.answers.Teacher`)"
 
@@ -69,8 +71,17 @@ def check(teacher: Teacher | None, config: PrunerConfig, trained_for: TrainedFor
     return teacher
 
 
-def kept(pruner_config: PrunerConfig, attention_BKN: Tensor, tokens_BNC: Tensor, mask_BN: Tensor | None) -> Selection:
-    """What a pruned model keeps with as many tokens as slots (`OCPruner.select_details`), with each slot's pick."""
+def kept(
+    pruner_config: PrunerConfig,
+    attention_BKN: Tensor,
+    tokens_BNC: Tensor,
+    mask_BN: Tensor | None,
+    given_BK: Tensor | None = None,
+) -> Selection:
+    """What a pruned model keeps with as many tokens as slots (`OCPruner.select_details`), with each slot's pick.
+
+    `given_BK` are picks in place of those that the config's `assignment` finds.
+    """
     batch, slots, count = attention_BKN.shape
     exist_B1 = torch.full((batch, 1), count, device=attention_BKN.device)
     if mask_BN is not None:
@@ -78,7 +89,51 @@ def kept(pruner_config: PrunerConfig, attention_BKN: Tensor, tokens_BNC: Tensor,
     # Scores of a tower, or random ones, are not there in training.
     fill = "slot_mass" if pruner_config.fill in ("attention", "random") else pruner_config.fill
     return choose(attention_BKN.detach().float(), exist_B1.clamp(max=slots), min(slots, count),
-                  assignment=pruner_config.assignment, fill=fill, mask_BN=mask_BN, tokens_BNC=tokens_BNC)  # fmt: skip
+                  assignment=pruner_config.assignment, fill=fill, mask_BN=mask_BN, tokens_BNC=tokens_BNC,
+                  given_BKk=None if given_BK is None else given_BK[:, :, None])  # fmt: skip
+
+
+def sampled_loss(
+    pruner_config: PrunerConfig,
+    attention_BKN: Tensor,
+    tokens_BNC: Tensor,
+    mask_BN: Tensor | None,
+    teacher: Teacher,
+    names: Sequence[str],
+    draw: int,
+    *,
+    samples: int,
+    temperature: float,
+) -> Tensor:
+    """Mean divergence of kept sets drawn around the pruner's; its gradient is that of their expected divergence.
+
+    The score function: what a set's divergence is above the mean of the image's others, times the gradient of the
+    logarithm of the set's probability (REINFORCE with a leave-one-out baseline: Kool, van Hoof and Welling 2019). No
+    gradient passes through the language model. What is drawn of an image depends on `draw` and its id alone.
+    """
+    count = attention_BKN.shape[2]
+    exists_BN = torch.ones_like(tokens_BNC[:, :, 0], dtype=torch.bool) if mask_BN is None else mask_BN
+    shape = (samples, attention_BKN.shape[1], count)
+    noise_MBKN = torch.stack([_gumbel(shape, draw, name) for name in names], 1).to(attention_BKN.device)
+    errors, logarithms = list[Tensor](), list[Tensor]()
+    for noise_BKN in noise_MBKN:
+        picks_BK, logarithm_B = sample(attention_BKN, tokens_BNC, exists_BN, noise_BKN, pruner_config.assignment,
+                                       temperature)  # fmt: skip
+        with torch.no_grad():
+            selection = kept(pruner_config, attention_BKN, tokens_BNC, mask_BN, picks_BK)
+            hard_BSN = torch.nn.functional.one_hot(selection.indices_BS.clamp(min=0), count).float()
+            errors.append(teacher.divergence(names, selection.indices_BS, hard_BSN, draw))
+        logarithms.append(logarithm_B)
+    error_MB, logarithm_MB = torch.stack(errors), torch.stack(logarithms)
+    others_MB = (error_MB.sum(0, keepdim=True) - error_MB) / (samples - 1)
+    score = ((error_MB - others_MB) * logarithm_MB).mean()
+    return error_MB.mean() + score - score.detach()
+
+
+def _gumbel(shape: tuple[int, int, int], draw: int, name: str) -> Tensor:
+    """Standard Gumbel noise of an image."""
+    uniform = torch.rand(shape, generator=generator("ocvtp samples", draw, name))
+    return -(-uniform.clamp(min=1e-9).log()).clamp(min=1e-9).log()
 
 
 def soft_weights(attention_BKN: Tensor, selection: Selection, temperature: float) -> Tensor:

@@ -25,6 +25,7 @@ CHOICES: Final[Mapping[str, tuple[Any, ...]]] = {
     "precision": ("bf16", "fp32"),
     "validate_on": ("held_out", "last_batch"),
     "best_by": ("val_mse", "val_loss", "span"),
+    "answers_gradient": ("sampled", "straight_through"),
     "vlm_dtype": ("float32", "bfloat16", "float16"),
 }
 
@@ -63,7 +64,13 @@ class TrainConfig:
             the picked tokens, without a decoder; or `answers`, of what a frozen VLM answers with the picked tokens,
             against what it answers with all.
         loss_power, loss_cap, loss_normalise, ignore_empty: of `aw_mse`.
-        span_temperature: of `span` and `answers`: of a slot's attention as weights of tokens in the one that it picks.
+        answers_gradient: of `answers`: `sampled` draws kept sets around the pruner's and weighs the logarithm of their
+            probability by how much worse each answers than the others (a score function, unbiased); `straight_through`
+            takes the gradient at the picks, as that of the slots' soft weights over tokens in embeddings.
+        answers_samples: kept sets of an image and step of `sampled`, two at least.
+        answers_temperature: of `sampled`: how widely they are drawn.
+        span_temperature: of `span` and `straight_through`: of a slot's attention as weights of tokens in the one that
+            it picks.
         prototype_weight: of `span` (`ocvtp.pruner.span.span_loss`).
         span_weight: of `answers`: of the loss `span`, which is added.
         prompts: of `answers`: `questions` (those that come with the training images: of synthetic scenes), a list of
@@ -109,6 +116,9 @@ class TrainConfig:
     loss_normalise: bool = True
     span_temperature: float = 1.0
     prototype_weight: float = 0.0
+    answers_gradient: str = "sampled"
+    answers_samples: int = 4
+    answers_temperature: float = 0.3
     span_weight: float = 0.0
     prompts: str | tuple[str, ...] = "questions"
     prompts_an_image: int = 4
@@ -179,6 +189,7 @@ class TrainConfig:
                 check_whole(f"a slot count of {name}", count, 1)
         for name in ("batch_size", "checkpoint_every", "log_every", "prompts_an_image", "prompts_a_step"):
             check_whole(name, getattr(self, name), 1)
+        check_whole("answers_samples", self.answers_samples, 2)
         for name in ("seed", "warmup_steps", "warmup_epochs", "max_bad_steps"):
             check_whole(name, getattr(self, name), 0)
         for name in ("steps", "epochs", "eval_every", "patience"):
@@ -186,7 +197,7 @@ class TrainConfig:
                 check_whole(name, getattr(self, name), 1)
         if self.steps is None and self.epochs is None:
             raise BadInput("neither steps nor epochs is given: how long to train?")
-        for name in ("learning_rate", "grad_clip", "loss_cap", "span_temperature"):
+        for name in ("learning_rate", "grad_clip", "loss_cap", "span_temperature", "answers_temperature"):
             check_number(name, getattr(self, name), 0, above=True)
         for name in ("weight_decay", "loss_power", "prototype_weight", "span_weight"):
             check_number(name, getattr(self, name), 0)

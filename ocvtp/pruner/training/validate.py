@@ -73,9 +73,13 @@ def _span(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch
 def answers_loss(
     config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch, teacher: Teacher | None, draw: int | None
 ) -> Tensor:
-    """Mean over images of the divergence of a VLM's answers (eq. 2-3)."""
+    """Mean over images of the divergence of a VLM's answers (eq. 2-3); without a `draw`, of what the pruner keeps."""
     if teacher is None or batch.names is None:
         raise BadInput(answers.NEEDS)
+    if config.answers_gradient == "sampled" and draw is not None:
+        return answers.sampled_loss(pruner.config, out.attention, batch.tokens_BNC, batch.mask_BN, teacher, batch.names,
+                                    draw, samples=config.answers_samples,
+                                    temperature=config.answers_temperature)  # fmt: skip
     selection = answers.kept(pruner.config, out.attention, batch.tokens_BNC, batch.mask_BN)
     weights_BSN = answers.soft_weights(out.attention, selection, config.span_temperature)
     return teacher.divergence(batch.names, selection.indices_BS, weights_BSN, draw).mean()
