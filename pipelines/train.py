@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster import Task
+from ocvtp.answers.asking import check_all, prompts_of
 from ocvtp.errors import BadInput
 from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
@@ -82,13 +83,18 @@ def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any],
     images = json.loads(run.input(f"{outputs.SAMPLE}/images.json", "sample").read_bytes())
     sample = json.loads(run.input(f"{outputs.SAMPLE}/sample.json", "sample").read_bytes())
     prompts = config.prompts if isinstance(config.prompts, str) and config.prompts != QUESTIONS else None
-    if prompts is not None and not Path(prompts).is_file():
-        raise BadInput(f"train.prompts: there is no file {prompts}")
+    scenes_seed = sample["seed"] if sample["source"] == "scenes" else None
+    try:
+        asked = prompts_of(config, scenes_seed)
+        if prompts is not None:
+            check_all(asked, [image["id"] for image in images])
+    except BadInput as error:
+        raise BadInput(f"train.prompts: {error}") from error
     answers = {
         "vlm": vlm,
         "model": resolve(vlm).identity,
         "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
-        "scenes_seed": sample["seed"] if sample["source"] == "scenes" else None,
+        "scenes_seed": scenes_seed,
         "prompts": None if prompts is None else hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
     }
     found = None if prompts is None else str(Path(prompts).resolve())

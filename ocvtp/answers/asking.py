@@ -12,6 +12,7 @@ import numpy as np
 from ocvtp.data.questions import KINDS, POST_PROMPT, ask
 from ocvtp.data.scenes import file_name, make_scene
 from ocvtp.errors import BadInput
+from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 
 _DRAWS = 3
 """Of the generator of these questions: those of benchmarks are drawn from another, about scenes of another split."""
@@ -91,6 +92,36 @@ def read_prompts(path: Path) -> Prompts:
             raise BadInput(f"{path}, line {number}: {error}; {{'image': ID, 'prompt': TEXT}} is needed") from error
         found.setdefault(image, []).append(Prompt(text, answer))
     return lambda image: found.get(image, ())
+
+
+def prompts_of(config: TrainConfig, scenes_seed: int | None, file: Path | None = None) -> Prompts:
+    """Those that the config of a training asks for.
+
+    Args:
+        config: its `prompts` and `prompts_an_image`.
+        scenes_seed: of the synthetic scenes that the images are; None if they are something else.
+        file: where the file is that `prompts` names, if elsewhere.
+
+    Raises:
+        BadInput: no questions come with the images; a file that cannot be read.
+    """
+    given = config.prompts
+    if isinstance(given, tuple):
+        return generic(given)
+    if given != QUESTIONS:
+        return read_prompts(Path(given) if file is None else file)
+    if scenes_seed is None:
+        raise BadInput("prompts is questions, but none come with these images, which are no synthetic scenes: give a "
+                       "list of texts, such as ['Describe the image.'], or a file of JSON lines")  # fmt: skip
+    return scene_questions(scenes_seed, config.prompts_an_image)
+
+
+def check_all(prompts: Prompts, images: Sequence[str]) -> None:
+    """`BadInput` names images of which nothing is asked."""
+    without = [image for image in images if not prompts(image)]
+    if without:
+        raise BadInput(f"there are no prompts for {len(without)} of {len(images)} training images: "
+                       f"{', '.join(without[:5])}{', ...' * (len(without) > 5)}")  # fmt: skip
 
 
 def digest(prompts: Prompts, images: Sequence[str]) -> str:

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.answers.asking import Prompt, Prompts, digest, generic, read_prompts, scene_questions
+from ocvtp.answers.asking import Prompt, Prompts, check_all, digest, prompts_of
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import Budget
 from ocvtp.pruner.seeding import generator
-from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
+from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.pruning.forward import Forward, Looked
 from ocvtp.pruning.splice import Spot
 from ocvtp.tokens.extract import ImageRecord, open_record
@@ -122,10 +122,7 @@ class Teacher:
 
     def check(self, images: Sequence[str]) -> None:
         """`BadInput` names images of which nothing is asked."""
-        without = [image for image in images if not self._prompts(image)]
-        if without:
-            raise BadInput(f"there are no prompts for {len(without)} of {len(images)} training images: "
-                           f"{', '.join(without[:5])}{', ...' * (len(without) > 5)}")  # fmt: skip
+        check_all(self._prompts, images)
         self._images = list(images)
 
     def divergence(self, images: Sequence[str], kept_BS: Tensor, weights_BSN: Tensor, draw: int | None) -> Tensor:
@@ -285,16 +282,7 @@ def teacher_of(
     Raises:
         BadInput: no questions come with the images; a file of prompts that cannot be read.
     """
-    given = config.prompts
-    if isinstance(given, tuple):
-        prompts = generic(given)
-    elif given != QUESTIONS:
-        prompts = read_prompts(Path(given) if prompts_file is None else prompts_file)
-    elif scenes_seed is not None:
-        prompts = scene_questions(scenes_seed, config.prompts_an_image)
-    else:
-        raise BadInput("prompts is questions, but none come with these images, which are no synthetic scenes: give a "
-                       "list of texts, such as ['Describe the image.'], or a file of JSON lines")  # fmt: skip
+    prompts = prompts_of(config, scenes_seed, prompts_file)
     found = {record.id: record for record in records}
     return Teacher(vlm, lambda name: open_record(found[name]), lambda name: prompts(name) if name in found else (),
                    preprocessing=preprocessing, prompts_a_step=config.prompts_a_step)  # fmt: skip

@@ -31,6 +31,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--answers", type=int, default=None, metavar="IMAGES", help="instead: what a step of a "
                         "training with loss=answers costs on so many images")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=2, help="with --answers: prompts of an image (default: 2)")
+    parser.add_argument("--samples", type=int, default=4, help="with --answers: kept sets of an image in a step "
+                        "(default: 4); 0: answers_gradient=straight_through")  # fmt: skip
     common.add_json(parser)
 
 
@@ -68,11 +70,13 @@ def _answers(args: argparse.Namespace) -> int:
     budgets = [common.tokens(budget, whole) for budget in args.keep or (0.333, 0.222, 0.111)]
     rows = [
         {"tokens": kept, **teaching(shape, image_tokens=whole, kept=kept, images=args.answers, prompts=args.prompts,
-                                    text_tokens=args.text_tokens).as_dict()}
+                                    text_tokens=args.text_tokens, samples=args.samples).as_dict()}
         for kept in budgets
     ]  # fmt: skip
     if args.json:
-        common.print_json({"vlm": args.vlm, "images": args.answers, "prompts": args.prompts, "rows": rows})
+        common.print_json(
+            {"vlm": args.vlm, "images": args.answers, "prompts": args.prompts, "samples": args.samples, "rows": rows}
+        )
         return 0
     operations, memory = ("teacher", "student", "pruner", "total"), ("weights", "student", "held")
     columns = ("tokens", *operations, *(f"{name} memory" for name in memory))

@@ -17,10 +17,10 @@ class Teaching:
 
     Attributes:
         teacher: operations of the passes with all tokens; none in later epochs where its answers fit into memory.
-        student: of the passes with the kept tokens, forward and backward to their embeddings.
+        student: of the passes with the kept tokens: forward and back to their embeddings, or forward of each sample.
         pruner: of the pruner, forward and backward.
         weights_bytes: of the VLM.
-        student_bytes: what the passes with the kept tokens hold for the way back.
+        student_bytes: what the passes with the kept tokens hold for the way back; none where kept sets are sampled.
         held_bytes: of what is held an image that has been seen: features, and the distributions of one prompt.
     """
 
@@ -50,6 +50,7 @@ def teaching(
     prompts: int = 2,
     text_tokens: int = 32,
     places: int = 1,
+    samples: int = 0,
     bytes_per_number: int = 2,
 ) -> Teaching:
     """What a step costs.
@@ -65,6 +66,7 @@ def teaching(
         prompts: of an image in a step.
         text_tokens: t.
         places: a.
+        samples: kept sets of `answers_gradient: sampled`; 0 is `straight_through`.
         bytes_per_number: of the VLM's type.
 
     Raises:
@@ -73,6 +75,8 @@ def teaching(
     for name, value in (("images", images), ("prompts", prompts), ("places", places), ("kept", kept)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise BadInput(f"{name} is {value!r}: a whole number of at least 1 is needed")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise BadInput(f"samples is {samples!r}: a whole number of at least 0 is needed")
     if kept > image_tokens:
         raise BadInput(f"kept is {kept} of {image_tokens} tokens: at most all can stay")
     llm, rows, length = shape.llm, images * prompts, kept + text_tokens
@@ -83,10 +87,10 @@ def teaching(
     pairs = llm.layers * MAC * 2 * length**2 * llm.queries
     return Teaching(
         teacher=images * once + rows * (whole.llm + head),
-        student=rows * (2 * (forward + head) + 3 * pairs // 2),
+        student=rows * (samples * (forward + head) if samples else 2 * (forward + head) + 3 * pairs // 2),
         pruner=3 * images * pruner_flops(image_tokens, shape.tower.width, kept),
         weights_bytes=bytes_per_number * parameters(shape),
-        student_bytes=rows * length * llm.layers * _kept_bytes(llm, bytes_per_number),
+        student_bytes=0 if samples else rows * length * llm.layers * _kept_bytes(llm, bytes_per_number),
         held_bytes=image_tokens * llm.width * bytes_per_number + 4 * places * llm.vocabulary,
     )
 

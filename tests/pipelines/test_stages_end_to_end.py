@@ -283,7 +283,7 @@ def test_a_vlm_teaches_by_its_answers(work: Workspace, tmp_path: Path, capsys: p
     assert work.run(train, loss="answers", **asked) == 0
     assert len(work.ran) == 1
     assert work.run(train, loss="answers", **{**taught, "train": {**taught["train"], "prompts": "none.jsonl"}}) == 1
-    assert "train.prompts: there is no file none.jsonl" in capsys.readouterr().err
+    assert "train.prompts: prompts in none.jsonl cannot be read" in capsys.readouterr().err
 
     options = ["loss=answers", "slots=[16]", "steps=2", "eval_every=1", "batch_size=8", "pruner.assignment=residual"]
     call = ["train", str(work.root / "data/tokens/tiny-llava/layer_9.json"), str(tmp_path / "by_hand"),

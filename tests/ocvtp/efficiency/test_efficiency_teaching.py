@@ -52,9 +52,14 @@ def test_a_7b_model_by_hand() -> None:
     assert found.teacher == pytest.approx(8 * (2 * 612 * 6.6e9 + 0.37e12), rel=0.08)
     assert found.student_bytes == 8 * 100 * 32 * (8 * 4096 + 2 * (4 * 4096 + 3 * 11008))
     assert found.held_bytes == 576 * 4096 * 2 + 32064 * 4
+    sampled = teaching(shape, image_tokens=576, kept=64, images=8, prompts=1, text_tokens=36, samples=4)
+    assert sampled.student == pytest.approx(2 * found.student, rel=0.01)  # four times forward against there and back
+    assert (sampled.student_bytes, sampled.teacher) == (0, found.teacher)
     assert found.total == found.teacher + found.student + found.pruner
     with pytest.raises(BadInput, match="kept is 577 of 576"):
         teaching(shape, image_tokens=576, kept=577, images=1)
+    with pytest.raises(BadInput, match="samples is -1"):
+        teaching(shape, image_tokens=576, kept=64, images=1, samples=-1)
     with pytest.raises(BadInput, match="images is 0"):
         teaching(shape, image_tokens=576, kept=64, images=0)
 
@@ -63,7 +68,7 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["flops", "--answers", "8", "--prompts", "1", "--keep", "64", "128", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     shape = known_shape("llava-1.5-7b")
-    expected = teaching(shape, image_tokens=576, kept=64, images=8, prompts=1).as_dict()
+    expected = teaching(shape, image_tokens=576, kept=64, images=8, prompts=1, samples=4).as_dict()
     assert rows[0] == {"tokens": 64, **expected}
     assert cli.main(["flops", "--answers", "8", "--keep", "64"]) == 0
     assert "loss=answers with llava-1.5-7b" in " ".join(capsys.readouterr().out.split())
