@@ -131,29 +131,27 @@ def teacher(scenes: Any) -> Teacher:
     return teacher_of(load("tiny-llava"), TrainConfig(**FAST), scenes[1], scenes_seed=0)
 
 
-def taught(
-    scenes: Any, teacher: Teacher, folder: Path, pruner: dict[str, Any] = RESIDUAL, **options: Any
-) -> tuple[Any, dict[str, bytes]]:
+def taught(scenes: Any, teacher: Teacher, folder: Path, **options: Any) -> tuple[Any, dict[str, bytes]]:
     dataset, _ = scenes
     config = TrainConfig(**{**FAST, **options})
-    metrics = train(PrunerConfig(96, grid=(12, 12), **pruner), config, dataset, folder, resume=folder / "resume",
+    metrics = train(PrunerConfig(96, grid=(12, 12), **RESIDUAL), config, dataset, folder, resume=folder / "resume",
                     trained_for=TrainedFor(weights=dataset.meta.weights, layer=-2), teacher=teacher)  # fmt: skip
     return metrics, {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
-def test_a_short_training_lowers_the_divergence_on_images_held_out(
-    scenes: Any, teacher: Teacher, tmp_path: Path
-) -> None:
-    """From picks that Gaussian slots share, which leave much to gain."""
-    pruner = {"truncation": "none", "decoder": None}
-    metrics, files = taught(scenes, teacher, tmp_path / "a", pruner, steps=60, eval_every=20, batch_size=16,
-                            span_weight=1.0)  # fmt: skip
-    header, *rows = [line.split(",") for line in files["curves.csv"].decode().splitlines()]
+def test_a_short_training_lowers_the_divergence_on_images_held_out(scenes: Any, tmp_path: Path) -> None:
+    """It is asked for the digit alone, and Gaussian slots learn to keep what shows it."""
+    dataset, records = scenes
+    config = TrainConfig(**{**FAST, "slots": [3], "steps": 40, "eval_every": 10, "batch_size": 16, "span_weight": 0.1,
+                            "prompts": [f"What is the number?\n{POST_PROMPT}"]})  # fmt: skip
+    metrics = train(PrunerConfig(96, grid=(12, 12), truncation="none"), config, dataset, tmp_path / "a",
+                    resume=tmp_path / "a/resume", teacher=teacher_of(load("tiny-llava"), config, records))  # fmt: skip
+    header, *rows = [line.split(",") for line in (tmp_path / "a/curves.csv").read_text().splitlines()]
     validated = [dict(zip(header, row, strict=True)) for row in rows if row[header.index("kl")]]
-    assert [row["step"] for row in validated] == ["0", "20", "40", "60"]
+    assert [row["step"] for row in validated] == ["0", "10", "20", "30", "40"]
     assert metrics["best_step"] > 0
-    assert metrics["kl"] < 0.95 * float(validated[0]["kl"])
-    assert metrics["val_loss"] == pytest.approx(metrics["kl"] + metrics["span_error"], rel=0.05)
+    assert metrics["kl"] < 0.6 * float(validated[0]["kl"])
+    assert 0 < 10 * (metrics["val_loss"] - metrics["kl"]) < 1.1  # a tenth of the span error of what slots pick
     saved = OCPruner.from_pretrained(tmp_path / "a")
     assert saved.trained_for.loss == "answers"
     assert saved.decoder is None
