@@ -120,7 +120,7 @@ def check_all(prompts: Prompts, images: Sequence[str]) -> None:
     """`BadInput` names images of which nothing is asked."""
     without = [image for image in images if not prompts(image)]
     if without:
-        raise BadInput(f"there are no prompts for {len(without)} of {len(images)} training images: "
+        raise BadInput(f"there are no prompts or pictures for {len(without)} of {len(images)} training images: "
                        f"{', '.join(without[:5])}{', ...' * (len(without) > 5)}")  # fmt: skip
 
 

@@ -13,7 +13,6 @@ the prompts, A places of an answer, V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,7 +108,7 @@ class Teacher:
         """Fingerprint of the VLM's weights."""
         return self._vlm.weights
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, Any]:
         """The VLM, its type, how images become pixels, and the prompts of all images that were checked."""
         return {
@@ -284,5 +283,6 @@ def teacher_of(
     """
     prompts = prompts_of(config, scenes_seed, prompts_file)
     found = {record.id: record for record in records}
+    # Of an image that is not among them nothing is asked, and so it is refused.
     return Teacher(vlm, lambda name: open_record(found[name]), lambda name: prompts(name) if name in found else (),
                    preprocessing=preprocessing, prompts_a_step=config.prompts_a_step)  # fmt: skip

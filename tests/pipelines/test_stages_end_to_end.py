@@ -277,18 +277,18 @@ def test_a_vlm_teaches_by_its_answers(work: Workspace, tmp_path: Path, capsys: p
     lines = [{"image": image["id"], "prompt": "What is the number?"} for image in about["images"]]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     asked = {**taught, "train": {**taught["train"], "prompts": str(prompts)}}
-    assert work.run(train, loss="answers", **asked) == 1
-    assert f"no prompts for 1 of 40 training images: {lines[-1]['image']}" in capsys.readouterr().err
+    assert work.run(train, loss="answers", **asked) == 2
+    assert f"no prompts or pictures for 1 of 40 training images: {lines[-1]['image']}" in capsys.readouterr().err
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert work.run(train, loss="answers", **asked) == 0
     assert len(work.ran) == 1
-    assert work.run(train, loss="answers", **{**taught, "train": {**taught["train"], "prompts": "none.jsonl"}}) == 1
+    assert work.run(train, loss="answers", **{**taught, "train": {**taught["train"], "prompts": "none.jsonl"}}) == 2
     assert "train.prompts: prompts in none.jsonl cannot be read" in capsys.readouterr().err
 
     options = ["loss=answers", "slots=[16]", "steps=2", "eval_every=1", "batch_size=8", "pruner.assignment=residual"]
     call = ["train", str(work.root / "data/tokens/tiny-llava/layer_9.json"), str(tmp_path / "by_hand"),
             "--store", str(work.store), "--set", *options]  # fmt: skip
-    assert cli.main([*call, "--sample", str(tmp_path)]) == 1
+    assert cli.main([*call, "--sample", str(tmp_path)]) == 2
     assert "loss=answers needs the training images" in capsys.readouterr().err
     assert cli.main([*call, "--sample", str(work.root / "data/sample")]) == 0
     weights = task.out / "model.safetensors"

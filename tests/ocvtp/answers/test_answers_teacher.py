@@ -177,7 +177,7 @@ def test_a_step_draws_some_prompts_of_each_image(
 def test_what_cannot_be_taught_is_refused(folder: Path, picture_of: Callable[..., Image.Image]) -> None:
     vlm = load(folder)
     teacher = Teacher(vlm, lambda name: picture_of(int(name)), lambda name: PROMPTS if name == "0" else ())
-    with pytest.raises(BadInput, match="no prompts for 2 of 3 training images: 1, 7"):
+    with pytest.raises(BadInput, match="no prompts or pictures for 2 of 3 training images: 1, 7"):
         teacher.check(["0", "1", "7"])
     with pytest.raises(Incompatible, match=r"image 0 has \d+ tokens here, but tokens on disk are 3"):
         teacher.divergence(["0"], torch.tensor([[1]]), torch.eye(3)[None, 1:2], None)

@@ -198,7 +198,7 @@ def test_what_cannot_be_taught_is_refused_before_it_begins(scenes: Any, teacher:
         begin(teacher, vlm="other", weights="of another")
     with pytest.raises(BadInput, match="of use with loss=answers only, loss is span"):
         begin(teacher, config=TrainConfig(loss="span", slots=[4]))
-    with pytest.raises(BadInput, match="no prompts for 59 of 60 training images: train-000001"):
+    with pytest.raises(BadInput, match="no prompts or pictures for 59 of 60 training images: train-000001"):
         begin(teacher_of(vlm, config, records[:1], scenes_seed=0))
     with pytest.raises(BadInput, match="no synthetic scenes"):
         teacher_of(vlm, config, records)
