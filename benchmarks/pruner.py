@@ -1,13 +1,15 @@
-"""The pruner's speed: training against the published loop, choosing in batches, FLOPs and memory.
+"""The pruner's speed: training against the published loop, choosing in batches, FLOPs and memory; losses and choices.
 
     python benchmarks/pruner.py                 # on two CPU cores about ten minutes
     python benchmarks/pruner.py --device cuda
+    python benchmarks/pruner.py --only losses choices
     python benchmarks/pruner.py --quick         # small shapes, to see that it runs
 
 Rivals take turns within one run, so that what else the machine does meets all of them. Needs ocvtp, torch and numpy.
 """
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from machine import add_output, heading, machine, say
 from plain_pruner import PlainPruner, area_weighted
+from pruner_rivals import choices, lines, losses
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,19 +37,25 @@ from ocvtp.pruner.training.ranks import Ranks, StepLoss
 from ocvtp.pruner.training.run import TrainConfig, compile_parts
 
 RATE, CLIP = 3e-4, 1.0
+PARTS = ("training", "choosing", "flops", "memory", "losses", "choices")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the tokens and the pruner: side of the square grid, token width, slots."""
+    """Of the tokens and the pruner: columns of the grid (and rows, if it is no square), token width, slots."""
 
     side: int = 24
     width: int = 1024
     slots: int = 64
+    rows: int | None = None
 
     @property
     def tokens(self) -> int:
-        return self.side**2
+        return self.side * (self.rows or self.side)
+
+
+CHOOSING = (Size(12, 96), Size(), Size(48, rows=60))
+"""Of tiny-llava, LLaVA-1.5 and LLaVA-NeXT."""
 
 
 def images(size: Size, count: int, seed: int) -> Tensor:
@@ -55,7 +64,7 @@ def images(size: Size, count: int, seed: int) -> Tensor:
     always = torch.Generator().manual_seed(1)
     kinds = torch.randn(24, size.width, generator=always)
     places = torch.randn(size.tokens, size.width, generator=always)
-    at = torch.cartesian_prod(torch.arange(size.side), torch.arange(size.side)).float()
+    at = torch.cartesian_prod(torch.arange(size.rows or size.side), torch.arange(size.side)).float()
     centres = torch.rand(count, 8, 2, generator=draws) * size.side
     region = torch.cdist(at.expand(count, -1, -1), centres).argmin(2)
     kind = torch.randint(24, (count, 8), generator=draws).gather(1, region)
@@ -275,10 +284,16 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def table(found: dict[str, Any]) -> str:
-    train, kept = found["training"], found["memory_bytes"]
+    made = [heading(found["machine"])]
+    for part, told in ((_training, "training"), (_choosing, "choosing"), (_flops, "flops")):
+        made += part(found) if told in found else []
+    return "\n".join([*made, *lines(found)])
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    train, kept = found["training"], found.get("memory_bytes", {"plain": math.nan, "ours": math.nan})
     rate, loss = train["samples_per_second"], train["validation_mse"]
-    lines = [
-        heading(found["machine"]),
+    return [
         "",
         "| training a sample | samples/s | against the published loop | validation MSE | memory of a step |",
         "|:--|--:|--:|--:|--:|",
@@ -288,23 +303,28 @@ def table(found: dict[str, Any]) -> str:
         f"{loss['ours']:.4f} | {kept['ours'] / 1e9:.2f} GB |",
         "",
         f"After {train['samples']['ours']} samples each; before the first: {loss['start']:.4f}.",
-        "",
-        "| choosing, ms an image | one by one | 32 at once | ratio |",
-        "|:--|--:|--:|--:|",
     ]
+
+
+def _choosing(found: dict[str, Any]) -> list[str]:
+    made = ["", "| choosing, ms an image | one by one | 32 at once | ratio |", "|:--|--:|--:|--:|"]
     for one in found["choosing"]:
         for name in ("fp32", "bf16"):
             row = one[name]
             what = f"{one['tokens']} x {one['width']}, keep {one['keep']}, {name}"
-            lines.append(f"| {what} | {row['one_by_one_ms']:.2f} | {row['batch_ms']:.2f} | {row['ratio']:.2f}x |")
+            made.append(f"| {what} | {row['one_by_one_ms']:.2f} | {row['batch_ms']:.2f} | {row['ratio']:.2f}x |")
         single, batch = one["fp32"]["one_by_one_ms"], one["bf16"]["batch_ms"]
         ratio = one["bf16"]["batch_against_fp32_one_by_one"]
-        lines.append(f"| the same: bf16 at once against fp32 one by one | {single:.2f} | {batch:.2f} | {ratio:.2f}x |")
-    lines += ["", "| FLOPs of choosing | counted by torch | closed form | ratio |", "|:--|--:|--:|--:|"]
+        made.append(f"| the same: bf16 at once against fp32 one by one | {single:.2f} | {batch:.2f} | {ratio:.2f}x |")
+    return made
+
+
+def _flops(found: dict[str, Any]) -> list[str]:
+    made = ["", "| FLOPs of choosing | counted by torch | closed form | ratio |", "|:--|--:|--:|--:|"]
     for row in found["flops"]:
-        lines.append(f"| {row['tokens']} tokens, {row['slots']} slots | {row['counted'] / 1e9:.3f} G | "
+        made.append(f"| {row['tokens']} tokens, {row['slots']} slots | {row['counted'] / 1e9:.3f} G | "
                      f"{row['formula'] / 1e9:.3f} G | {row['ratio']:.4f} |")  # fmt: skip
-    return "\n".join(lines)
+    return made
 
 
 def main() -> None:
@@ -315,6 +335,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="of the published loop (default: 12, as published)")
     parser.add_argument("--ours-batch", type=int, default=None, help="of ours (default: 12 on a CPU, else 96)")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
+    parser.add_argument("--seconds", type=float, default=None, help="of each loss's training (default: 30)")
     add_output(parser)
     parser.add_argument("--memory", choices=("plain", "ours"), default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -328,13 +350,18 @@ def main() -> None:
     samples = arguments.samples or (24 if arguments.quick else 96 if on_cpu else 4800)
     ours = arguments.ours_batch or (arguments.batch if on_cpu else 96)
     sizes = [size] if arguments.quick else [Size(12, 96, 16), size]
-    found = {
-        "machine": machine(arguments.device),
-        "training": training(size, device, samples, arguments.batch, ours),
-        "choosing": [choosing(one, device, 3 if on_cpu else 20) for one in sizes],
-        "flops": flops(),
-        "memory_bytes": memories(arguments, arguments.batch),
-    }
+    quick = arguments.quick
+    parts: dict[str, tuple[str, Callable[[], Any]]] = {
+        "training": ("training", lambda: training(size, device, samples, arguments.batch, ours)),
+        "choosing": ("choosing", lambda: [choosing(one, device, 3 if on_cpu else 20) for one in sizes]),
+        "flops": ("flops", flops),
+        "memory": ("memory_bytes", lambda: memories(arguments, arguments.batch)),
+        "losses": ("losses", lambda: losses(40 if quick else 256, arguments.seconds or (1 if quick else 30), device)),
+        "choices": ("choices", lambda: choices(
+            lambda size: images(size, 2, seed=11), [Size(8, 64)] if quick else CHOOSING, 3 if on_cpu else 20, device)),
+    }  # fmt: skip
+    done = {key: work() for name, (key, work) in parts.items() if name in arguments.only}
+    found = {"machine": machine(arguments.device), **done}
     say(found, table, arguments)
 
 

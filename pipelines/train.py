@@ -3,6 +3,7 @@
 `models/pruners.json` says where the store has each pruner, and its checksums.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster import Task
+from ocvtp.answers.asking import check_all, prompts_of
+from ocvtp.errors import BadInput
+from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
+from ocvtp.vlms import resolve
 from pipelines import tracking
 from pipelines.grid import PrunerCell, layers, pruner_cells, vlm_folder
 from pipelines.spool import Record, curves
@@ -21,6 +26,7 @@ from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
 from pipelines.tasks.pruners import pruner
+from pipelines.tasks.taught import taught
 
 LEFT_IN_STORE = "last.safetensors"
 """The weights of the last step: rarely looked at, and as large as the best ones."""
@@ -66,13 +72,42 @@ def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any]) -> Task:
     meta = ShardMeta.from_dict(listing["meta"], f"the tokens of {cell.vlm}")
     train = run.params.train.changed(cell.changes)
     shards = [{key: value for key, value in shard.items() if key != "path"} for shard in listing["shards"]]
+    config = train.config(cell.loss, cell.slots, cell.seed)
     spec = {
         "tokens": {**listing, "shards": shards},
         "pruner": train.pruner_config(meta.width, meta.grid).to_dict(),
-        "train": train.config(cell.loss, cell.slots, cell.seed).to_dict(),
+        "train": config.to_dict(),
     }
     inputs = {"shards": [shard["path"] for shard in listing["shards"]]}
-    return run.task("pruners", cell.folder, pruner, spec, run.params.cluster.resources.train, inputs)
+    call: Any = pruner
+    if cell.loss == "answers":
+        call = taught
+        answers, more = _answers(run, cell.vlm, config)
+        spec, inputs = {**spec, "answers": answers}, {**inputs, **more}
+    return run.task("pruners", cell.folder, call, spec, run.params.cluster.resources.train, inputs)
+
+
+def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a VLM teaches with: entries of the spec, and where things are."""
+    images = json.loads(run.input(f"{outputs.SAMPLE}/images.json", "sample").read_bytes())
+    sample = json.loads(run.input(f"{outputs.SAMPLE}/sample.json", "sample").read_bytes())
+    prompts = config.prompts if isinstance(config.prompts, str) and config.prompts != QUESTIONS else None
+    scenes_seed = sample["seed"] if sample["source"] == "scenes" else None
+    try:
+        asked = prompts_of(config, scenes_seed)
+        if prompts is not None:
+            check_all(asked, [image["id"] for image in images])
+    except BadInput as error:
+        raise BadInput(f"train.prompts: {error}") from error
+    answers = {
+        "vlm": vlm,
+        "model": resolve(vlm).identity,
+        "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
+        "scenes_seed": scenes_seed,
+        "prompts": None if prompts is None else hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
+    }
+    found = None if prompts is None else str(Path(prompts).resolve())
+    return answers, {"images": [image["path"] for image in images], "prompts": found}
 
 
 def _output(run: Stage, task: Task, folder: Path) -> dict[str, Any]:

@@ -28,11 +28,18 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--image-tokens", type=int, default=None, help="vision tokens of the unpruned image")
     parser.add_argument("--text-tokens", type=int, default=32, help="text tokens of the prompt (default: 32)")
     parser.add_argument("--slots", type=int, default=None, help="slots of the pruner (default: as many as are kept)")
+    parser.add_argument("--answers", type=int, default=None, metavar="IMAGES", help="instead: what a step of a "
+                        "training with loss=answers costs on so many images")  # fmt: skip
+    parser.add_argument("--prompts", type=int, default=2, help="with --answers: prompts of an image (default: 2)")
+    parser.add_argument("--samples", type=int, default=4, help="with --answers: kept sets of an image in a step "
+                        "(default: 4); 0: answers_gradient=straight_through")  # fmt: skip
     common.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Count and print."""
+    if args.answers is not None:
+        return _answers(args)
     rows = count(args.vlm, args.keep, args.image_tokens, args.text_tokens, args.slots)
     if args.json:
         common.print_json({"vlm": args.vlm, "text_tokens": args.text_tokens, "rows": rows})
@@ -55,16 +62,51 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _answers(args: argparse.Namespace) -> int:
+    """Print what a step of a training with the loss `answers` costs."""
+    from ocvtp.efficiency.teaching import teaching
+
+    shape, whole = shape_of(args.vlm), _whole(args.vlm, args.image_tokens)
+    budgets = [common.tokens(budget, whole) for budget in args.keep or (0.333, 0.222, 0.111)]
+    rows = [
+        {"tokens": kept, **teaching(shape, image_tokens=whole, kept=kept, images=args.answers, prompts=args.prompts,
+                                    text_tokens=args.text_tokens, samples=args.samples).as_dict()}
+        for kept in budgets
+    ]  # fmt: skip
+    if args.json:
+        common.print_json(
+            {"vlm": args.vlm, "images": args.answers, "prompts": args.prompts, "samples": args.samples, "rows": rows}
+        )
+        return 0
+    operations, memory = ("teacher", "student", "pruner", "total"), ("weights", "student", "held")
+    columns = ("tokens", *operations, *(f"{name} memory" for name in memory))
+    table = common.table(
+        f"Operations of a step of loss=answers with {args.vlm}: {args.answers} images, {args.prompts} prompts each; "
+        "memory of the weights in 16 bits, of the way back, and of what is held an image", *columns, right=columns,
+    )  # fmt: skip
+    for row in rows:
+        sizes = (row[f"{name}_bytes"] for name in memory)
+        table.add_row(str(row["tokens"]), *(_short(row[part]) for part in operations),
+                      *(f"{_short(size)}B" for size in sizes))  # fmt: skip
+    common.console().print(table)
+    return 0
+
+
+def _whole(vlm: str, image_tokens: int | None) -> int:
+    """Tokens of an image."""
+    whole: int | None = image_tokens or _WHOLE.get(vlm) or shape_of(vlm).tower.tokens_per_tile
+    if whole is None:
+        raise BadInput(f"{vlm} has images of many sizes: say how many tokens with --image-tokens")
+    return whole
+
+
 def count(
     vlm: str, keep: list[int | float] | None, image_tokens: int | None, text_tokens: int, slots: int | None
 ) -> list[dict[str, Any]]:
     """One row for the whole image and one for each budget."""
     from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
 
-    shape = shape_of(vlm)
-    whole = image_tokens or _WHOLE.get(vlm) or shape.tower.tokens_per_tile
-    if whole is None:
-        raise BadInput(f"{vlm} has images of many sizes: say how many tokens with --image-tokens")
+    shape, whole = shape_of(vlm), _whole(vlm, image_tokens)
     budgets = [common.tokens(budget, whole) for budget in keep or (0.333, 0.222, 0.111)]
     rows = []
     for tokens in (None, *budgets):

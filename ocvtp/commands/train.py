@@ -1,6 +1,7 @@
 """`ocvtp train`: one pruner on extracted tokens, on one device or, under `torchrun`, on several."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("out", type=Path, help="the folder for the pruner")
     parser.add_argument("--store", type=Path, default=Path(".ocvtp/store"), help="where the listed shards are "
                         "(default: .ocvtp/store)")  # fmt: skip
+    parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="for loss=answers: the output of "
+                        "stage sample, which names the training images (default: data/sample)")  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                         help="options of TrainConfig, or of PrunerConfig after `pruner.`: steps=400 loss=mse "
                         "slots=[16,32] pruner.decoder=mlp")  # fmt: skip
@@ -51,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     device = ranks.begin()
     try:
         first = ranks.Ranks.current().first
-        metrics = _train(pruner_config, config, dataset, args.out, device, about, shown=first)
+        teacher = _teacher(config, meta, args.sample, args.store, device) if config.loss == "answers" else None
+        metrics = _train(pruner_config, config, dataset, args.out, device, about, teacher, shown=first)
     finally:
         ranks.end()
     if first:
@@ -63,7 +67,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train(pruner: Any, config: Any, dataset: Any, out: Path, device: Any, about: Any, *, shown: bool) -> Any:
+def _teacher(config: Any, meta: Any, sample: Path, store: Path, device: Any) -> Any:
+    """The VLM whose tokens these are, with the training images and what is asked of them."""
+    from ocvtp.answers.teacher import teacher_of
+    from ocvtp.tokens.extract import ImageRecord
+    from ocvtp.vlms import load
+
+    try:
+        images = json.loads((sample / "images.json").read_bytes())
+        about = json.loads((sample / "sample.json").read_bytes())
+        records = [ImageRecord(image["id"], store / image["path"], image["sha256"]) for image in images]
+        seed = about["seed"] if about["source"] == "scenes" else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"loss=answers needs the training images, as stage sample lists them in {sample} (--sample): "
+                       f"{error}") from error  # fmt: skip
+    vlm = load(meta.vlm, device=device, dtype=config.vlm_dtype)
+    return teacher_of(vlm, config, records, scenes_seed=seed, preprocessing=meta.preprocessing)
+
+
+def _train(
+    pruner: Any, config: Any, dataset: Any, out: Path, device: Any, about: Any, teacher: Any, *, shown: bool
+) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ocvtp.pruner.training.run import train
@@ -82,7 +106,17 @@ def _train(pruner: Any, config: Any, dataset: Any, out: Path, device: Any, about
             bar.update(task, completed=done, total=total, note=note)
 
         resume = out / "resume"
-        return train(pruner, config, dataset, out, resume=resume, progress=progress, device=device, trained_for=about)
+        return train(
+            pruner,
+            config,
+            dataset,
+            out,
+            resume=resume,
+            progress=progress,
+            device=device,
+            trained_for=about,
+            teacher=teacher,
+        )
 
 
 def _options(given: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

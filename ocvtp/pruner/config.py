@@ -29,7 +29,7 @@ CHOICES: Final[Mapping[str, tuple[Any, ...]]] = {
     "decoder": (*DECODERS, None),
     "positions": ("grid", "table"),
     "eval_visible": ("share", "all"),
-    "assignment": ("shared", "distinct", "residual"),
+    "assignment": ("shared", "distinct", "residual", "gain"),
     "fill": FILLS,
     "surplus": ("attention", "hash"),
 }
@@ -78,8 +78,9 @@ class PrunerConfig:
         random_visible: how often it does draw a number, uniform from none to all but two.
         eval_visible: what it sees outside training, `share` (as `visible` says, always the same) or `all`.
         extra_slot: selection uses one slot more than tokens to keep; the authors' code for towers with a CLS token.
-        assignment: `shared` (slots may pick the same token, then `fill`), `distinct` (each gets its own), or
-            `residual` (the same, and those that earlier picks leave most of come first: `ocvtp.selection.proposals`).
+        assignment: `shared` (slots may pick the same token, then `fill`), `distinct` (each gets its own), `residual`
+            (the same, and those that earlier picks leave most of come first), or `gain` (those that lower the residual
+            of all tokens most): `ocvtp.selection.proposals`.
         fill: which tokens make up for picks that coincide: `slot_mass`, `attention` (scores given by the caller),
             `next_best`, `random` or `none` (fewer tokens).
         surplus: which pick goes if there are too many: the least attended, or by Python's `hash` order.

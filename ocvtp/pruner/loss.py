@@ -12,8 +12,9 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 
 _TINY: Final = 1e-8
-LOSSES: Final = ("aw_mse", "mse", "span")
-"""Names of losses; `span` is in `ocvtp.pruner.span`, for it takes no rebuilt tokens."""
+LOSSES: Final = ("aw_mse", "mse", "span", "answers")
+"""Names of losses; the last two take no rebuilt tokens: `ocvtp.pruner.span`, `ocvtp.pruner.training.answers`."""
+WITHOUT_DECODER: Final = ("span", "answers")
 
 
 def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

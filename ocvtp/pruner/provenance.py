@@ -17,7 +17,7 @@ class TrainedFor:
         layer: whose tokens it reads, counted as in the paper.
         tower_layer: the index into `hidden_states` that it stands for.
         preprocessing: how an image became pixels.
-        loss: `aw_mse` or `mse`.
+        loss: one of `ocvtp.pruner.loss.LOSSES`.
         slots: slot counts drawn in training.
         seed: of the training.
     """

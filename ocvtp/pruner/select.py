@@ -26,6 +26,7 @@ class Selection:
         distinct_B: how many distinct tokens the slots picked, before any were dropped or filled in.
         picked_BN: True where a slot picked the token.
         attention_BKN: of the last iteration of slot attention; None where all tokens stay without it.
+        picks_BKk: the tokens of each slot, N where it has none; None likewise.
     """
 
     indices_BS: Tensor
@@ -33,6 +34,7 @@ class Selection:
     distinct_B: Tensor
     picked_BN: Tensor
     attention_BKN: Tensor | None = None
+    picks_BKk: Tensor | None = None
 
 
 def choose(
@@ -48,6 +50,7 @@ def choose(
     mask_BN: Tensor | None = None,
     slot_mask_BK: Tensor | None = None,
     tokens_BNC: Tensor | None = None,
+    given_BKk: Tensor | None = None,
 ) -> Selection:
     """The tokens that slots attend to most, brought to the number asked for.
 
@@ -56,19 +59,22 @@ def choose(
         keep_B1: tokens to keep of each image, at most as many as it has; [B, 1] or [1, 1].
         width: S, the largest of them.
         top_k: tokens that each slot picks.
-        assignment: `shared`, `distinct` or `residual`.
+        assignment: `shared`, `distinct`, `residual` or `gain`.
         fill: `slot_mass`, `attention`, `next_best`, `random` or `none`.
         fill_scores_BN: scores for `attention` and `random`; the highest come first.
         surplus: `attention` or `hash`.
         mask_BN: True where there is a token.
         slot_mask_BK: True where there is a slot.
-        tokens_BNC: what slots were gathered from; `residual` needs it.
+        tokens_BNC: what slots were gathered from; `residual` and `gain` need it.
+        given_BKk: picks of the slots, in place of those that `assignment` finds.
     """
     batch, _, tokens = attention_BKN.shape
     scores_BKN = attention_BKN if mask_BN is None else attention_BKN.masked_fill(~mask_BN[:, None], -1.0)
     if slot_mask_BK is not None:
         scores_BKN = scores_BKN.masked_fill(~slot_mask_BK[:, :, None], -1.0)
-    picks_BKk = picks(scores_BKN, assignment, top_k, mask_BN, slot_mask_BK, tokens_BNC)
+    picks_BKk = given_BKk
+    if picks_BKk is None:
+        picks_BKk = picks(scores_BKN, assignment, top_k, mask_BN, slot_mask_BK, tokens_BNC)
     if slot_mask_BK is not None:
         picks_BKk = picks_BKk.masked_fill(~slot_mask_BK[:, :, None], tokens)
     picks_BX = picks_BKk.flatten(1)
@@ -96,7 +102,8 @@ def choose(
     chosen_BS = order_BN[:, :width]
     over_BS = torch.arange(chosen_BS.shape[1], device=chosen_BS.device) >= counts_B1
     indices_BS = chosen_BS.masked_fill(over_BS, tokens).sort(1).values
-    return Selection(indices_BS.masked_fill(over_BS, -1), counts_B1[:, 0], distinct_B, picked_BN, attention_BKN)
+    kept_BS = indices_BS.masked_fill(over_BS, -1)
+    return Selection(kept_BS, counts_B1[:, 0], distinct_B, picked_BN, attention_BKN, picks_BKk)
 
 
 def picks(
@@ -116,7 +123,7 @@ def picks(
     exists_BN = torch.ones_like(tokens_BNC[:, :, 0], dtype=torch.bool) if mask_BN is None else mask_BN
     slots_BK = torch.ones_like(scores_BKN[:, :, 0], dtype=torch.bool) if slot_mask_BK is None else slot_mask_BK
     wish_BXN = scores_BKN.repeat_interleave(top_k, 1)
-    picks_BX = propose(wish_BXN, tokens_BNC, exists_BN, slots_BK.repeat_interleave(top_k, 1))
+    picks_BX = propose(wish_BXN, tokens_BNC, exists_BN, slots_BK.repeat_interleave(top_k, 1), assignment)
     return picks_BX.view(len(picks_BX), -1, top_k)
 
 

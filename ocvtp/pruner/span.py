@@ -53,10 +53,15 @@ def span_loss(
 
 def _straight_through(attention_BKN: Tensor, picks_BK: Tensor, temperature: float) -> Tensor:
     """One at each slot's token, with the gradient of what the slot's attention over tokens is at a temperature."""
+    soft_BKN = over_tokens(attention_BKN, temperature)
+    hard_BKN = torch.zeros_like(soft_BKN).scatter(2, picks_BK[:, :, None], 1.0)
+    return hard_BKN + (soft_BKN - soft_BKN.detach())
+
+
+def over_tokens(attention_BKN: Tensor, temperature: float) -> Tensor:
+    """Attention of slots (softmax over slots) as a distribution of each slot over tokens; below 1 sharpens."""
     sharp_BKN = attention_BKN.clamp(min=1e-12)
     if temperature != 1:
         sharp_BKN = sharp_BKN / sharp_BKN.detach().amax(2, keepdim=True)
         sharp_BKN = sharp_BKN ** (1 / temperature)
-    soft_BKN = sharp_BKN / sharp_BKN.sum(2, keepdim=True)
-    hard_BKN = torch.zeros_like(soft_BKN).scatter(2, picks_BK[:, :, None], 1.0)
-    return hard_BKN + (soft_BKN - soft_BKN.detach())
+    return sharp_BKN / sharp_BKN.sum(2, keepdim=True)

@@ -25,10 +25,11 @@ def css(
 
     Costs N^2 C multiply-accumulates, and 2 N^2 a pick.
     """
-    return choose(tokens, keep, mask, check_values, _begin)
+    return choose(tokens, keep, mask, check_values, begin)
 
 
-def _begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
+def begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
+    """How much each token lowers the squared residual of all, [B, N], and what it is after a pick."""
     centred_BNC, floor_BN = centred(tokens_BNC, exists_BN)
     inner_BNN = centred_BNC @ centred_BNC.transpose(1, 2)
     """Inner products of what is left of the tokens."""

@@ -1,22 +1,35 @@
-"""Slots propose, a residual decides: pivoted QR in which each pick belongs to a slot that has attention for it.
+"""Slots propose, a rule decides: a greedy choice in which each pick belongs to a slot that has attention for it.
 
 Letters: B images, N tokens, C token width, K slots.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Final
+
 import torch
 from torch import Tensor
 
-from ocvtp.selection.greedy import TIE, centred
-from ocvtp.selection.qr import Residual
+from ocvtp.selection.css import begin as begin_css
+from ocvtp.selection.greedy import TIE, Step
+from ocvtp.selection.qr import begin as begin_qr
+
+RULES: Final[Mapping[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Step]]]] = {
+    "residual": begin_qr,
+    "gain": begin_css,
+}
+"""What decides: the squared length of what the picks so far leave of a token, as in pivoted QR; or by how much it
+lowers the squared residual of all tokens, as in greedy column subset selection."""
 
 
 @torch.no_grad()
-def propose(attention_BKN: Tensor, tokens_BNC: Tensor, exists_BN: Tensor, slot_exists_BK: Tensor) -> Tensor:
+def propose(
+    attention_BKN: Tensor, tokens_BNC: Tensor, exists_BN: Tensor, slot_exists_BK: Tensor, rule: str = "residual"
+) -> Tensor:
     """The token of each slot, [B, K]; no two slots have the same, as long as there are tokens. N where there is none.
 
     K times, of all pairs of a slot and a token that are still free, the one with the largest product of (1) the slot's
-    attention for the token, relative to its largest, and (2) the squared length of what the picks so far leave of the
-    token. Where attention is even this is pivoted QR, and where it is sharp each slot has its own favourite. Of equals
+    attention for the token, relative to its largest, and (2) what the rule says of the token. Where attention is even
+    this is the choice that the rule is named after, and where it is sharp each slot has its own favourite. Of equals
     the token with the lower index, then the slot.
     """
     batch, slots, count = attention_BKN.shape
@@ -25,9 +38,8 @@ def propose(attention_BKN: Tensor, tokens_BNC: Tensor, exists_BN: Tensor, slot_e
     with torch.autocast(device.type, enabled=False):
         wish_BKN = attention_BKN.float().clamp(min=torch.finfo(torch.float32).tiny)
         wish_BKN = wish_BKN / wish_BKN.amax(2, keepdim=True)
-        centred_BNC, floor_BN = centred(tokens_BNC.float().masked_fill(~exists_BN[:, :, None], 0), exists_BN)
-        residual = Residual(centred_BNC, floor_BN, slots)
-        left_BN, token_free_BN, slot_free_BK = residual.scores(), exists_BN.clone(), slot_exists_BK.clone()
+        left_BN, step = RULES[rule](tokens_BNC.float().masked_fill(~exists_BN[:, :, None], 0), exists_BN, slots)
+        token_free_BN, slot_free_BK = exists_BN.clone(), slot_exists_BK.clone()
         picks_BK = torch.full((batch, slots), count, device=device)
         for _ in range(slots):
             most_BN = wish_BKN.masked_fill(~slot_free_BK[:, :, None], 0).amax(1)
@@ -44,5 +56,67 @@ def propose(attention_BKN: Tensor, tokens_BNC: Tensor, exists_BN: Tensor, slot_e
             picks_BK = picks_BK.scatter(1, slot_B1, torch.where(done_B1, picks_BK.gather(1, slot_B1), safe_B1))
             token_free_BN = token_free_BN.scatter(1, safe_B1, done_B1 & token_free_BN.gather(1, safe_B1))
             slot_free_BK = slot_free_BK.scatter(1, slot_B1, done_B1 & slot_free_BK.gather(1, slot_B1))
-            left_BN = residual.step(safe_B1[:, 0], (best_B1 > 0)[:, 0])
+            left_BN = step(safe_B1[:, 0], (best_B1 > 0)[:, 0])
     return picks_BK
+
+
+def sample(
+    attention_BKN: Tensor,
+    tokens_BNC: Tensor,
+    exists_BN: Tensor,
+    noise_BKN: Tensor,
+    assignment: str = "residual",
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Picks [B, K] drawn around those of `propose`, and the logarithm of their probability, [B], with gradients.
+
+    A pick has the probability of the softmax over free tokens of log(score) / temperature. At a temperature near 0 they
+    are those of `propose`.
+
+    Args:
+        attention_BKN: of slots that all exist.
+        tokens_BNC: what they were gathered from; no gradient flows into them.
+        exists_BN: True where there is a token.
+        noise_BKN: standard Gumbel: what is drawn is a function of it.
+        assignment: a rule; `distinct` without one: slots in their order, none with a token of an earlier one; or
+            `shared`, where slots pick on their own.
+        temperature: above 0.
+
+    Returns:
+        Picks, N where an image has no token left, and the logarithm of the probability of each image's.
+    """
+    batch, slots, count = attention_BKN.shape
+    device, tiny = attention_BKN.device, torch.finfo(torch.float32).tiny
+    with torch.autocast(device.type, enabled=False):
+        wish_BKN = attention_BKN.float().clamp(min=tiny)
+        wish_BKN = wish_BKN / wish_BKN.amax(2, keepdim=True)
+        free_BN, slot_free_BK = exists_BN.clone(), torch.ones(batch, slots, dtype=torch.bool, device=device)
+        left_BN, step = None, None
+        if assignment in RULES:
+            with torch.no_grad():
+                here_BNC = tokens_BNC.detach().float().masked_fill(~exists_BN[:, :, None], 0)
+                left_BN, step = RULES[assignment](here_BNC, exists_BN, slots)
+        picks_BK = torch.full((batch, slots), count, device=device)
+        logarithm_B = wish_BKN.new_zeros(batch)
+        for number in range(slots):
+            most_BN = wish_BKN[:, number]
+            if left_BN is not None:
+                most_BN = wish_BKN.masked_fill(~slot_free_BK[:, :, None], tiny).amax(1) * left_BN.clamp(min=tiny)
+            logits_BN = most_BN.clamp(min=tiny).log() / temperature
+            there_B = free_BN.any(1)
+            share_BN = logits_BN.masked_fill(~free_BN & there_B[:, None], -torch.inf).log_softmax(1)
+            pick_B = (share_BN.detach() + noise_BKN[:, number]).argmax(1)
+            logarithm_B = logarithm_B + torch.where(there_B, share_BN.gather(1, pick_B[:, None])[:, 0], 0)
+            slot_B1 = torch.full((batch, 1), number, device=device)
+            if step is not None:
+                mine_BK = wish_BKN.detach().gather(2, pick_B[:, None, None].expand(-1, slots, -1))[:, :, 0]
+                slot_B1 = mine_BK.masked_fill(~slot_free_BK, -1).argmax(1, keepdim=True)
+                assert left_BN is not None  # noqa: S101 - of the same rule
+                counts_B = there_B & (left_BN.gather(1, pick_B[:, None])[:, 0] > 0)
+                with torch.no_grad():
+                    left_BN = step(pick_B, counts_B)
+            picks_BK = picks_BK.scatter(1, slot_B1, torch.where(there_B, pick_B, count)[:, None])
+            slot_free_BK = slot_free_BK.scatter(1, slot_B1, False)
+            if assignment != "shared":
+                free_BN = free_BN.scatter(1, pick_B[:, None], False)
+    return picks_BK, logarithm_B

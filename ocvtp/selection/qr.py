@@ -22,10 +22,11 @@ def qr(
 
     Costs 6 N C multiply-accumulates a pick at most.
     """
-    return choose(tokens, keep, mask, check_values, _begin)
+    return choose(tokens, keep, mask, check_values, begin)
 
 
-def _begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
+def begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
+    """Squared length of what is left of each token, [B, N], and what it is after a pick; for `steps` picks."""
     centred_BNC, floor_BN = centred(tokens_BNC, exists_BN)
     residual = Residual(centred_BNC, floor_BN, steps)
     return residual.scores(), residual.step

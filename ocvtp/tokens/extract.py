@@ -166,10 +166,11 @@ def _meta(vlm: Tower, layer: int, index: int, dtype: str, preprocessing: str) ->
 
 
 def _decoded(batch: Sequence[ImageRecord]) -> tuple[Sequence[ImageRecord], list[Image.Image]]:
-    return batch, [_open(record) for record in batch]
+    return batch, [open_record(record) for record in batch]
 
 
-def _open(record: ImageRecord) -> Image.Image:
+def open_record(record: ImageRecord) -> Image.Image:
+    """An image, decoded; `BadInput` names one that is missing, damaged or not the one that was sampled."""
     try:
         data = read_image_file(record.path)
         if record.sha256 is not None and hashlib.sha256(data).hexdigest() != record.sha256:

@@ -6,6 +6,7 @@ from typing import Any
 from cluster import progress
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.provenance import TrainedFor
+from ocvtp.pruner.training.answers import Teacher
 from ocvtp.pruner.training.run import TrainConfig, train
 from ocvtp.tokens.loader import TokenDataset
 from ocvtp.tokens.manifest import ShardMeta
@@ -14,6 +15,11 @@ from pipelines.tasks.places import device, in_store
 
 def pruner(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`config.json`, `model.safetensors` (best), `last.safetensors`, `curves.csv`, `metrics.json`."""
+    trained(spec, folder, inputs)
+
+
+def trained(spec: dict[str, Any], folder: Path, inputs: dict[str, Any], teacher: Teacher | None = None) -> None:
+    """The same, taught by a VLM where there is one."""
     tokens = spec["tokens"]
     meta = ShardMeta.from_dict(tokens["meta"], "the spec of the task")
     shards = [{**shard, "path": path} for shard, path in zip(tokens["shards"], inputs["shards"], strict=True)]
@@ -27,6 +33,7 @@ def pruner(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
         progress=progress,
         device=device(),
         trained_for=trained_for(meta),
+        teacher=teacher,
     )
 
 

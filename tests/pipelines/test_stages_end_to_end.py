@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from cluster import Task, is_published
+from ocvtp import cli
 from ocvtp.data.scenes import write_scenes
 from pipelines import eval as evaluate
 from pipelines import extract, measure, sample, train
@@ -253,7 +254,49 @@ def test_another_grid_trains_what_is_new_and_leaves_nothing_of_the_old_one(work:
     assert [task.name for task in work.ran] == ["tiny-llava/layer_9-aw_mse-slots_16_32_48-seed_0"]
 
 
+def test_a_vlm_teaches_by_its_answers(work: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The VLM, its images and its prompts are in the spec; `ocvtp train` on the same comes to the same weights."""
+    taught = {
+        "slots": [16],
+        "train": {**SMALL["train"], "steps": 2, "eval_every": 1, "pruner": {"assignment": "residual"}},
+    }
+    assert work.run(train, loss="answers", **taught) == 0
+    (task,) = work.ran
+    about = task.spec["answers"]
+    assert [image["id"] for image in about["images"]] == [image["id"] for image in work.json("data/sample/images.json")]
+    assert (about["vlm"], about["scenes_seed"], about["prompts"]) == ("tiny-llava", 0, None)
+    assert set(about["model"]) >= {"revision", "files"}
+    name = "models/tiny-llava/layer_9-answers-slots_16-seed_0"
+    metrics = work.json(f"{name}/metrics.json")
+    assert metrics["kl"] == metrics["val_loss"] > 0
+    assert 0 < metrics["span_error"] < 1
+    assert work.run(train, loss="answers", **taught) == 0
+    assert work.ran == []
+
+    prompts = tmp_path / "asked.jsonl"
+    lines = [{"image": image["id"], "prompt": "What is the number?"} for image in about["images"]]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    asked = {**taught, "train": {**taught["train"], "prompts": str(prompts)}}
+    assert work.run(train, loss="answers", **asked) == 2
+    assert f"no prompts or pictures for 1 of 40 training images: {lines[-1]['image']}" in capsys.readouterr().err
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert work.run(train, loss="answers", **asked) == 0
+    assert len(work.ran) == 1
+    assert work.run(train, loss="answers", **{**taught, "train": {**taught["train"], "prompts": "none.jsonl"}}) == 2
+    assert "train.prompts: prompts in none.jsonl cannot be read" in capsys.readouterr().err
+
+    options = ["loss=answers", "slots=[16]", "steps=2", "eval_every=1", "batch_size=8", "pruner.assignment=residual"]
+    call = ["train", str(work.root / "data/tokens/tiny-llava/layer_9.json"), str(tmp_path / "by_hand"),
+            "--store", str(work.store), "--set", *options]  # fmt: skip
+    assert cli.main([*call, "--sample", str(tmp_path)]) == 2
+    assert "loss=answers needs the training images" in capsys.readouterr().err
+    assert cli.main([*call, "--sample", str(work.root / "data/sample")]) == 0
+    weights = task.out / "model.safetensors"
+    assert (tmp_path / "by_hand/model.safetensors").read_bytes() == weights.read_bytes()
+
+
 def test_evaluate_scores_every_setting(work: Workspace) -> None:
+    assert work.run(train) == 0  # puts out the default grid again
     assert work.run(evaluate) == 0
     assert len(work.ran) == 5
     rows = work.json("results/scores.json")

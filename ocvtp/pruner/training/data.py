@@ -31,12 +31,13 @@ class TokenSource(Protocol):
 
 
 class Batch(NamedTuple):
-    """Tokens of some images, in single precision, on the device."""
+    """Tokens of some images, in single precision, on the device; `names` are their ids, if the source has some."""
 
     indices: list[int]
     tokens_BNC: Tensor
     mask_BN: Tensor | None
     grids: list[Grid]
+    names: list[str] | None = None
 
 
 def fetch(source: TokenSource, indices: Sequence[int], device: torch.device) -> Batch:
@@ -44,7 +45,9 @@ def fetch(source: TokenSource, indices: Sequence[int], device: torch.device) -> 
     tokens_BNC, mask_BN, grids = source.batch(indices)
     mask_BN = None if mask_BN is None else mask_BN.to(device, non_blocking=True)
     tokens_BNC = tokens_BNC.to(device, non_blocking=True).float()
-    return Batch(list(indices), tokens_BNC, mask_BN, [(height, width) for height, width in grids])
+    ids: Sequence[str] | None = getattr(source, "image_ids", None)
+    names = None if ids is None else [ids[index] for index in indices]
+    return Batch(list(indices), tokens_BNC, mask_BN, [(height, width) for height, width in grids], names)
 
 
 class Order:

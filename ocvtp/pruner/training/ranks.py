@@ -18,6 +18,7 @@ from ocvtp.errors import BadInput
 from ocvtp.pruner.layout import TokenLayout, layout
 from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.slots import FromTokens
+from ocvtp.pruner.training.answers import Teacher
 from ocvtp.pruner.training.data import Batch
 from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.pruner.training.validate import autocast, training_loss
@@ -120,12 +121,13 @@ class Ranks:
 class StepLoss(nn.Module):
     """The loss of one process's part of a batch: what gradients are taken of."""
 
-    def __init__(self, pruner: OCPruner, config: TrainConfig) -> None:
+    def __init__(self, pruner: OCPruner, config: TrainConfig, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.pruner, self.config = pruner, config
+        self.teacher = teacher  # no module: its weights are none of this one's
 
-    def forward(self, batch: Batch, slots: int, noise_bKD: Tensor, plan: Tensor | None) -> Tensor:
-        """A scalar."""
+    def forward(self, batch: Batch, slots: int, noise_bKD: Tensor, plan: Tensor | None, draw: int = 0) -> Tensor:
+        """A scalar; `draw` is that of the prompts of `answers`."""
         device = batch.tokens_BNC.device
         with autocast(self.config, device):
             queries_bKD = None
@@ -135,7 +137,7 @@ class StepLoss(nn.Module):
             out = self.pruner(
                 batch.tokens_BNC, slots, queries_bKD, None, batch.mask_BN, batch.grids, decode, check_values=False
             )
-            return training_loss(self.config, self.pruner, out, batch)
+            return training_loss(self.config, self.pruner, out, batch, self.teacher, draw)
 
 
 def begin() -> torch.device:

@@ -18,10 +18,12 @@ from torch import nn
 
 from ocvtp.errors import BadInput, Incompatible, OcvtpError
 from ocvtp.pruner.config import PrunerConfig
+from ocvtp.pruner.loss import WITHOUT_DECODER
 from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.provenance import TrainedFor
 from ocvtp.pruner.seeding import derive, generator
-from ocvtp.pruner.training import records, state
+from ocvtp.pruner.training import answers, records, state
+from ocvtp.pruner.training.answers import Teacher
 from ocvtp.pruner.training.data import Batch, Order, TokenSource
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
@@ -51,6 +53,7 @@ def train(
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
     trained_for: TrainedFor | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Train, and write the result into `folder`.
 
@@ -61,7 +64,8 @@ def train(
     validates and writes.
 
     Args:
-        pruner_config: of the pruner; it needs a decoder, but with loss `span`, which makes it one without.
+        pruner_config: of the pruner; it needs a decoder, but with the losses `span` and `answers`, which make it one
+            without.
         train_config: how.
         dataset: the tokens.
         folder: where the result goes.
@@ -69,18 +73,21 @@ def train(
         progress: told after each step.
         device: where to compute.
         trained_for: what the tokens are of; loss, slots and seed are filled in.
+        teacher: the VLM that teaches, for loss `answers`; it is asked about images by `dataset.image_ids`.
 
     Returns:
         What is in `metrics.json`.
 
     Raises:
-        BadInput: a config without a decoder; more slots than tokens.
-        Incompatible: tokens of another width than the pruner's; checkpoints of another training.
+        BadInput: a config without a decoder; more slots than tokens; loss `answers` without a teacher, or one without
+            prompts for the images; a teacher with another loss.
+        Incompatible: tokens of another width than the pruner's; checkpoints of another training; a teacher of another
+            VLM than the tokens.
         Corrupt: no checkpoint in `resume` is whole.
         NotFinite: more than `max_bad_steps` steps had a loss or gradient that is not finite. The checkpoint before them
             stays, `bad_batches.jsonl` names the images.
     """
-    run = _Run(pruner_config, train_config, dataset, torch.device(device), trained_for or TrainedFor())
+    run = _Run(pruner_config, train_config, dataset, torch.device(device), trained_for or TrainedFor(), teacher)
     run.resume(resume)
     if not run.state.stopped:
         run.steps(resume, folder, progress)
@@ -110,15 +117,19 @@ class _Run:
         dataset: TokenSource,
         device: torch.device,
         trained_for: TrainedFor,
+        teacher: Teacher | None,
     ) -> None:
-        if config.loss == "span":
+        if config.loss in WITHOUT_DECODER:
             pruner_config = replace(pruner_config, decoder=None)
         elif pruner_config.decoder is None:
-            raise BadInput("a pruner without decoder is trained with loss=span only: or decoder=random_ar, mlp or ar")
+            raise BadInput(
+                "a pruner without decoder is trained with loss=span or answers only: or decoder=random_ar, mlp or ar"
+            )
         self.config, self.dataset, self.device = config, dataset, device
         self.ranks = Ranks.current()
         images, self.held_out = dataset.split(config.validation_share, config.seed)
         self._check_tokens(pruner_config, images)
+        self.teacher = self._taught_by(teacher, pruner_config, trained_for)
         self.ranks.check(config, len(images))
         self.order = Order(images, config.batch_size, drop_last=config.drop_last, seed=config.seed)
         self.total = config.steps or (config.epochs or 0) * self.order.steps_per_epoch
@@ -133,7 +144,7 @@ class _Run:
         self.row = Row()
         if config.compile:
             compile_parts(self.pruner)
-        self.loss = self.ranks.wrapped(StepLoss(self.pruner, config))
+        self.loss = self.ranks.wrapped(StepLoss(self.pruner, config, self.teacher))
 
     @property
     def kept(self) -> OCPruner:
@@ -197,6 +208,7 @@ class _Run:
             "last_val_loss": last.get("val_loss"),
             "train_loss": self.state.last_loss,
             **{key: best.get(key) for key in ("distinct_picks", *REBUILDING)},
+            **({"kl": best.get("kl")} if self.teacher else {}),
             "bad_steps": self.state.bad_steps,
             "images": len(self.order.images),
             "validation_images": len(self.held_out),
@@ -216,7 +228,8 @@ class _Run:
         parts = () if self.ranks.first else (self.ranks.rank,)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive("ocvtp dropout", config.seed, self.state.step, *parts))
-            loss = self.loss(batch, slots, noise_bKD, plan) * weight
+            draw = derive("ocvtp prompts", config.seed, self.state.step)
+            loss = self.loss(batch, slots, noise_bKD, plan, draw) * weight
             torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.pruner.parameters(), config.grad_clip)
         value, length = self.ranks.mean(torch.stack((loss.detach(), norm.detach()))).tolist()  # one wait for the device
@@ -255,9 +268,9 @@ class _Run:
 
     def _judge(self, batch: Batch | None) -> None:
         if self.config.validate_on == "held_out" or batch is None:
-            row = validate(self.kept, self.config, self.dataset, self.held_out, self.device)
+            row = validate(self.kept, self.config, self.dataset, self.held_out, self.device, self.teacher)
         else:
-            row = evaluate(self.kept, self.config, [batch], self.config.validation_slots)
+            row = evaluate(self.kept, self.config, [batch], self.config.validation_slots, self.teacher)
         self.row |= row
         current, config = self.state, self.config
         value = row["span_error" if config.best_by == "span" else config.best_by]
@@ -302,6 +315,19 @@ class _Run:
         if most > count:
             raise BadInput(f"slots has {most}, but an image has {count} tokens: at most one slot a token is possible")
 
+    def _taught_by(
+        self, teacher: Teacher | None, pruner_config: PrunerConfig, trained_for: TrainedFor
+    ) -> Teacher | None:
+        """The teacher, once it is known to be needed and to fit."""
+        if self.config.loss != "answers":
+            if teacher is not None:
+                raise BadInput(f"a VLM that teaches is of use with loss=answers only, loss is {self.config.loss}")
+            return None
+        names = getattr(self.dataset, "image_ids", None)
+        if names is None:
+            raise BadInput("loss is answers, but the tokens do not say of which images they are: image_ids is missing")
+        return answers.check(teacher, pruner_config, trained_for, list(names))
+
     def _spec(self, images: list[int]) -> str:
         """Digest of all that determines the training, but for the tokens themselves."""
         parts = {
@@ -311,5 +337,6 @@ class _Run:
             "trained_for": self.pruner.trained_for.to_dict(),
             "images": images,
             "held_out": self.held_out,
+            **({"teacher": self.teacher.identity} if self.teacher else {}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

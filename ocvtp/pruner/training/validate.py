@@ -9,12 +9,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ocvtp.errors import BadInput
 from ocvtp.pruner.loss import loss_function, mse
 from ocvtp.pruner.model import OCPruner, PrunerOutput
 from ocvtp.pruner.rebuilding import rebuilding
 from ocvtp.pruner.seeding import generator
 from ocvtp.pruner.select import picks
 from ocvtp.pruner.span import span_loss
+from ocvtp.pruner.training import answers
+from ocvtp.pruner.training.answers import Teacher
 from ocvtp.pruner.training.data import Batch, TokenSource, fetch
 from ocvtp.pruner.training.train_config import TrainConfig
 
@@ -23,18 +26,29 @@ REBUILDING: Final = ("span_error", "random_span_error", "prototype_error")
 """Of `ocvtp.pruner.rebuilding.Rebuilding`, in a row."""
 
 
-def training_loss(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch) -> Tensor:
-    """The loss of a batch (eq. 10-12, or for `span` eq. 4-5)."""
+def training_loss(
+    config: TrainConfig,
+    pruner: OCPruner,
+    out: PrunerOutput,
+    batch: Batch,
+    teacher: Teacher | None = None,
+    draw: int | None = None,
+) -> Tensor:
+    """The loss of a batch: eq. 10-12, for `span` eq. 4-5, for `answers` eq. 2-3.
+
+    Args:
+        config: of the training.
+        pruner: whose loss it is.
+        out: what it made of the batch.
+        batch: the tokens.
+        teacher: for `answers`.
+        draw: of the prompts of `answers`; None for all of them.
+    """
     if config.loss == "span":
-        scores_BKN = out.attention.detach()
-        if batch.mask_BN is not None:
-            scores_BKN = scores_BKN.masked_fill(~batch.mask_BN[:, None], -1.0)
-        picks_BK = picks(scores_BKN, pruner.config.assignment, mask_BN=batch.mask_BN, tokens_BNC=batch.tokens_BNC)[
-            :, :, 0
-        ]
-        picks_BK = picks_BK.clamp(max=scores_BKN.shape[2] - 1)  # padding, which is zero, where there is no token left
-        return span_loss(batch.tokens_BNC, out.attention, picks_BK, batch.mask_BN,
-                         temperature=config.span_temperature, prototype_weight=config.prototype_weight)  # fmt: skip
+        return _span(config, pruner, out, batch)
+    if config.loss == "answers":
+        loss = answers_loss(config, pruner, out, batch, teacher, draw)
+        return loss + config.span_weight * _span(config, pruner, out, batch) if config.span_weight else loss
     assert out.reconstruction is not None  # noqa: S101 - these losses have a decoder
     function = loss_function(
         config.loss,
@@ -46,23 +60,60 @@ def training_loss(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batc
     return function(out.reconstruction, batch.tokens_BNC, out.attention, batch.mask_BN)
 
 
+def _span(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch) -> Tensor:
+    scores_BKN = out.attention.detach()
+    if batch.mask_BN is not None:
+        scores_BKN = scores_BKN.masked_fill(~batch.mask_BN[:, None], -1.0)
+    picks_BKk = picks(scores_BKN, pruner.config.assignment, mask_BN=batch.mask_BN, tokens_BNC=batch.tokens_BNC)
+    picks_BK = picks_BKk[:, :, 0].clamp(max=scores_BKN.shape[2] - 1)  # padding, which is zero, where none is left
+    return span_loss(batch.tokens_BNC, out.attention, picks_BK, batch.mask_BN,
+                     temperature=config.span_temperature, prototype_weight=config.prototype_weight)  # fmt: skip
+
+
+def answers_loss(
+    config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch, teacher: Teacher | None, draw: int | None
+) -> Tensor:
+    """Mean over images of the divergence of a VLM's answers (eq. 2-3); without a `draw`, of what the pruner keeps."""
+    if teacher is None or batch.names is None:
+        raise BadInput(answers.NEEDS)
+    if config.answers_gradient == "sampled" and draw is not None:
+        return answers.sampled_loss(pruner.config, out.attention, batch.tokens_BNC, batch.mask_BN, teacher, batch.names,
+                                    draw, samples=config.answers_samples,
+                                    temperature=config.answers_temperature)  # fmt: skip
+    selection = answers.kept(pruner.config, out.attention, batch.tokens_BNC, batch.mask_BN)
+    weights_BSN = answers.soft_weights(out.attention, selection, config.span_temperature)
+    return teacher.divergence(batch.names, selection.indices_BS, weights_BSN, draw).mean()
+
+
 @torch.no_grad()
 def validate(
-    pruner: OCPruner, config: TrainConfig, source: TokenSource, images: Sequence[int], device: torch.device
+    pruner: OCPruner,
+    config: TrainConfig,
+    source: TokenSource,
+    images: Sequence[int],
+    device: torch.device,
+    teacher: Teacher | None = None,
 ) -> Row:
     """Losses, picks, and how well kept tokens stand for all, over held-out images.
 
     Returns:
-        `val_loss`, `val_mse` (the plain error of the decoder, if there is one), `distinct_picks` and `REBUILDING`
+        `val_loss`, `val_mse` (the plain error of the decoder, if there is one), `kl` (of `answers`, over all prompts
+        of an image), `distinct_picks` and `REBUILDING`
         (with as many tokens kept as there are slots): means over images and over `validation_slots`.
     """
     slots, size = config.validation_slots, config.batch_size
     batches = (fetch(source, images[start : start + size], device) for start in range(0, len(images), size))
-    return evaluate(pruner, config, batches, slots)
+    return evaluate(pruner, config, batches, slots, teacher)
 
 
 @torch.no_grad()
-def evaluate(pruner: OCPruner, config: TrainConfig, batches: Iterable[Batch], slots: Sequence[int]) -> Row:
+def evaluate(
+    pruner: OCPruner,
+    config: TrainConfig,
+    batches: Iterable[Batch],
+    slots: Sequence[int],
+    teacher: Teacher | None = None,
+) -> Row:
     """`validate` over batches that are at hand."""
     training = pruner.training
     pruner.eval()
@@ -73,7 +124,7 @@ def evaluate(pruner: OCPruner, config: TrainConfig, batches: Iterable[Batch], sl
             noise = generator("ocvtp validation", config.seed, number, one) if _fresh(pruner) else None
             with autocast(config, batch.tokens_BNC.device):
                 out = pruner(batch.tokens_BNC, one, None, noise, batch.mask_BN, batch.grids, check_values=False)
-                row = {"val_loss": float(training_loss(config, pruner, out, batch))}
+                row = _losses(config, pruner, out, batch, teacher)
             if out.reconstruction is not None:
                 row["val_mse"] = float(mse(out.reconstruction, batch.tokens_BNC, batch.mask_BN))
             row |= {"distinct_picks": _distinct(out.attention), **_rebuilding(pruner, batch, one)}
@@ -81,6 +132,14 @@ def evaluate(pruner: OCPruner, config: TrainConfig, batches: Iterable[Batch], sl
         count += len(batch.indices) * len(slots)
     pruner.train(training)
     return {name: value / count for name, value in sums.items()}
+
+
+def _losses(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch, teacher: Teacher | None) -> Row:
+    if config.loss != "answers":
+        return {"val_loss": float(training_loss(config, pruner, out, batch))}
+    kl = float(answers_loss(config, pruner, out, batch, teacher, None))
+    more = config.span_weight * float(_span(config, pruner, out, batch)) if config.span_weight else 0.0
+    return {"val_loss": kl + more, "kl": kl}
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
