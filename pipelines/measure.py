@@ -26,6 +26,7 @@ from pipelines.grid import Cell, PrunerCell, vlm_folder
 from pipelines.inputs import Input, pruners, read_json, wanted_settings, weights
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.dry_run import Plan
 from pipelines.tasks.measures import MEASURES, measures
 
 NUMBERS = ("cover", "small", "span", "span_on", "near", "distinct")
@@ -49,6 +50,20 @@ class Images:
 
 def work(run: Stage) -> None:
     """Measure what is missing, and write the output."""
+    groups, tasks = _tasks(run)
+    report = run.run(list(tasks.values()))
+    rows = [row for key, task in tasks.items() if is_published(task.out) for row in _rows(groups[key], task)]
+    outputs.write_json(run.root / outputs.RESULTS / MEASURES, list(_means(rows)))
+    report.raise_if_failed()
+
+
+def plan(run: Stage) -> Plan:
+    """What it would measure."""
+    return Plan(list(_tasks(run)[1].values()))
+
+
+def _tasks(run: Stage) -> tuple[dict[Any, list[Cell]], dict[Any, Task]]:
+    """Settings that differ in budget and seed alone, and the task of each group."""
     vlms = {name: resolve(name) for name in run.params.vlm}
     cells = [cell for cell in wanted_settings(run.params, vlms) if _measurable(cell)]
     trained = pruners(run, [cell.pruner for cell in cells if cell.pruner is not None])
@@ -56,11 +71,7 @@ def work(run: Stage) -> None:
     groups: dict[Any, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.vlm, cell.method, cell.layer, cell.pruner, cell.changes].append(cell)
-    tasks = {key: _task(run, some, vlms[some[0].vlm], trained, images) for key, some in groups.items()}
-    report = run.run(list(tasks.values()))
-    rows = [row for key, task in tasks.items() if is_published(task.out) for row in _rows(groups[key], task)]
-    outputs.write_json(run.root / outputs.RESULTS / MEASURES, list(_means(rows)))
-    report.raise_if_failed()
+    return groups, {key: _task(run, some, vlms[some[0].vlm], trained, images) for key, some in groups.items()}
 
 
 def _measurable(cell: Cell) -> bool:
@@ -137,7 +148,7 @@ def _means(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[di
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("measure", __doc__ or "", work, arguments)
+    return command.main("measure", __doc__ or "", work, plan, arguments)
 
 
 if __name__ == "__main__":

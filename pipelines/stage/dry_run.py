@@ -17,7 +17,7 @@ from ocvtp.errors import OcvtpError
 from pipelines.stage import outputs
 from pipelines.stage.context import Stage, open_stage
 
-SCRIPTS = {"sample": "sample", "extract": "extract", "train": "train", "evaluate": "eval"}
+SCRIPTS = {"sample": "sample", "extract": "extract", "train": "train", "evaluate": "eval", "measure": "measure"}
 """Stages with tasks, in their order, each with its script."""
 LISTINGS = {"sample": f"{outputs.SAMPLE}/*.json", "extract": f"{outputs.TOKENS}/*/*.json", "train": outputs.PRUNERS}
 """Where outputs name the results of the store that they stand for."""

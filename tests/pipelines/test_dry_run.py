@@ -130,7 +130,7 @@ def test_damaged_tokens_are_told_without_reading_them(work: Workspace) -> None:
     shard.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])  # another content of the same size
     said = work.dry(extract)
     assert "tokens: 2 published, 0 would run" in said
-    assert f"  {shard} was touched since it was found whole: it is read first\n" in said
+    assert f"  {shard.parent} was touched since it was found whole: it is read first\n" in said
     assert work.run(extract) == 0
     assert (shard.read_bytes() == whole, work.dry(extract)) == (True, "tokens: 2 published, 0 would run\n")
 
