@@ -18,20 +18,57 @@ _REFUSED = {
     "vision_feature_select_strategy": "the pruner was made for the strategy that the model's own configuration names",
     "inputs_embeds": "give input_ids, for image tokens cannot be found in embeddings",
 }
-NO_COPY = "a pruned model cannot be copied: call remove() on its handle first"
 _DYNAMIC = (None, "dynamic", "offloaded")
 
 
-class Replacement:
+class Uncopied:
+    """What lies on a pruned model: a copy would go on to prune the model that it was copied from."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """`BadInput`: `copy`, `pickle` and `torch.save` come here."""
+        raise BadInput(
+            "a pruned model can neither be copied nor be saved as a whole: call remove() on its handle first, or save "
+            "its state_dict()"
+        )
+
+
+class Replacement(Uncopied):
     """Stands in for a method of one model, under the signature of what it replaces."""
 
     def __init__(self, plain: Callable[..., Any], ours: Callable[..., Any]) -> None:
-        self._ours = ours
+        self.plain, self._ours = plain, ours
         functools.update_wrapper(self, plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what was put in place."""
         return self._ours(*args, **kwargs)
+
+    def give_way(self) -> None:
+        """From now on run what was replaced."""
+        self._ours = self.plain
+
+
+class Replaced:
+    """Methods of one object that were replaced on it, and on nothing else."""
+
+    def __init__(self, owner: Any, ours: Mapping[str, Callable[..., Any]]) -> None:
+        """`ours`: what is called instead of each method, with the method before the caller's arguments."""
+        self._owner = owner
+        self._before = {name: owner.__dict__[name] for name in ours if name in owner.__dict__}
+        self._made = {}
+        for name, called in ours.items():
+            plain = getattr(owner, name)
+            self._made[name] = Replacement(plain, functools.partial(called, plain))
+            setattr(owner, name, self._made[name])
+
+    def undo(self) -> None:
+        """Put things back. What somebody has laid over a replacement since then stays, and finds the original."""
+        for name, made in self._made.items():
+            made.give_way()
+            if self._owner.__dict__.get(name) is made:
+                del self._owner.__dict__[name]
+                if name in self._before:
+                    setattr(self._owner, name, self._before[name])
 
 
 def by_name(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

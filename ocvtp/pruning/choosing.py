@@ -4,7 +4,6 @@ Letters: I images, G images with equally many tokens, N tokens of an image, k to
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,14 +13,6 @@ from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Layout, Placed
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What stays of one image: numbers of its tokens, ascending, on the CPU, and what the LLM reads in their place."""
-
-    indices_k: Tensor
-    placed: Placed
-
-
 def choose(
     family: Family,
     method: Method,
@@ -29,8 +20,8 @@ def choose(
     images: Images,
     seeds: Sequence[int],
     prompts: Sequence[list[int]],
-) -> list[Choice]:
-    """Choose the tokens of each image. Images whose tokens stand alike go through the method together.
+) -> list[Placed]:
+    """What stays of each image. Images whose tokens stand alike go through the method together.
 
     `seeds` and `prompts` (token ids, without placeholders and padding) are one an image.
     """
@@ -43,7 +34,7 @@ def choose(
             indices[member], values[member] = chosen, taken
     order = range(len(images))
     features = family.project([values[i] for i in order])
-    return [Choice(indices[i], family.place(images, i, indices[i], features[i])) for i in order]
+    return [family.place(images, i, indices[i], features[i]) for i in order]
 
 
 def slots(

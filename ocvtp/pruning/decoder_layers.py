@@ -218,7 +218,7 @@ class Shortening(Run):
         return torch.cat([before_BS, self.prompts.mask_BS], 1)
 
 
-class Layers:
+class Layers(calls.Uncopied):
     """The hooks on one model."""
 
     def __init__(self, model: Any, method: Inside) -> None:
@@ -236,10 +236,6 @@ class Layers:
             layer.register_forward_pre_hook(partial(self._before, index), prepend=True, with_kwargs=True)
             for index, layer in enumerate(self.decoder.layers)
         ]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Layers":
-        """`BadInput`: a copy would follow the model that it was copied from."""
-        raise BadInput(calls.NO_COPY)
 
     def check(self, cache: Any) -> None:
         """`BadInput` where prompts cannot grow shorter between layers."""

@@ -17,6 +17,7 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Method
 from ocvtp.methods.inside import Inside
 from ocvtp.pruning.decoder_layers import Decoding, Inputs, Layers, several_positions
+from ocvtp.pruning.features import Features
 from ocvtp.pruning.prefix import Held, Prefix
 from ocvtp.pruning.shortening import counts_of, kept_of, loss_of, shortening
 from ocvtp.pruning.splice import Positions, Spliced, Spot, cut, splice
@@ -74,9 +75,11 @@ class Forward:
                 )
             self._positions = "original" if places else self._positions
             self._layers = Layers(model, self._method)
+        self._features = Features(model.model)
 
     def remove(self) -> None:
         """Take hooks off the model."""
+        self._features.remove()
         if self._layers is not None:
             self._layers.remove()
 
@@ -119,8 +122,10 @@ class Forward:
         told = Told(spliced.columns_BS)
         prefix = Prefix.of(cache)
         layers = self._hooks(prefix)
+        features = self._features.given(self._family.features(spliced.features_XD))
         if layers is None:
-            output = self._plain(**call)
+            with features as asking:
+                output = self._plain(**call, **asking)
         else:
             labels_BS = call.pop("labels", None)
             assert self._method is not None  # noqa: S101 - else there are no layers
@@ -128,8 +133,8 @@ class Forward:
                 layers, self._method, self._budget, spliced, spots, self._positions,
                 labels_BS=labels_BS, length=encoded.length, before_BS=before_BS, prefix=prefix,
             )  # fmt: skip
-            with layers.running(run):
-                output = self._plain(**call)
+            with features as asking, layers.running(run):
+                output = self._plain(**call, **asking)
             copies = len(spots) // len(encoded.spots)
             told = Told(run.prompts.columns_BS, kept_of(run, copies), counts_of(run, copies))
             held = tuple(run.held)
@@ -138,8 +143,6 @@ class Forward:
                 output = type(output)(**{**output, "loss": loss_of(self._model, output.logits, labels_BS, call)})
         if getattr(output, "past_key_values", None) is not None:
             Prefix(whole_BS, spliced.next_B, full, held).remember(output.past_key_values)
-        if hasattr(output, "image_hidden_states"):
-            output.image_hidden_states = spliced.features_XD
         return (output if (self._model.config.return_dict if asked is None else asked) else output.to_tuple()), told
 
     def _placed(
@@ -160,14 +163,16 @@ class Forward:
 
     def _rewritten(self, call: Mapping[str, Any], spliced: Spliced) -> dict[str, Any]:
         """The arguments of the shortened call, but for the mask."""
-        ids_BS = spliced.gather(call["input_ids"], self._family.padding)
-        embeds_BSD = self._model.get_input_embeddings()(ids_BS)
-        features_XD = spliced.features_XD.to(embeds_BSD.device, embeds_BSD.dtype)
-        where_BSD = spliced.image_BS.to(embeds_BSD.device)[..., None].expand_as(embeds_BSD)
+        ids_BL, columns = call["input_ids"], self._family.column_inputs
+        dropped = {*self._family.vision_inputs, "mm_encoder_outputs"}  # which `generate` leaves empty
         rewritten = {
-            **{name: value for name, value in call.items() if name not in self._family.vision_inputs},
-            "input_ids": None,
-            "inputs_embeds": embeds_BSD.masked_scatter(where_BSD, features_XD),
+            **{name: value for name, value in call.items() if name not in dropped},
+            **{
+                name: spliced.gather(call[name][:, -ids_BL.shape[1] :], filler)
+                for name, filler in columns.items()
+                if call.get(name) is not None
+            },
+            "input_ids": spliced.gather(ids_BL, self._family.padding),
             "position_ids": self._family.position_ids(spliced.positions_PBS),
         }
         if call.get("labels") is not None:
@@ -186,8 +191,9 @@ class Forward:
         mask_BS, positions_Bt = prefix.since(call["past_key_values"], mask_BL, length, batch)
         tail = mask_BL is None or bool(mask_BS[:, prefix.mask_BS.shape[1] :].all())
         positions_1Bq = positions_Bt[None, :, -length:]
+        dropped = {*self._family.vision_inputs, *self._family.column_inputs}
         call = {
-            **{name: value for name, value in call.items() if name not in self._family.vision_inputs},
+            **{name: value for name, value in call.items() if name not in dropped},
             "attention_mask": None if prefix.full and tail else mask_BS,
             "position_ids": self._family.position_ids(positions_1Bq),
         }

@@ -23,7 +23,7 @@ from ocvtp.methods import Budget, Entry, Keep, Method, entry_of, options_of
 from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
-from ocvtp.pruning.choosing import Choice, choose, slots
+from ocvtp.pruning.choosing import choose, slots
 from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
@@ -85,7 +85,7 @@ def prune(
 _EVERYTHING = Budget.parse(1.0)
 
 
-class Handle:
+class Handle(calls.Uncopied):
     """Pruning on one model.
 
     Attributes:
@@ -115,27 +115,25 @@ class Handle:
         self._samples: list[str] | None = None
         self._random, self._needs_text = entry.random, entry.needs_text
         self._running = threading.local()
-        self._before = {name: model.__dict__[name] for name in ("generate", "forward") if name in model.__dict__}
         self._generate, self._forward = model.generate, model.forward
         self._prompts = Forward(model, family, model.forward, method, budget, positions, entry.positions)
-        model.generate = calls.Replacement(model.generate, self._pruned_generate)
-        model.forward = calls.Replacement(model.forward, self._pruned_forward)
+        self._replaced = calls.Replaced(model, {"generate": self._pruned_generate, "forward": self._pruned_forward})
         model._ocvtp_handle = self
 
     def remove(self) -> None:
-        """Give the model back as it was. A second call does nothing."""
+        """Give the model back as it was. A second call does nothing.
+
+        What was laid over `forward` or `generate` in the meantime, such as accelerate's hooks, stays there.
+        """
         if self.model.__dict__.get("_ocvtp_handle") is not self:
             return
-        for name in ("generate", "forward", "_ocvtp_handle"):
-            del self.model.__dict__[name]
-        self.model.__dict__.update(self._before)
+        del self.model.__dict__["_ocvtp_handle"]
+        self._replaced.undo()
         self._prompts.remove()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
-        """`BadInput`: a copy would prune the model that it was copied from."""
-        raise BadInput(calls.NO_COPY)
-
     def __enter__(self) -> "Handle":
+        if self.model.__dict__.get("_ocvtp_handle") is not self:
+            raise BadInput("this handle was removed: nothing would be pruned in here; call ocvtp.prune again")
         return self
 
     def __exit__(
@@ -166,8 +164,8 @@ class Handle:
 
     # --- In place of the model's own -----------------------------------------------------------------------------
 
-    def _pruned_generate(self, *args: Any, **kwargs: Any) -> Any:
-        call = calls.by_name(self._generate, args, kwargs)
+    def _pruned_generate(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        call = calls.by_name(plain, args, kwargs)
         if Prefix.of(call.get("past_key_values")) is not None:
             raise BadInput("generate cannot go on from a cache of pruned prompts: give the whole conversation anew")
         images = self._family.images(call)
@@ -198,8 +196,8 @@ class Handle:
         state: tuple[bool, EncodedCall | None] = getattr(self._running, "state", (False, None))
         return state
 
-    def _pruned_forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = calls.by_name(self._forward, args, kwargs)
+    def _pruned_forward(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        call = calls.by_name(plain, args, kwargs)
         inside, encoded = self._state()
         cache, ids_Bq = call.get("past_key_values"), call.get("input_ids")
         if encoded is not None:
@@ -228,10 +226,13 @@ class Handle:
             raise BadInput("a pruned model needs input_ids beside images")
         found = self._family.find(ids_BL, images)
         prompts = self._prompts_of(ids_BL, mask_BL, images)
-        choices = choose(self._family, method, self._budget, images, self._seeds(images), prompts)
-        self.last_kept = [choice.indices_k.tolist() for choice in choices]
-        self.last_layers = [[len(choice.placed.places_X) for choice in choices] for _ in range(self._depth)]
-        spots = [_spot(*where, choice) for where, choice in zip(found, choices, strict=True)]
+        placed = choose(self._family, method, self._budget, images, self._seeds(images), prompts)
+        self.last_kept = [each.kept for each in placed]
+        self.last_layers = [[len(each.places_X) for each in placed] for _ in range(self._depth)]
+        spots = [
+            Spot(each.features_XD, each.places_X, each.numbers_X, each.whole, *where)
+            for where, each in zip(found, placed, strict=True)
+        ]
         return EncodedCall(spots, *ids_BL.shape)
 
     def _prompts_of(self, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> list[list[int]]:
@@ -281,8 +282,3 @@ def _texts(ids_BL: Tensor, mask_BL: Tensor | None, placeholder: int) -> list[lis
     if mask_BL is not None:
         real_BL &= mask_BL[:, -ids_BL.shape[1] :].to(real_BL.device).bool()
     return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, real_BL, strict=True)]
-
-
-def _spot(row: int, start: int, length: int, choice: Choice) -> Spot:
-    placed = choice.placed
-    return Spot(row, start, length, placed.places_X, placed.features_XD, placed.numbers_X, placed.whole)

@@ -217,8 +217,8 @@ def prompts_of(spliced: Spliced, near: Spliced, spots: Sequence[Spot], asks: Seq
     device = spliced.mask_BS.device
     spans = []
     for spot in spots:
-        start = int((near.columns_BS[spot.row] == spot.columns_k[0]).nonzero()[0])
-        spans.append(Span(spot.row, int(near.mask_BS[spot.row, :start].sum()), start, len(spot.places_k)))
+        start = int((near.columns_BS[spot.row] == spot.columns_X[0]).nonzero()[0])
+        spans.append(Span(spot.row, int(near.mask_BS[spot.row, :start].sum()), start, len(spot.places_X)))
     columns = [torch.tensor(asks[span.row], device=device) for span in spans]
     columns_IR = pad_sequence(columns, batch_first=True, padding_value=-1)
     rows = Rows(
@@ -226,7 +226,7 @@ def prompts_of(spliced: Spliced, near: Spliced, spots: Sequence[Spot], asks: Seq
         torch.where(columns_IR < 0, columns_IR[:, :1], columns_IR),
         columns_IR >= 0,
     )
-    numbers = [spot.numbers_k.to(device) for spot in spots]
+    numbers = [spot.numbers_X.to(device) for spot in spots]
     return Prompts(
         columns_BS=spliced.columns_BS,
         mask_BS=spliced.mask_BS,

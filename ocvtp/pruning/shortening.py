@@ -53,7 +53,7 @@ def shortening(
 
 def _steps(method: Inside, budget: Budget, spot: Spot, image: int) -> list[Step]:
     """Of an image. What stands among its tokens, such as the ends of rows in LLaVA-NeXT, counts like these."""
-    read, tokens = len(spot.numbers_k), int((spot.numbers_k >= 0).sum())
+    read, tokens = len(spot.numbers_X), int((spot.numbers_X >= 0).sum())
     everything = budget.tokens(tokens, f"image {image}") == tokens
     return method.planned(read, read if everything else budget.tokens(read, f"image {image}"))
 

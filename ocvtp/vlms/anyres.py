@@ -45,6 +45,10 @@ class Shape:
         """N."""
         return len(self.patches_N)
 
+    def arranged(self, patches_TPX: Tensor) -> Tensor:
+        """Something of each patch of its tiles for its tokens, [N, ...]."""
+        return patches_TPX.flatten(0, 1)[self.patches_N.to(patches_TPX.device)]
+
     def maps(self) -> list[Map]:
         """Where tokens lie over the image: those of the whole of it, then those of its tiles."""
         side, width = self.layout[0].grid

@@ -8,11 +8,13 @@ from ocvtp.vlms.family import Family
 from ocvtp.vlms.llava import LlavaFamily
 from ocvtp.vlms.llava_next import LlavaNextFamily
 from ocvtp.vlms.qwen2_5_vl import Qwen25VLFamily
+from ocvtp.vlms.qwen3_vl import Qwen3VLFamily
 
 FAMILIES: Mapping[str, type[Family]] = {
     "LlavaForConditionalGeneration": LlavaFamily,
     "LlavaNextForConditionalGeneration": LlavaNextFamily,
     "Qwen2_5_VLForConditionalGeneration": Qwen25VLFamily,
+    "Qwen3VLForConditionalGeneration": Qwen3VLFamily,
 }
 """Classes of transformers that can be pruned."""
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, Incompatible
 from ocvtp.vlms.hidden_states import resolve_layer
 from ocvtp.vlms.images import Facts, Grid, Images, Layout, Map, Part, Placed
 
@@ -44,12 +44,12 @@ class Vision(ABC):
         Mean over heads and over all queries, CLS among them. `hidden_states[block]` must have been asked for.
         """
 
-    @abstractmethod
     def from_cls(self, block: int, members: Sequence[int]) -> Tensor:
         """Attention that CLS pays to each token in an encoder block, mean over heads, [G, N] float32.
 
         Of each tile its own CLS. `Incompatible` where the tower has none.
         """
+        raise Incompatible("the vision tower has no CLS token: use the attention that tokens receive")
 
     @abstractmethod
     def keys(self, block: int, members: Sequence[int]) -> Tensor:
@@ -58,12 +58,13 @@ class Vision(ABC):
         As the block's projection makes them: before rotary positions, where the tower has those.
         """
 
-    @abstractmethod
     def cls_values(self, members: Sequence[int]) -> Tensor:
-        """The CLS rows of the layer that values come from, one a tile, [G, tiles, V]; `Incompatible` without CLS.
+        """The CLS rows of the layer that values come from, one a tile, [G, tiles, V].
 
-        Tiles stand in the order of `layout`: part by part, and row by row in each.
+        Tiles stand in the order of `layout`: part by part, and row by row in each. `Incompatible` where the tower has
+        no CLS, or where values are made of several rows of it.
         """
+        raise Incompatible("no CLS of the vision tower can be handed on: leave it out")
 
 
 class Family(ABC):
@@ -73,6 +74,8 @@ class Family(ABC):
     """Arguments of the model's `forward` that describe images."""
     position_inputs: ClassVar[frozenset[str]] = frozenset()
     """Those of them that `generate` needs for the positions of a prompt."""
+    column_inputs: ClassVar[Mapping[str, int]] = {}
+    """Arguments with an entry a column, [B, L], that are cut like the prompts, and what stands for padding."""
     facts: Facts
 
     def __init__(self, model: Any) -> None:
@@ -98,9 +101,16 @@ class Family(ABC):
         """An image as the model's processor should get it to answer questions: as it is, unless a family says more."""
         return image
 
-    @abstractmethod
     def preprocess(self, processor: Any, images: list[Image.Image], *, mode: str) -> Images:
-        """Images for the tower. `mode` says how they become the shape that it wants: `pad` or `squash`."""
+        """Images for the tower. `mode` says how they become the shape that it wants: `pad` or `squash`.
+
+        Here: as the processor makes them, whatever the mode.
+        """
+        check_mode(mode)
+        made = processor.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        found = self.images(made)
+        assert found is not None  # noqa: S101 - the processor was given some
+        return found
 
     @abstractmethod
     def images(self, call: Mapping[str, Any]) -> Images | None:
@@ -123,9 +133,9 @@ class Family(ABC):
         rows, columns = self.grids(images)[number]
         return [Map(torch.arange(rows * columns).view(rows, columns))]
 
-    @abstractmethod
     def spans(self, images: Images) -> list[int]:
-        """Placeholders that each image has in an unpruned prompt."""
+        """Placeholders that each image has in an unpruned prompt. Here: one a token."""
+        return self.counts(images)
 
     # --- Vision ------------------------------------------------------------------------------------------------------
 
@@ -133,16 +143,22 @@ class Family(ABC):
     def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> Vision:
         """Run the tower once and keep `hidden_states` of these layers.
 
-        It stops after the deepest layer that is asked for or, with `values`, that values come from.
+        Without `values` it stops after the deepest layer that is asked for.
         """
 
-    @abstractmethod
     def project(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Values [k, V] of each image as the language model reads them, [k, D]."""
+        """Values [k, V] of each image as the language model reads them, [k, D]. Here: as they are."""
+        return list(values)
 
     def place(self, images: Images, number: int, indices_k: Tensor, features_kD: Tensor) -> Placed:
         """Where the tokens of an image that stay go in the prompt. Here: token n to placeholder n."""
         return Placed(features_kD, indices_k, indices_k, self.spans(images)[number])
+
+    def features(self, features_XD: Tensor) -> Any:
+        """What the model's `get_image_features` would return of all tokens that stay, those of all images in a row."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=(features_XD,))
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
 
@@ -225,17 +241,6 @@ def take(tensor: Tensor, members: Sequence[int]) -> Tensor:
     if list(members) == list(range(len(tensor))):
         return tensor
     return tensor[list(members)]
-
-
-def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of one colour, as LLaVA-1.5 has it in evaluation."""
-    image = image.convert("RGB")
-    if image.width == image.height:
-        return image
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def check_mode(mode: str) -> None:

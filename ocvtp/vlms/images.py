@@ -90,6 +90,11 @@ class Placed:
     numbers_X: Tensor
     whole: int
 
+    @property
+    def kept(self) -> list[int]:
+        """Numbers of the tokens that stay, ascending."""
+        return [number for number in self.numbers_X.tolist() if number >= 0]
+
 
 @dataclass(frozen=True)
 class Map:

@@ -1,75 +1,28 @@
-"""LLaVA-1.5 and its like: a CLIP tower, one square grid of tokens an image.
+"""LLaVA-1.5 and its like: a CLIP or SigLIP tower, one square grid of tokens an image.
 
-Letters: I images, G images of a group, N tokens of an image, L positions in the tower (CLS first), C tower width,
-k tokens kept, D width of the language model.
+Letters: I images, N tokens of an image.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.vlms import clip
-from ocvtp.vlms.family import Family, Vision, check_mode, pad_to_square, take
-from ocvtp.vlms.images import Facts, Grid, Images
+from ocvtp.vlms.family import check_mode
+from ocvtp.vlms.images import Facts, Images
+from ocvtp.vlms.tiled import ProjectedLate, Tiles
 
 
-class LlavaVision(Vision):
-    """Hidden states of the tower, CLS first."""
-
-    def __init__(self, family: "LlavaFamily", states: dict[int, Tensor], counts: list[int], grids: list[Grid]) -> None:
-        self._family, self._states = family, states
-        self.counts, self.grids = counts, grids
-
-    def tokens(self, layer: int, members: Sequence[int]) -> Tensor:  # noqa: D102 - as in Vision
-        return take(self._states[layer], members)[:, 1:]
-
-    def values(self, members: Sequence[int]) -> Tensor:  # noqa: D102
-        return self.tokens(self._family.facts.feature_layer, members)
-
-    def received(self, block: int, members: Sequence[int]) -> Tensor:  # noqa: D102
-        return clip.received(self._family.tower, take(self._states[block], members), block)
-
-    def from_cls(self, block: int, members: Sequence[int]) -> Tensor:  # noqa: D102
-        return clip.from_cls(self._family.tower, take(self._states[block], members), block)
-
-    def keys(self, block: int, members: Sequence[int]) -> Tensor:  # noqa: D102
-        return clip.keys(self._family.tower, take(self._states[block], members), block)
-
-    def cls_values(self, members: Sequence[int]) -> Tensor:  # noqa: D102
-        return take(self._states[self._family.facts.feature_layer], members)[:, :1]
-
-
-class LlavaFamily(Family):
-    """`LlavaForConditionalGeneration` with a CLIP tower."""
+class LlavaFamily(ProjectedLate):
+    """`LlavaForConditionalGeneration`."""
 
     vision_inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values", "image_sizes"})
 
     @classmethod
     def facts_of(cls, config: Any) -> Facts:  # noqa: D102 - as in Family
-        clip.check_tower(config)
-        vision, layer = config.vision_config, config.vision_feature_layer
-        side = vision.image_size // vision.patch_size
-        return Facts(
-            tokens=side * side,
-            grid=(side, side),
-            width=vision.hidden_size,
-            depth=vision.num_hidden_layers,
-            feature_layer=layer if layer >= 0 else vision.num_hidden_layers + 1 + layer,
-            cls=True,
-        )
-
-    @property
-    def _grid(self) -> Grid:
-        vision = self.model.config.vision_config
-        return (vision.image_size // vision.patch_size,) * 2
-
-    @property
-    def tower(self) -> Any:
-        """The CLIP model."""
-        return self.model.model.vision_tower
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return cls.tiled_facts(config, side * side, (side, side))
 
     def prepare(self, processor: Any, image: Image.Image) -> Image.Image:
         """Padded to a square, as LLaVA-1.5 is evaluated; the processor of transformers would cut its sides off."""
@@ -77,16 +30,14 @@ class LlavaFamily(Family):
 
     def preprocess(self, processor: Any, images: list[Image.Image], *, mode: str) -> Images:  # noqa: D102
         check_mode(mode)
-        processor = processor.image_processor
         side = self.model.config.vision_config.image_size
-        fill = _mean_colour(processor)
         squares = [
-            pad_to_square(image, fill)
+            self.prepare(processor, image)
             if mode == "pad"
             else image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
             for image in images
         ]
-        return Images(processor(images=squares, return_tensors="pt")["pixel_values"])
+        return Images(processor.image_processor(images=squares, return_tensors="pt")["pixel_values"])
 
     def images(self, call: Mapping[str, Any]) -> Images | None:  # noqa: D102
         pixels = call.get("pixel_values")
@@ -95,29 +46,20 @@ class LlavaFamily(Family):
     def pixels_of(self, images: Images, number: int) -> Tensor:  # noqa: D102
         return images.pixels[number]
 
-    def counts(self, images: Images) -> list[int]:  # noqa: D102
-        rows, columns = self._grid
-        return [rows * columns] * len(images)
+    def shapes(self, images: Images) -> list[Tiles]:  # noqa: D102 - as in TiledFamily
+        vision = self.model.config.vision_config
+        return [Tiles(1, vision.image_size // vision.patch_size)] * len(images)
 
-    def grids(self, images: Images) -> list[Grid]:  # noqa: D102
-        return [self._grid] * len(images)
 
-    def spans(self, images: Images) -> list[int]:  # noqa: D102
-        return self.counts(images)
-
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> LlavaVision:  # noqa: D102
-        wanted = {*layers, *([self.facts.feature_layer] if values else [])}
-        states = clip.hidden_states(self.tower, images.pixels, wanted)
-        return LlavaVision(self, states, self.counts(images), self.grids(images))
-
-    def tiles(self, images: Images) -> clip.Tiles:
-        """Each image is one tile."""
-        numbers_1N = torch.arange(self.counts(images)[0])[None]
-        return clip.Tiles(images.pixels, [numbers_1N] * len(images))
-
-    def project(self, values: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
-        projected = self.model.model.multi_modal_projector(torch.cat(list(values)))
-        return list(projected.split([len(each) for each in values]))
+def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of one colour, as LLaVA-1.5 has it in evaluation."""
+    image = image.convert("RGB")
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _mean_colour(image_processor: Any) -> tuple[int, ...]:

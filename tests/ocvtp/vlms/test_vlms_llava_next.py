@@ -170,7 +170,7 @@ def test_newlines_stay_with_a_token_of_their_row(stock: Any, picture_of: Picture
         assert (placed.features_XD[newlines] == stock.model.model.image_newline).all()
         assert not placed.features_XD[~newlines].any()
         spot = Spot(0, 5, 52, placed.places_X, placed.features_XD, placed.numbers_X, placed.whole)
-        assert spot.columns_k.tolist() == [5 + place for place in places]
+        assert spot.columns_X.tolist() == [5 + place for place in places]
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def test_images_that_do_not_fit_are_refused(stock: Any, picture_of: Picture) -> 
     family = family_of(stock.model)
     cut = family.preprocess(stock.processor, [picture_of(0, 112, 30)], mode="pad")
     with pytest.raises(Incompatible, match="padding is cut off"):
-        family.tiles(cut)
+        family.numbers(cut)
 
 
 def test_modes_that_do_not_exist_are_refused(make_vlm: Callable[..., Any]) -> None:
