@@ -133,7 +133,7 @@ class TiledFamily(Family):
         if not isinstance(layer, int) or strategy != wanted:
             raise BadInput(
                 f"vision_feature_layer is {layer!r} and vision_feature_select_strategy is {strategy!r}: one layer, and "
-                f"{wanted!r}, which hands no CLS on, are supported for a {vision.model_type}"
+                f"{wanted!r} (no CLS), are supported for a {vision.model_type}"
             )
         return Facts(
             tokens=tokens,
@@ -186,15 +186,11 @@ class TiledFamily(Family):
 
     def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TiledVision:
         """Values are what the model's own `get_image_features` makes."""
-        shapes = self.shapes(images)
-        if not values:
-            return TiledVision(self.eye, self.eye.states(torch.cat(self.tiles(images)), layers), shapes, None)
         inputs = self.inputs(images)
         inputs["pixel_values"] = inputs["pixel_values"].to(device_of(self.tower, images.pixels.device))
-        states, output = recorded(
-            self.eye.blocks, layers, lambda: self.model.model.get_image_features(**inputs, return_dict=True), whole=True
-        )
-        return TiledVision(self.eye, states, shapes, self.own(images, output))
+        get = self.model.model.get_image_features
+        states, output = recorded(self.eye.blocks, layers, lambda: get(**inputs, return_dict=True), whole=values)
+        return TiledVision(self.eye, states, self.shapes(images), self.own(images, output) if values else None)
 
 
 class ProjectedLate(TiledFamily):
@@ -220,7 +216,8 @@ class ProjectedLate(TiledFamily):
             if shape.count != shape.tiles * patches:
                 raise Incompatible(
                     f"of the {shape.tiles * patches} patches of image {number} padding is cut off, so that only "
-                    f"{shape.count} are tokens: set mm_patch_merge_type to 'flat' (`ocvtp.vlms.llava_next.paper_mode`)"
+                    f"{shape.count} are tokens: set mm_patch_merge_type to 'flat', as "
+                    "`ocvtp.vlms.families.llava_next.paper_mode` does"
                 )
             patches_N = shape.arranged(torch.arange(shape.count).view(shape.tiles, -1))
             found.append(patches_N.argsort().view(shape.tiles, -1))

@@ -10,7 +10,7 @@ from torch import Tensor
 import ocvtp
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.tome import merge, schedule
-from ocvtp.vlms.llava_next import paper_mode
+from ocvtp.vlms.families.llava_next import paper_mode
 
 SIZES = [(56, 56), (80, 40), (30, 90), (56, 56), (200, 100), (64, 64), (56, 112), (90, 90)]
 

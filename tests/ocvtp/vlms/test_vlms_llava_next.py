@@ -14,8 +14,8 @@ from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruning.splice import Spot
 from ocvtp.vlms import family_of
 from ocvtp.vlms.anyres import MERGES, shape_of
+from ocvtp.vlms.families.llava_next import Merge, paper_mode
 from ocvtp.vlms.images import Images
-from ocvtp.vlms.llava_next import Merge, paper_mode
 
 Picture = Callable[..., Image.Image]
 MERGE: Merge = "spatial_unpad"
@@ -169,7 +169,7 @@ def test_newlines_stay_with_a_token_of_their_row(stock: Any, picture_of: Picture
         newlines = placed.numbers_X == -1
         assert (placed.features_XD[newlines] == stock.model.model.image_newline).all()
         assert not placed.features_XD[~newlines].any()
-        spot = Spot(0, 5, 52, placed.places_X, placed.features_XD, placed.numbers_X, placed.whole)
+        spot = Spot(placed.features_XD, placed.places_X, placed.numbers_X, placed.whole, row=0, start=5, length=52)
         assert spot.columns_X.tolist() == [5 + place for place in places]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ocvtp.errors import BadInput
 from ocvtp.vlms import family_of
-from ocvtp.vlms.llava import pad_to_square
+from ocvtp.vlms.families.llava import pad_to_square
 
 
 def test_hidden_states_are_transformers_own_bit_for_bit(llava: Any, picture_of: Callable[..., Image.Image]) -> None:

@@ -4,17 +4,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from ocvtp.errors import BadInput
+from ocvtp.vlms.families.gemma3 import Gemma3Family
+from ocvtp.vlms.families.internvl import InternVLFamily
+from ocvtp.vlms.families.llava import LlavaFamily
+from ocvtp.vlms.families.llava_next import LlavaNextFamily
+from ocvtp.vlms.families.onevision import OneVisionFamily
+from ocvtp.vlms.families.qwen2_5_vl import Qwen25VLFamily
+from ocvtp.vlms.families.qwen3_vl import Qwen3VLFamily
+from ocvtp.vlms.families.smolvlm import SmolVLMFamily
 from ocvtp.vlms.family import Family
-from ocvtp.vlms.llava import LlavaFamily
-from ocvtp.vlms.llava_next import LlavaNextFamily
-from ocvtp.vlms.qwen2_5_vl import Qwen25VLFamily
-from ocvtp.vlms.qwen3_vl import Qwen3VLFamily
 
 FAMILIES: Mapping[str, type[Family]] = {
     "LlavaForConditionalGeneration": LlavaFamily,
     "LlavaNextForConditionalGeneration": LlavaNextFamily,
     "Qwen2_5_VLForConditionalGeneration": Qwen25VLFamily,
     "Qwen3VLForConditionalGeneration": Qwen3VLFamily,
+    "InternVLForConditionalGeneration": InternVLFamily,
+    "LlavaOnevisionForConditionalGeneration": OneVisionFamily,
+    "Gemma3ForConditionalGeneration": Gemma3Family,
+    "SmolVLMForConditionalGeneration": SmolVLMFamily,
 }
 """Classes of transformers that can be pruned."""
 

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.anyres import MERGES, Merge, Shape, shape_of
+from ocvtp.vlms.anyres import MERGES, Merge, Shape, shape_of, with_newlines
 from ocvtp.vlms.family import check_mode
 from ocvtp.vlms.images import Facts, Images, Map, Placed
 from ocvtp.vlms.tiled import ProjectedLate
@@ -136,12 +136,7 @@ class LlavaNextFamily(ProjectedLate):
         (shape,) = self.shapes(Images(images.pixels, images.sizes[number : number + 1]))
         if not shape.newlines:
             return Placed(features_kD, indices_k, indices_k, shape.count)
-        tokens_k, ends_X = shape.newlines_of(indices_k)
-        places_X, order_X = torch.cat([tokens_k, ends_X]).sort()
-        newline_XD = weight_of(self.model.model, "image_newline").to(features_kD).expand(len(ends_X), -1)
-        numbers_X = torch.cat([indices_k, torch.full_like(ends_X, -1)])[order_X]
-        features_XD = torch.cat([features_kD, newline_XD])[order_X.to(features_kD.device)]
-        return Placed(features_XD, places_X, numbers_X, shape.span)
+        return with_newlines(shape, indices_k, features_kD, weight_of(self.model.model, "image_newline"))
 
 
 class _Flat(LlavaNextFamily):
