@@ -35,7 +35,7 @@ class SmolVLMFamily(TiledFamily):
         ids = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
         if ids is None:
             return Images(pixels.flatten(0, 1))
-        tiles_B = torch.tensor([len(runs(row_L[None], self.placeholder, self.facts.tokens or 1)) for row_L in ids])
+        tiles_B = torch.tensor([sum(runs(row_L[None], self.placeholder, self.facts.tokens or 1)) for row_L in ids])
         if len(pixels) != len(ids) or int(tiles_B.max()) > pixels.shape[1]:
             raise BadInput(
                 f"the prompts have placeholders for {tiles_B.tolist()} tiles, but pixel_values is of shape "
