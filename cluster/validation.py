@@ -141,8 +141,8 @@ def _text(one: Any, model: type[Section]) -> str:
 
 def _fields(model: type[Section], loc: Sequence[int | str]) -> Iterable[str]:
     """The legal keys of the section at a place."""
-    for step in loc:
-        annotation = model.model_fields[str(step)].annotation
+    for step in (step for step in loc if isinstance(step, str)):  # a number is a place in a list of sections
+        annotation = model.model_fields[step].annotation
         kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         model = next(kind for kind in kinds if issubclass(kind, Section))
     return model.model_fields

@@ -6,11 +6,9 @@ results are still written, and the stage ends with exit code 1.
 """
 
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ if __name__ == "__main__":
 
 from cluster import Task, is_published
 from cluster.task import canonical
-from ocvtp.errors import BadInput, Corrupt
 from ocvtp.evaluation.objects import MASKS
-from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
 from pipelines import tracking
-from pipelines.grid import Cell, PrunerCell, settings, vlm_folder
-from pipelines.params.fitting import unreachable
+from pipelines.grid import Cell, PrunerCell, vlm_folder
+from pipelines.inputs import Input, pruners, questions, read_json, wanted_settings, weights
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
@@ -35,23 +31,15 @@ from pipelines.tasks.answers import answers, asked
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Input:
-    """A folder of the store, or one file of it, that tasks read, and the checksums of its files."""
-
-    path: str
-    files: dict[str, str]
-
-
 def work(run: Stage) -> None:
     """Evaluate what is missing, and write the output."""
     params = run.params
     vlms = {name: resolve(name) for name in params.vlm}
-    wanted = _reachable(settings(params, REGISTRY, {name: entry.tokens for name, entry in vlms.items()}), vlms)
-    pruners = _pruners(run, [setting.pruner for setting in wanted if setting.pruner is not None])
-    data = _data(run)
+    wanted = wanted_settings(params, vlms)
+    trained = pruners(run, [setting.pruner for setting in wanted if setting.pruner is not None])
+    data = questions(run)
     tasks = {
-        (setting, name): _task(run, setting, name, vlms[setting.vlm], pruners, data.get(name))
+        (setting, name): _task(run, setting, name, vlms[setting.vlm], trained, data.get(name))
         for setting in wanted
         for name in params.benchmark
     }
@@ -59,65 +47,6 @@ def work(run: Stage) -> None:
     results = list(_write(run, tasks))
     tracking.track(run, list(_records(run, wanted, tasks, results)))
     report.raise_if_failed()
-
-
-def _reachable(found: Sequence[Cell], vlms: Mapping[str, Entry]) -> list[Cell]:
-    """Settings without those whose method cannot keep so few tokens there: tables have a dash for them."""
-    kept = []
-    for setting in found:
-        why = unreachable(REGISTRY[setting.method], vlms[setting.vlm], setting.tokens, setting.options)
-        if why is None:
-            kept.append(setting)
-        else:
-            log.warning("%s is left out on %s: %s", setting.name, setting.vlm, why)
-    return kept
-
-
-# --- Inputs ----------------------------------------------------------------------------------------------------------
-
-
-def _pruners(run: Stage, cells: Sequence[PrunerCell]) -> dict[PrunerCell, Input]:
-    """Where the store has each pruner; those that it lacks are put back from stage `train`'s output."""
-    if not cells:
-        return {}
-    path = run.input(outputs.PRUNERS, "train")
-    index = _read(path)
-    found = {}
-    for cell in dict.fromkeys(cells):
-        if cell.folder not in index:
-            raise BadInput(f"{path} has no {cell.folder}: run `python pipelines/train.py` or `dvc repro` first")
-        about = index[cell.folder]
-        found[cell] = Input(about["path"], about["files"])
-        run.put_back(about["path"], run.root / outputs.MODELS / cell.folder, about["files"])
-    run.require({run.store.root / one.path: one.files for one in found.values()}, "train")
-    return found
-
-
-def _data(run: Stage) -> dict[str, Input]:
-    """Where the store has each question set of ours; empty where the official ones are asked."""
-    if run.params.evaluate.data != "scenes":
-        return {}
-    place = run.input(f"{outputs.SAMPLE}/sample.json", "sample").parent
-    about = _read(place / "sample.json")["benchmarks"]
-    missing = [name for name in run.params.benchmark if name not in about]
-    if missing:
-        raise BadInput(f"{place} has no questions of {', '.join(missing)}: run `python pipelines/sample.py` first")
-    files = outputs.checksums(place / "benchmarks")
-    for folder in {Path(one["path"]).parent for one in about.values()}:
-        run.put_back(folder.as_posix(), place / "benchmarks", files)
-        run.require({run.store.root / folder: files}, "sample")
-    return {
-        name: Input(about[name]["path"], {name: about[name]["sha256"], MASKS: files[MASKS]})
-        for name in run.params.benchmark
-    }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Corrupt(f"{path} is not JSON: {error}") from error
-    return data
 
 
 # --- Tasks -----------------------------------------------------------------------------------------------------------
@@ -128,11 +57,11 @@ def _task(
     setting: Cell,
     benchmark: str,
     vlm: Entry,
-    pruners: Mapping[PrunerCell, Input],
+    trained: Mapping[PrunerCell, Input],
     data: Input | None,
 ) -> Task:
     evaluate = run.params.evaluate
-    pruner = pruners[setting.pruner] if setting.pruner else None
+    pruner = trained[setting.pruner] if setting.pruner else None
     spec = {
         **_of_setting(run, setting, vlm, pruner),
         "benchmark": benchmark,
@@ -159,15 +88,10 @@ def _of_setting(run: Stage, setting: Cell, vlm: Entry, pruner: Input | None) -> 
         "keep": keep,
         "seed": setting.seed,
         "options": setting.options,
-        "pruner": None if pruner is None else _weights(pruner),
+        "pruner": None if pruner is None else weights(pruner),
         "dtype": evaluate.dtype,
         "max_new_tokens": evaluate.max_new_tokens,
     }
-
-
-def _weights(pruner: Input) -> dict[str, str]:
-    """What of a pruner determines what it keeps."""
-    return {name: pruner.files[name] for name in ("config.json", "model.safetensors")}
 
 
 # --- Output ----------------------------------------------------------------------------------------------------------
@@ -225,7 +149,7 @@ def _data_identity(run: Stage, sets: Mapping[str, Any]) -> Any:
     """What tells these questions from others, whichever of the benchmarks are in the grid."""
     if run.params.evaluate.data != "scenes":
         return "official"
-    about = _read(run.root / outputs.SAMPLE / "sample.json")["benchmarks"]
+    about = read_json(run.root / outputs.SAMPLE / "sample.json")["benchmarks"]
     return {name: one["sha256"] for name, one in about.items()} or dict(sets)
 
 

@@ -2,7 +2,7 @@
 
 An axis multiplies only what it changes: methods without a trained pruner have no loss or slots, methods without
 randomness no seed, and the unpruned model is one setting. It is always evaluated, being the 100 % of all others.
-Each change of `ablate` adds the part of the grid that it concerns once more.
+What `ablate` changes at once adds the part of the grid that it concerns once more.
 """
 
 import hashlib
@@ -133,12 +133,11 @@ class _Part:
     top_k: tuple[int, ...] = (1,)
     changes: Changes = ()
 
-    def changed(self, change: Change) -> "_Part":
-        """With one value instead of those of its axis, if it is one."""
+    def changed(self, changes: Changes) -> "_Part":
+        """With one value instead of those of its axis for each change that is of one."""
         axes = {name: getattr(self, name) for name in ablate.AXES}
-        if change[0] in axes:
-            axes[change[0]] = (change[1],)
-        return _Part(**axes, changes=(change,))
+        axes |= {path: (value,) for path, value in changes if path in axes}
+        return _Part(**axes, changes=changes)
 
     @property
     def training(self) -> Changes:
@@ -149,7 +148,8 @@ class _Part:
 def pruner_cells(params: Params) -> list[PrunerCell]:
     """The pruners to train, in the order of the axes; those of `ablate` last."""
     grid = _Part(params.layer, params.loss, params.slots)
-    concerned = [change for change in params.ablate.changes if _trains(change)]
+    training = [tuple(filter(_trains, changes)) for changes in params.ablate.changes]
+    concerned = [changes for changes in training if changes]
     found = [
         PrunerCell(vlm, layer, loss, slots, seed, part.training)
         for part in (grid, *map(grid.changed, concerned))
@@ -160,7 +160,7 @@ def pruner_cells(params: Params) -> list[PrunerCell]:
 
 def layers(params: Params) -> list[int]:
     """The layers whose tokens are needed, those of `ablate` last."""
-    return list(dict.fromkeys((*params.layer, *params.ablate.layer)))
+    return list(dict.fromkeys((*params.layer, *params.ablate.values("layer"))))
 
 
 def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping[str, int | None]) -> list[Cell]:
@@ -172,16 +172,17 @@ def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping
         tokens: of an image, by VLM; None where they depend on the image.
     """
     grid = _Part(params.layer, params.loss, params.slots, params.top_k)
-    found = []
+    found: list[Cell] = []
     for vlm in params.vlm:
         found.append(Cell(vlm, VANILLA, None, tokens[vlm], 1.0))
         make = partial(_of_method, params, vlm=vlm, whole=tokens[vlm])
         chosen = [methods[name] for name in params.method if name != VANILLA]
         found += [setting for method in chosen for setting in make(method, grid)]
-        for change in params.ablate.changes:
-            concerned = [method for method in chosen if _concerns(change, method, params)]
-            found += [setting for method in concerned for setting in make(method, grid.changed(change))]
-    return found
+        for changes in params.ablate.changes:
+            for method in chosen:
+                if concerned := tuple(change for change in changes if _concerns(change, method, params)):
+                    found += make(method, grid.changed(concerned))
+    return list({(one.vlm, one.name): one for one in reversed(found)}.values())[::-1]
 
 
 def _trains(change: Change) -> bool:
@@ -221,5 +222,6 @@ def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, wh
             pruner = PrunerCell(vlm, layer, *made, seed, part.training)
         count = tokens_kept(keep, whole)
         share = keep.share if whole is None or count is None else count / whole
-        options = tuple(sorted(given.items()))
+        drawn = {"weights_seed": seed} if "weights_seed" in method.options and seed is not None else {}
+        options = tuple(sorted({**drawn, **given}.items()))
         yield Cell(vlm, method.name, keep, count, share, seed, layer, top_k, pruner, options, changes=part.changes)

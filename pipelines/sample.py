@@ -53,7 +53,8 @@ def work(run: Stage) -> None:
 def _scenes(run: Stage) -> Iterator[Task]:
     sample = run.params.sample
     for first in range(0, sample.images, CHUNK):
-        spec = {"seed": sample.seed, "first": first, "count": min(CHUNK, sample.images - first)}
+        count = min(CHUNK, sample.images - first)
+        spec = {"seed": sample.seed, "first": first, "count": count, "style": sample.style.model_dump()}
         yield run.task("scenes", f"scenes {first}", scenes, spec, _demand(run))
 
 
@@ -68,7 +69,7 @@ def _copies(run: Stage, selection: ImageSample) -> Iterator[Task]:
 def _questions(run: Stage) -> Iterator[Task]:
     sample = run.params.sample
     if sample.questions:
-        spec = {"questions": sample.questions, "seed": sample.seed}
+        spec = {"questions": sample.questions, "seed": sample.seed, "style": sample.style.model_dump()}
         yield run.task("questions", f"{sample.questions} questions a benchmark", questions, spec, _demand(run))
 
 

@@ -134,15 +134,22 @@ def _difference(setting: Cell, average: Average, averages: Sequence[tuple[Cell, 
 
 
 def _against(setting: Cell, average: Average, averages: Sequence[tuple[Cell, Average]]) -> Row:
-    """Points of OC-VTP to each other method of the grid, at its own budget, layer and top_k."""
-    if setting.method != OURS or setting.changes:
+    """Points of OC-VTP, also as `ablate` changes it, to each other method of the grid at its own budget.
+
+    Where the grid has a method on several layers or with several top_k, to the one that shares them.
+    """
+    if setting.method != OURS:
         return {}
-    found: Row = {}
+    rivals: dict[str, list[tuple[Cell, Average]]] = {}
     for other, theirs in averages:
-        fits = all(getattr(other, axis) in (None, getattr(setting, axis)) for axis in ("layer", "top_k"))
-        same = (other.vlm, other.keep) == (setting.vlm, setting.keep) and not other.changes
-        if same and fits and other.method != OURS:
-            found[other.method] = average.minus(theirs)
+        if (other.vlm, other.keep, other.changes) == (setting.vlm, setting.keep, ()) and other.method != OURS:
+            rivals.setdefault(other.method, []).append((other, theirs))
+    found: Row = {}
+    for method, some in rivals.items():
+        for other, theirs in some:
+            alike = all(getattr(other, axis) in (None, getattr(setting, axis)) for axis in ("layer", "top_k"))
+            if alike or len(some) == 1:
+                found[method] = average.minus(theirs)
     return found
 
 

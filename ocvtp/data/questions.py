@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from ocvtp.data.scenes import (
     COLORS,
     DIGITS,
+    PLAIN,
     SHAPES,
     SIZE,
     Scene,
     SceneObject,
+    Style,
     file_name,
     jpeg,
     make_scene,
@@ -191,7 +193,7 @@ MME_CATEGORIES = ("existence", "count", "color", "OCR")
 Row = dict[str, Any]
 
 
-def write_benchmarks(folder: Path, questions: int, seed: int) -> dict[str, int]:
+def write_benchmarks(folder: Path, questions: int, seed: int, style: Style = PLAIN) -> dict[str, int]:
     """Write `gqa`, `mme`, `pope` and `textvqa.parquet` with at least `questions` questions each, and their scenes.
 
     The scenes are those of the split `benchmark`, from which no pruner and no VLM learns; they are also written as
@@ -200,17 +202,17 @@ def write_benchmarks(folder: Path, questions: int, seed: int) -> dict[str, int]:
     if questions < 2:
         raise BadInput(f"{questions} questions a benchmark: at least 2 are needed, since some come in pairs")
     rows: dict[str, list[Row]] = {"gqa": [], "mme": [], "pope": [], "textvqa": []}
-    popular = _popular(seed, questions)
+    popular = _popular(seed, questions, style)
     index = 0
     while any(len(found) < questions for found in rows.values()):
-        scene = make_scene(seed, "benchmark", index)
+        scene = make_scene(seed, "benchmark", index, style)
         rng = np.random.default_rng([seed, 1, index])
         for name, found in rows.items():
             if len(found) < questions:
                 found.extend(_ROWS[name](scene, rng, popular))
         index += 1
     folder.mkdir(parents=True, exist_ok=True)
-    write_scenes(folder, index, seed, "benchmark", annotations="scenes.json")
+    write_scenes(folder, index, seed, "benchmark", annotations="scenes.json", style=style)
     for name, found in rows.items():
         _write_parquet(folder / f"{name}.parquet", found)
     return {name: len(found) for name, found in rows.items()}
@@ -329,11 +331,11 @@ _ROWS: dict[str, Callable[[Scene, np.random.Generator, Any], list[Row]]] = {
 }
 
 
-def _popular(seed: int, scenes: int) -> list[tuple[str, str]]:
+def _popular(seed: int, scenes: int, style: Style) -> list[tuple[str, str]]:
     """(colour, shape) pairs, the most frequent of the benchmark's scenes first."""
     seen = Counter(dict.fromkeys(all_combinations(), 0))
     for index in range(scenes):
-        seen.update(_combinations(make_scene(seed, "benchmark", index)))
+        seen.update(_combinations(make_scene(seed, "benchmark", index, style)))
     return sorted(seen, key=lambda pair: (-seen[pair], pair))
 
 

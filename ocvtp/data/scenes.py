@@ -2,8 +2,8 @@
 
 A scene is 96 x 96 pixels: two to six coloured shapes, about half of them small (8 to 11 pixels wide, so one to
 two patches of a tower with 8-pixel patches in area), often a digit drawn as text, on an uneven, noisy background.
-Every scene is a pure function of (seed, split, index), so splits never share a scene and a scene does not depend on
-how many others are made.
+Every scene is a pure function of (seed, split, index, style), so splits never share a scene and a scene does not
+depend on how many others are made.
 """
 
 import hashlib
@@ -41,9 +41,45 @@ Split = Literal["train", "benchmark", "vlm", "vlm-validation"]
 """`train` is for pruners, `benchmark` for questions, the other two for making tiny-llava."""
 SizeName = Literal["small", "medium", "large"]
 _WIDTHS: dict[SizeName, tuple[int, int]] = {"small": (8, 11), "medium": (14, 22), "large": (26, 36)}
-_SIZE_SHARES = (0.45, 0.33, 0.22)
+_LARGER = {"medium": 0.6, "large": 0.4}  # of the shapes that are not small
 _DIGIT_SHARE = 0.6
 _OVERSAMPLING = 4
+
+BackgroundName = Literal["soft", "textured", "natural"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What scenes look like beside what is asked about them.
+
+    Objects do not move with background or clutter: the same scene in another style has the same answers.
+
+    Attributes:
+        small_share: share of shapes that are small.
+        background: `soft` (grey, with soft spots), `textured` (stripes of one direction and pitch over it), or
+            `natural` (noise of the spectrum 1 / f in each colour, as photographs have).
+        clutter: patches of dull colours and ragged outlines that are no objects and that no question asks about.
+    """
+
+    small_share: float = 0.45
+    background: BackgroundName = "soft"
+    clutter: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.small_share <= 1:
+            raise BadInput(f"small_share is {self.small_share}: a share, 0 to 1, is needed")
+        if self.background not in get_args(BackgroundName):
+            raise BadInput(f"background is {self.background!r}: one of {', '.join(get_args(BackgroundName))} is needed")
+        if self.clutter < 0:
+            raise BadInput(f"clutter is {self.clutter}: it counts patches")
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Of small, medium and large shapes."""
+        return self.small_share, *((1 - self.small_share) * _LARGER[name] for name in ("medium", "large"))  # type: ignore[return-value]
+
+
+PLAIN = Style()
 
 
 @dataclass(frozen=True)
@@ -95,24 +131,27 @@ class Scene:
         return next((o.text for o in self.objects if o.category == "digit"), None)
 
 
-def make_scene(seed: int, split: Split, index: int) -> Scene:
+def make_scene(seed: int, split: Split, index: int, style: Style = PLAIN) -> Scene:
     """The scene number `index` of a split."""
-    rng = np.random.default_rng([seed, get_args(Split).index(split), index])
-    canvas_HW3 = _background(rng)
+    numbers = [seed, get_args(Split).index(split), index]
+    rng, style_rng = np.random.default_rng(numbers), np.random.default_rng([*numbers, 1])
+    canvas_HW3 = _background(rng) + _texture(style_rng, style.background)
     taken_HW = np.zeros((SIZE, SIZE), bool)
     objects: list[SceneObject] = []
     if rng.random() < _DIGIT_SHARE:
         _place(rng, canvas_HW3, taken_HW, objects, "digit", "medium")
     for _ in range(int(rng.integers(2, 7))):
-        size = get_args(SizeName)[int(rng.choice(3, p=_SIZE_SHARES))]
+        size = get_args(SizeName)[int(rng.choice(3, p=style.shares))]
         _place(rng, canvas_HW3, taken_HW, objects, str(rng.choice(SHAPES)), size)
+    for _ in range(style.clutter):
+        _litter(style_rng, canvas_HW3, taken_HW)
     canvas_HW3 += rng.normal(0, 5, canvas_HW3.shape)
     return Scene(index, np.clip(canvas_HW3, 0, 255).astype(np.uint8), tuple(objects))
 
 
-def make_scenes(seed: int, split: Split, count: int) -> Iterator[Scene]:
+def make_scenes(seed: int, split: Split, count: int, style: Style = PLAIN) -> Iterator[Scene]:
     """The first `count` scenes of a split."""
-    return (make_scene(seed, split, index) for index in range(count))
+    return (make_scene(seed, split, index, style) for index in range(count))
 
 
 def _background(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -125,6 +164,44 @@ def _background(rng: np.random.Generator) -> NDArray[np.float64]:
         light_HW += rng.uniform(-25, 25) * np.exp(-((y_HW - cy) ** 2 + (x_HW - cx) ** 2) / (2 * radius**2))
     tint_3 = rng.uniform(-10, 10, 3)
     return np.asarray(light_HW[..., None] + tint_3, np.float64)
+
+
+def _texture(rng: np.random.Generator, name: BackgroundName) -> NDArray[np.float64]:
+    """What a style adds to the background, [96, 96, 1 or 3]."""
+    y_HW, x_HW = np.mgrid[0:SIZE, 0:SIZE]
+    if name == "soft":
+        return np.zeros((1, 1, 1))
+    if name == "textured":
+        angle, pitch = rng.uniform(0, np.pi), rng.uniform(4, 14)
+        along_HW = np.cos(angle) * x_HW + np.sin(angle) * y_HW
+        return np.asarray(rng.uniform(15, 40) * np.sin(2 * np.pi * along_HW / pitch + rng.uniform(0, 6))[..., None])
+    radius_HW = np.hypot(*np.meshgrid(np.fft.fftfreq(SIZE), np.fft.fftfreq(SIZE), indexing="ij"))
+    radius_HW[0, 0] = np.inf  # the mean stays
+    white_HW3 = np.fft.fft2(rng.normal(size=(SIZE, SIZE, 3)), axes=(0, 1))
+    noise_HW3 = np.fft.ifft2(white_HW3 / radius_HW[..., None], axes=(0, 1)).real
+    grey_HW1 = noise_HW3.mean(2, keepdims=True)
+    mixed_HW3 = 0.75 * grey_HW1 / grey_HW1.std() + 0.25 * noise_HW3 / noise_HW3.std()
+    return np.asarray(rng.uniform(20, 35) * mixed_HW3)
+
+
+def _litter(rng: np.random.Generator, canvas_HW3: NDArray[np.float64], taken_HW: Mask) -> None:
+    """Draw a ragged patch of a dull colour where nothing else is; a scene that has become too full goes without it."""
+    width = int(rng.integers(6, 19))
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    radii = rng.uniform(0.4, 1, 9) * (width * _OVERSAMPLING - 1) / 2
+    centre = (width * _OVERSAMPLING - 1) / 2
+    image = Image.new("L", (width * _OVERSAMPLING,) * 2)
+    corners = np.stack([centre + radii * np.cos(angles), centre + radii * np.sin(angles)], 1)
+    ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
+    alpha_hw1 = _downsample(image)[..., None]
+    ink_3 = rng.uniform(30, 190) + rng.uniform(-18, 18, 3)
+    for _ in range(30):
+        y, x = (int(rng.integers(0, SIZE - width + 1)) for _ in range(2))
+        if not taken_HW[max(0, y - 2) : y + width + 2, max(0, x - 2) : x + width + 2].any():
+            taken_HW[y : y + width, x : x + width] = True
+            window_hw3 = canvas_HW3[y : y + width, x : x + width]
+            window_hw3 += alpha_hw1 * (ink_3 - window_hw3)
+            return
 
 
 def _place(
@@ -198,7 +275,14 @@ def _downsample(image: Image.Image) -> NDArray[np.float64]:
 
 
 def write_scenes(
-    folder: Path, count: int, seed: int, split: Split, *, first: int = 0, annotations: str = "instances.json"
+    folder: Path,
+    count: int,
+    seed: int,
+    split: Split,
+    *,
+    first: int = 0,
+    annotations: str = "instances.json",
+    style: Style = PLAIN,
 ) -> Path:
     """Write scenes `first` to `first + count - 1` of a split as `folder/images/*.jpg` and `folder/<annotations>`.
 
@@ -217,7 +301,7 @@ def write_scenes(
         "annotations": [],
     }
     for index in range(first, first + count):
-        scene = make_scene(seed, split, index)
+        scene = make_scene(seed, split, index, style)
         name = file_name(split, index)
         (images / name).write_bytes(jpeg(scene))
         coco["images"].append({"id": index, "file_name": name, "width": SIZE, "height": SIZE})

@@ -66,7 +66,7 @@ def ready(setting: EvaluationSetting, device: str = "cpu", *, shared: bool = Tru
     """
     from ocvtp.pruning import prune
 
-    vlm = (_load if shared else _load.__wrapped__)(setting.vlm, setting.dtype, device)
+    vlm, memory = (_load if shared else _load.__wrapped__)(setting.vlm, setting.dtype, device)
     if setting.keep is None:  # vanilla
         yield Answerer(vlm, None, setting.max_new_tokens)
         return
@@ -78,17 +78,20 @@ def ready(setting: EvaluationSetting, device: str = "cpu", *, shared: bool = Tru
         seed=setting.seed or 0,
         **setting.options,
     )
+    handle.share(memory)
     with handle:
         yield Answerer(vlm, handle, setting.max_new_tokens)
 
 
 @lru_cache(maxsize=1)
-def _load(vlm: str, dtype: str, device: str) -> Any:
+def _load(vlm: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """The VLM, and the memory of what its tower saw."""
     import torch
 
+    from ocvtp.pruning.memory import VisionMemory
     from ocvtp.vlms.loading import load
 
-    return load(vlm, device=device, dtype=getattr(torch, dtype))
+    return load(vlm, device=device, dtype=getattr(torch, dtype)), VisionMemory()
 
 
 def forget() -> None:

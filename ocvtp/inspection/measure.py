@@ -56,11 +56,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Asked:
-    """A method on one layer (None: its own), and its trained pruner if it needs one."""
+    """A method on one layer (None: its own), its trained pruner if it needs one, and its other options."""
 
     method: str
     layer: int | None = None
     pruner: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str, pruner: Any = None) -> "Asked":
@@ -80,9 +81,10 @@ class Asked:
         entry = entry_of(self.method)
         if entry.acts != "before the LLM" or entry.needs_text:
             raise BadInput(f"{self.method} needs a language model or a prompt, and inspect has neither")
-        given: dict[str, Any] = {} if self.layer is None else {"layer": self.layer}
-        if "weights_seed" in entry.options:
-            given["weights_seed"] = seed
+        given = {"weights_seed": seed} if "weights_seed" in entry.options else {}
+        given |= self.options
+        if self.layer is not None:
+            given["layer"] = self.layer
         method = entry.build(family, self.pruner, options_of(entry, given))
         assert method is not None  # noqa: S101 - it acts before the LLM
         return method

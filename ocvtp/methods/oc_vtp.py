@@ -129,10 +129,11 @@ def _build_untrained(family: Family, pruner: Any, options: Mapping[str, Any]) ->
     """The same architecture with the random weights it starts from: what does training buy?"""
     no_pruner("oc-vtp-untrained", pruner)
     whole("oc-vtp-untrained", options, "weights_seed")
+    made_of = {} if options["queries"] is None else {"queries": options["queries"]}
     grid = family.facts.grid or (24, 24)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["weights_seed"])
-        drawn = OCPruner(PrunerConfig(family.facts.width, grid=grid, decoder=None)).eval()
+        drawn = OCPruner(PrunerConfig(family.facts.width, grid=grid, decoder=None, **made_of)).eval()
     selection = _selection("oc-vtp-untrained", options)
     return OCVTP(drawn.to(family.model.device), family.index(options["layer"]), family.facts, selection)
 
@@ -154,6 +155,6 @@ UNTRAINED = Entry(
     source="OC-VTP's pruner with the random weights that its training starts from",
     random=True,
     trained=False,
-    options={**_SELECTION, "layer": 9, "weights_seed": 0},
+    options={**_SELECTION, "layer": 9, "weights_seed": 0, "queries": None},
     build=_build_untrained,
 )

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
 from ocvtp.pruning.choosing import choose, slots
 from ocvtp.pruning.forward import EncodedCall, Forward
+from ocvtp.pruning.memory import Remembering, VisionMemory
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.vlms.families import family_of
@@ -149,6 +150,10 @@ class Handle(calls.Uncopied):
             yield
         finally:
             self._samples = None
+
+    def share(self, memory: VisionMemory) -> None:
+        """Take what the tower makes of a batch from a memory, which handles on one model share one after another."""
+        self._family = cast(Family, Remembering(self._family, memory))
 
     def slots(self, **call: Any) -> list[Tensor | None]:
         """Attention of the slots that choose tokens of each image, [K, N], given the arguments of a `generate`.

@@ -16,7 +16,7 @@ from ocvtp.vlms import Entry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
 from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Ablate, Change
 from pipelines.params.fitting import lacking, tokens_kept
-from pipelines.params.model import Params, Train
+from pipelines.params.model import Params, SceneStyle, Train
 
 log = logging.getLogger(__name__)
 SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
@@ -36,7 +36,7 @@ def crosscheck(params: Params, problems: Problems) -> Params:
     params = _fitting(params, entries, problems, named=named)
     for entry in entries:
         _layers("layer", params.layer, entry, problems)
-        _layers("ablate.layer", params.ablate.layer, entry, problems)
+        _layers("ablate.layer", params.ablate.values("layer"), entry, problems)
         _budgets(params, entry, problems)
     return params
 
@@ -104,7 +104,7 @@ def _new(params: Params) -> Ablate:
             return value in getattr(params, path)
         return path.startswith(TRAIN) and params.train.with_changes((change,)) == params.train.with_changes(())
 
-    return Ablate.of(change for change in params.ablate.changes if not there(change))
+    return params.ablate.only(lambda change: not there(change))
 
 
 def _options(params: Params, problems: Problems) -> None:
@@ -112,7 +112,8 @@ def _options(params: Params, problems: Problems) -> None:
     for name, options in params.evaluate.options.items():
         for option in options:
             _option(f"evaluate.options.{name}.{option}", name, option, params, problems)
-    for path in dict.fromkeys(path for path, _ in params.ablate.changes if path.startswith(OPTIONS)):
+    changes = [change for changes in params.ablate.changes for change in changes]
+    for path in dict.fromkeys(path for path, _ in changes if path.startswith(OPTIONS)):
         name, _, option = path.removeprefix(OPTIONS).partition(".")
         _option(f"ablate.{path}", name, option, params, problems)
 
@@ -132,9 +133,10 @@ def _option(path: str, method: str, option: str, params: Params, problems: Probl
 
 def _trainings(params: Params, problems: Problems) -> None:
     """What is ablated of the section `train`, by the library's own checks."""
-    for change in params.ablate.changes:
-        if change[0].startswith(TRAIN):
-            read(Train, params.train.with_changes((change,)), problems, f"ablate.{TRAIN[:-1]}")
+    for changes in params.ablate.changes:
+        training = [change for change in changes if change[0].startswith(TRAIN)]
+        if training:
+            read(Train, params.train.with_changes(training), problems, f"ablate.{TRAIN[:-1]}")
 
 
 def _sample(params: Params, problems: Problems) -> None:
@@ -145,6 +147,8 @@ def _sample(params: Params, problems: Problems) -> None:
             problems.add(f"sample.{name}", "null, but sample.source: coco needs the path")
         if sample.source == "scenes" and given is not None:
             problems.add(f"sample.{name}", f"{show(given)} is not read where sample.source is scenes: make it null")
+    if sample.source == "coco" and not sample.questions and sample.style != SceneStyle():
+        problems.add("sample.style", "it is of scenes, but there are none: sample.source is coco, sample.questions 0")
 
 
 def _vlms(names: Sequence[str], problems: Problems) -> list[Entry]:
@@ -197,4 +201,4 @@ def _values(params: Params, axis: str) -> Iterator[tuple[str, Any]]:
     values = getattr(params, axis)
     for index, value in enumerate(values):
         yield _at(axis, values, index), value
-    yield from ((f"ablate.{axis}", value) for value in getattr(params.ablate, axis))
+    yield from ((f"ablate.{axis}", value) for value in params.ablate.values(axis))

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field
 
 from cluster import ClusterConfig
 from cluster.validation import Section, Text
+from ocvtp.data.scenes import BackgroundName
 from ocvtp.methods.budget import Budget
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.training.train_config import TrainConfig
@@ -26,6 +27,9 @@ READS: Mapping[str, tuple[str, ...]] = {
     "evaluate": (
         "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
     ),
+    "measure": (
+        "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "seed", "ablate", "extract", "evaluate", "measure",
+    ),
     "efficiency": ("vlm", "top_k", "keep", "method", "train", "evaluate", "efficiency"),
     "report": (),
 }  # fmt: skip
@@ -34,6 +38,14 @@ WHERE_AND_HOW = ("cluster", "mlflow")
 """Sections that change where and how work runs, never what comes out: every stage reads them, none depends on them."""
 PRUNER = "pruner."
 OR_NULL = BeforeValidator(lambda value: {} if value is None else value)
+
+
+class SceneStyle(Section):
+    """How scenes look: `ocvtp.data.scenes.Style`."""
+
+    small_share: float = Field(default=0.45, ge=0, le=1)
+    background: BackgroundName = "soft"
+    clutter: Natural = 0
 
 
 class Sample(Section):
@@ -46,6 +58,7 @@ class Sample(Section):
     image_folder: Text | None = None
     max_reject_rate: float = Field(default=0.001, ge=0, le=1)
     questions: Natural = 320
+    style: SceneStyle = SceneStyle()
 
 
 class Extract(Section):
@@ -150,6 +163,12 @@ class Evaluate(Section):
     options: dict[str, dict[str, Any]] = Field(default={"css": {"layer": -2}})
 
 
+class Measure(Section):
+    """On what the choices of methods are measured without a language model."""
+
+    images: Positive = 256
+
+
 class Efficiency(Section):
     """What the closed-form cost counts."""
 
@@ -198,7 +217,7 @@ class Params(Section):
     loss: Axis[Loss] = ("aw_mse",)
     slots: SlotsAxis = ((16, 32, 48),)
     top_k: Axis[Positive] = (1,)
-    keep: Axis[Keep] = tuple(map(Budget.parse, (48, 32, 16)))
+    keep: Axis[Keep] = tuple(map(Budget.parse, (48, 32, 16, 8, 4)))
     method: Axis[Text] = (
         "vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "qr", "css", "fps", "medoids",
         "visionzip", "hiprune", "tome", "fastv", "sparsevlm", "pyramiddrop",
@@ -210,6 +229,7 @@ class Params(Section):
     extract: Extract = Extract()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    measure: Measure = Measure()
     efficiency: Efficiency = Efficiency()
     cluster: Cluster = Cluster()
     mlflow: Mlflow = Mlflow()

@@ -47,6 +47,7 @@ class Results:
     root: Path
     scores: Sequence[Row]
     summary: Sequence[Row]
+    measures: Sequence[Row] = ()
     efficiency: Row | None = None
     pruners: Sequence[Pruner] = ()
     sample: Row | None = None
@@ -108,6 +109,7 @@ def load(root: Path) -> Results:
         root=root,
         scores=scores,
         summary=summary,
+        measures=_measures(root / "results" / "measures.json"),
         efficiency=_efficiency(root / "results" / "efficiency.json"),
         pruners=list(_pruners(root / "models")),
         sample=_json(root / "data" / "sample" / "sample.json", dict),
@@ -119,6 +121,12 @@ def paper() -> Row | None:
     """The paper's own numbers, as shipped with ocvtp."""
     source = files("ocvtp.evaluation").joinpath("paper.json")
     return json.loads(source.read_text(encoding="utf-8")) if source.is_file() else None
+
+
+def _measures(path: Path) -> list[Row]:
+    rows: list[Row] = _json(path, list) or []
+    _require("results/measures.json", rows, ("vlm", "method", "tokens", "share", "changes", *AXES, "cover", "span_on"))
+    return rows
 
 
 def _efficiency(path: Path) -> Row | None:

@@ -14,6 +14,7 @@ from pipelines.report_html import charts, facts, names
 from pipelines.report_html.claims import Finding, findings
 from pipelines.report_html.data import Results
 from pipelines.report_html.headline import Headline, headline
+from pipelines.report_html.measures import measures_tables
 from pipelines.report_html.scenes import Gallery, gallery
 from pipelines.report_html.tables import Table, ablations, coverage_table, main_table
 
@@ -30,6 +31,7 @@ class Section:
     ablations: list[Table]
     findings: list[Finding]
     coverage: Table | None
+    measures: list[Table]
     accuracy: bytes | None
     gallery: Gallery | None
     efficiency: Table | None
@@ -66,6 +68,7 @@ def _section(results: Results, vlm: str) -> Section:
         ablations=ablations(results, vlm),
         findings=findings(results, vlm),
         coverage=coverage_table(results, vlm),
+        measures=measures_tables(results, vlm),
         accuracy=charts.accuracy_svg(results, vlm),
         gallery=gallery(results, vlm),
         efficiency=facts.efficiency_table(results, vlm),

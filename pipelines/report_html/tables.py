@@ -77,7 +77,8 @@ def values(results: Results, vlm: str, axis: str) -> list[Any]:
     """The values of an axis that OC-VTP was run with, in order of appearance."""
     seen: list[Any] = []
     for row in results.summary:
-        if row["vlm"] == vlm and row["method"] == PRUNED and row[axis] is not None and row[axis] not in seen:
+        ours = row["vlm"] == vlm and row["method"] == PRUNED and len(row["changes"]) < 2
+        if ours and row[axis] is not None and row[axis] not in seen:
             seen.append(row[axis])
     return seen
 
@@ -165,7 +166,8 @@ def slots_table(results: Results, vlm: str) -> Table | None:
 def ablations(results: Results, vlm: str) -> list[Table]:
     """The ablation tables for which the grid has several values."""
     tables = [make(results, vlm) for make in (top_k_table, layer_table, loss_table, slots_table)]
-    return [*(table for table in tables if table is not None), *_changed_tables(results, vlm)]
+    together = _together_table(results, vlm)
+    return [*(table for table in (*tables, together) if table is not None), *_changed_tables(results, vlm)]
 
 
 def coverage_table(results: Results, vlm: str) -> Table | None:
@@ -243,6 +245,59 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
             note="Average relative accuracy with its 95% interval, and below it the share of objects with a kept token "
             "on their mask. Bold: the best of a row, only where its interval lies above the others.",
         )
+
+
+def _together_table(results: Results, vlm: str) -> Table | None:
+    """What `ablate` changed together: averages and paired differences, a row for each combination, by budget."""
+    rows = [row for row in results.summary if row["vlm"] == vlm and len(row["changes"]) > 1]
+    if not rows:
+        return None
+    shown = budgets(rows)
+    groups: dict[tuple[str, str], dict[float, Row]] = {}
+    for row in rows:
+        what = ", ".join(f"{path.rsplit('.', 1)[-1]} {names.plain(value)}" for path, value in row["changes"].items())
+        groups.setdefault((row["method"], what), {})[row["share"]] = row
+    lines = []
+    for (method, what), found in groups.items():
+        cells = [_average_cell(found.get(share)) for _, share in shown]
+        lines.append(Line(f"{names.method(method)}: {what}", cells))
+        lines.append(
+            Line(
+                "points to the grid's own",
+                [_points_cell((found.get(share) or {}).get("difference")) for _, share in shown],
+            )
+        )
+        if any(row["against"] for row in found.values()):
+            best = [_best_untrained(results, vlm, found.get(share)) for _, share in shown]
+            lines.append(Line("points to the best without training", best))
+    return Table(
+        name=f"together-{vlm}",
+        caption=f"Changed together ({vlm})",
+        head=["Changes", *(names.budget(tokens, share) for tokens, share in shown)],
+        blocks=[Block("", lines)],
+        note="Average relative accuracy with its 95% interval; below it the difference to the same method as the grid "
+        "has it, and to the most accurate method of the budget that is not trained, both paired by question.",
+    )
+
+
+def _points_cell(found: Row | None, name: str = "") -> Cell:
+    """A paired difference; `name` says to what."""
+    if found is None or found.get("points") is None:
+        return MISSING
+    points, low, high = (found[key] for key in ("points", "ci_low", "ci_high"))
+    return Cell(f"{points:+.1f} {name}".rstrip(), names.interval(low, high), points, low, high)
+
+
+def _best_untrained(results: Results, vlm: str, row: Row | None) -> Cell:
+    """Points of a row to the most accurate method of its budget that no one trained."""
+    if row is None:
+        return MISSING
+    same = [one for one in base_rows(results, vlm) if one["share"] == row["share"] and one["method"] in row["against"]]
+    known = [one for one in same if one["average"]["relative"] is not None]
+    if not known:
+        return MISSING
+    best = max(known, key=lambda one: one["average"]["relative"])["method"]
+    return _points_cell(row["against"][best], names.method(best))
 
 
 def _covered(row: Row | None, size: str) -> Cell:

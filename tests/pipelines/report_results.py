@@ -20,8 +20,14 @@ RELATIVE = {
 }  # fmt: skip
 QUESTIONS = 24
 SEEDS = (0, 1)
-ABLATED = (("loss", "mse", 3.0), ("layer", 10, 0.5), ("train.steps", 50, -2.0), ("train.steps", 800, 0.0))
-"""Entry, other value, and how many points it loses."""
+ABLATED: Sequence[tuple[dict[str, Any], float]] = (
+    ({"loss": "mse"}, 3.0),
+    ({"layer": 10}, 0.5),
+    ({"train.steps": 50}, -2.0),
+    ({"train.steps": 800}, 0.0),
+    ({"layer": 11, "loss": "span", "train.steps": 800}, -2.5),
+)
+"""Entries with other values, and how many points that loses."""
 LOSS_GAIN = {"aw_mse": 0.0, "mse": -3.0}
 
 
@@ -54,13 +60,15 @@ def write_results(
     if ablated:
         for tokens in (48, 32, 16):
             grid = {row["method"]: row for row in summary if row["tokens"] == tokens}
-            for path, value, worse in ABLATED:
-                axes = {**ours[0], **({path: value} if path in ours[0] else {})}
+            for changes, worse in ABLATED:
+                axes = {**ours[0], **{path: value for path, value in changes.items() if path in ours[0]}}
                 _add(root, scores, summary, "oc-vtp", tokens, axes, RELATIVE["oc-vtp", tokens] - worse, half_width,
-                     {path: value})  # fmt: skip
+                     changes)  # fmt: skip
                 summary[-1]["difference"] = _paired(summary[-1], grid["oc-vtp"], half_width)
+                summary[-1]["against"] = {"random": _paired(summary[-1], grid["random"], half_width)}
     _json(root / "results/scores.json", scores)
     _json(root / "results/summary.json", summary)
+    _json(root / "results/measures.json", [_measured(row) for row in summary if row["keep"] is not None])
     _json(root / "results/efficiency.json", _efficiency())
     _json(root / "data/sample/sample.json", {"source": "scenes", "images": 2048, "seed": 0})
     for layer in layers:
@@ -120,6 +128,14 @@ def _coverage(mean: float) -> dict[str, Any]:
         size: {"share": share, "ci_low": share - 0.01, "ci_high": share + 0.01, "objects": count}
         for size, share, count in (("all", mean / 120, 900), ("small", mean / 140, 400))
     }
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    """What covers more answers better, what leaves more unexplained worse; the rest says nothing."""
+    good = row["average"]["relative"] / 110
+    axes = {name: row[name] for name in ("vlm", "method", "keep", "tokens", "share", "layer", "loss", "slots", "top_k")}
+    numbers = {"cover": good, "small": None, "span": 0.5, "span_on": 1 - good, "near": 0.1, "distinct": row["tokens"]}
+    return {**axes, "changes": row["changes"], "seeds": len(SEEDS), **numbers}
 
 
 def _paired(a: dict[str, Any], b: dict[str, Any], half: float) -> dict[str, float]:

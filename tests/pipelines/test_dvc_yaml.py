@@ -18,8 +18,8 @@ HOW = {"pipelines.tracking", "pipelines.spool"}
 """Change nothing that comes out."""
 
 
-def test_there_are_these_six_stages_and_each_runs_its_script() -> None:
-    assert list(STAGES) == ["sample", "extract", "train", "evaluate", "efficiency", "report"]
+def test_there_are_these_seven_stages_and_each_runs_its_script() -> None:
+    assert list(STAGES) == ["sample", "extract", "train", "evaluate", "measure", "efficiency", "report"]
     assert all((ROOT / script).is_file() for script in SCRIPTS.values())
 
 
@@ -35,7 +35,8 @@ def test_a_stage_lists_the_entries_that_it_may_read(name: str) -> None:
 def test_a_stage_reads_every_entry_that_it_lists(name: str) -> None:
     """By its own source and that of the grid, which reads the axes for it."""
     read = _attributes_of(ROOT / SCRIPTS[name], "params")
-    used = {"extract": ("layers",), "train": ("pruner_cells",), "evaluate": ("settings", "_of_method")}.get(name)
+    grid = ("settings", "_of_method")
+    used = {"extract": ("layers",), "train": ("pruner_cells",), "evaluate": grid, "measure": grid}.get(name)
     if used:
         read |= _attributes_of(ROOT / "pipelines/grid.py", "params", inside=used)
     assert set(READS[name]) - read == set()

@@ -1,14 +1,17 @@
 """The grid: an axis multiplies what it changes and nothing else."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.selection import CHOICES
 from pipelines.grid import Cell, layers, pruner_cells, settings, vlm_folder
-from pipelines.params.ablate import Ablate, Change
+from pipelines.params.ablate import Ablate, Change, Together
 from pipelines.params.load import load
 from pipelines.params.model import Params
 from pipelines.stage.context import ROOT
@@ -18,29 +21,48 @@ TOKENS: dict[str, int | None] = {"tiny-llava": 144, "variable": None}
 
 @pytest.fixture(scope="module")
 def shipped() -> Params:
-    return load(ROOT / "params.yaml")
+    """With three budgets of the five."""
+    budgets = tuple(Budget(count, count=count) for count in (48, 32, 16))
+    return load(ROOT / "params.yaml").model_copy(update={"keep": budgets})
 
 
 def expand(params: Params, **changes: Any) -> list[Cell]:
     return settings(params.model_copy(update=changes), REGISTRY, TOKENS)
 
 
-def test_the_default_grid(shipped: Params) -> None:
+def test_the_default_grid() -> None:
+    shipped = load(ROOT / "params.yaml")
     found = expand(shipped)
     by_method = {name: [one for one in found if one.method == name] for name in shipped.method}
     assert {name: len(some) for name, some in by_method.items()} == {
-        **dict.fromkeys(shipped.method, 3),
+        **dict.fromkeys(shipped.method, 5),
         "vanilla": 1,
-        **dict.fromkeys(("random", "oc-vtp-untrained", "oc-vtp"), 9),
+        **dict.fromkeys(("random", "oc-vtp-untrained", "oc-vtp"), 15),
     }
     assert set(shipped.method) == set(REGISTRY) - {"trim"}, "tiny-llava has no text tower"
     assert len(pruner_cells(shipped)) == 3
     assert {one.pruner for one in by_method["oc-vtp"]} == set(pruner_cells(shipped))
-    assert {(one.tokens, one.seed) for one in by_method["random"]} == {(k, s) for k in (48, 32, 16) for s in (0, 1, 2)}
+    assert {(one.tokens, one.seed) for one in by_method["random"]} == {
+        (k, s) for k in (48, 32, 16, 8, 4) for s in (0, 1, 2)
+    }
 
 
 def with_ablate(params: Params, *changes: Change) -> Params:
-    return params.model_copy(update={"ablate": Ablate.of(changes)})
+    """Each change by itself."""
+    together = [Together.model_validate(section([change])) for change in changes]
+    return params.model_copy(update={"ablate": Ablate(together=tuple(together))})
+
+
+def section(changes: Iterable[Change]) -> dict[str, Any]:
+    """As params.yaml has it."""
+    found: dict[str, Any] = {}
+    for path, value in changes:
+        *above, key = path.split(".")
+        place = found
+        for name in above:
+            place = place.setdefault(name, {})
+        place[key] = value
+    return found
 
 
 @pytest.mark.parametrize(
@@ -71,7 +93,7 @@ def test_vanilla_is_always_there_and_once_for_each_vlm(shipped: Params) -> None:
 def test_the_untrained_pruner_has_a_layer_but_no_loss(shipped: Params) -> None:
     found = expand(shipped, method=("oc-vtp-untrained",), layer=(9, 10), loss=("mse", "aw_mse"), seed=(0,))
     assert len(found) == 1 + 3 * 2
-    assert found[1].options == {"top_k": 1, "layer": 9}
+    assert found[1].options == {"top_k": 1, "layer": 9, "weights_seed": 0}
     assert found[1].axes["loss"] is None
     ours = expand(shipped, method=("oc-vtp",))[1]
     assert ours.options == {"top_k": 1}  # the pruner knows its layer
@@ -120,6 +142,42 @@ def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours
     assert len(new) == ours + untrained + free
     assert len({(one.vlm, one.name) for one in found}) == len(found)
     assert {one.pruner for one in found if one.pruner} == set(pruner_cells(params))
+
+
+def test_what_is_changed_together_is_one_pruner_and_concerns_each_method_as_far_as_it_goes(shipped: Params) -> None:
+    changes: list[Change] = [
+        ("layer", -2),
+        ("loss", "span"),
+        ("slots", (4, 8)),
+        ("train.steps", 300),
+        ("evaluate.options.oc-vtp.fill", "random"),
+    ]
+    together = [Together.model_validate(section(some)) for some in (changes, [("layer", -2), ("train.steps", 300)])]
+    params = shipped.model_copy(update={"ablate": Ablate(together=tuple(together))})
+    assert layers(params) == [9, -2]
+    new = pruner_cells(params)[3:]
+    assert [(one.layer, one.loss, one.slots, one.changes) for one in new[::3]] == [
+        (-2, "span", (4, 8), (("train.steps", 300),)),
+        (-2, "aw_mse", (16, 32, 48), (("train.steps", 300),)),
+    ]
+    cells = [one for one in expand(params) if one.changes]
+    ours = [one for one in cells if one.method == "oc-vtp"]
+    assert len(ours) == 2 * 9
+    assert {one.changes for one in ours} == {tuple(changes), (("layer", -2), ("train.steps", 300))}
+    assert {one.options.get("fill") for one in ours if one.pruner.loss == "span"} == {"random"}
+    assert {one.pruner for one in ours} == set(new)
+    others = [one for one in cells if one.method != "oc-vtp"]
+    assert {one.method for one in others} == {"oc-vtp-untrained", "qr", "fps", "medoids"}  # css has a layer of its own
+    assert {one.changes for one in others} == {(("layer", -2),)}
+    assert len({(one.vlm, one.name) for one in cells}) == len(cells), "both combinations have layer -2"
+
+
+def test_what_the_grid_has_is_left_out_of_what_is_changed_together(tmp_path: Path) -> None:
+    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    data["ablate"] = {"loss": ["aw_mse"], "together": [{"loss": "aw_mse", "layer": 10}, {"top_k": 1}]}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert load(path).ablate.changes == ((("layer", 10),),)
 
 
 def test_changes_are_not_multiplied_with_each_other(shipped: Params) -> None:

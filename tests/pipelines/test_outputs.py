@@ -176,7 +176,7 @@ def test_equal_data_is_equal_text_and_not_a_number_is_refused(tmp_path: Path) ->
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    task = Store(tmp_path / "store").task("scenes", "four", scenes, {"seed": 0, "first": 0, "count": 4})
+    task = Store(tmp_path / "store").task("scenes", "four", scenes, {"seed": 0, "first": 0, "count": 4, "style": {}})
     from cluster import ClusterConfig
 
     run([task], config=ClusterConfig(store=tmp_path / "store", workers=1)).raise_if_failed()

@@ -45,7 +45,7 @@ def test_the_shipped_file_is_sound_and_is_what_the_defaults_say(tmp_path: Path) 
     params = load(ROOT / "params.yaml")
     assert params.vlm == ("tiny-llava",)
     assert params.slots == ((16, 32, 48),)
-    assert [budget.tokens(144) for budget in params.keep] == [48, 32, 16]
+    assert [budget.tokens(144) for budget in params.keep] == [48, 32, 16, 8, 4]
     empty = tmp_path / "params.yaml"
     empty.write_text("")
     defaults = load(empty)
@@ -58,7 +58,7 @@ def test_the_shipped_file_is_sound_and_is_what_the_defaults_say(tmp_path: Path) 
 
 def test_the_shipped_file_lists_every_entry_of_our_own(shipped: dict[str, Any]) -> None:
     assert set(shipped) == set(Params.model_fields)
-    for name in ("sample", "extract", "evaluate", "efficiency", "mlflow"):
+    for name in ("sample", "extract", "evaluate", "measure", "efficiency", "mlflow"):
         fields = type(getattr(load(ROOT / "params.yaml"), name)).model_fields
         assert set(shipped[name]) == set(fields), name
 
@@ -66,6 +66,8 @@ def test_the_shipped_file_lists_every_entry_of_our_own(shipped: dict[str, Any]) 
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"kep": 16}, ["kep: unknown key", "did you mean keep?", "top_k"]),
     ({"sample__imags": 1}, ["sample.imags: unknown key", "did you mean images?"]),
+    ({"sample__style": {"background": "grass"}}, ["sample.style.background", "grass", "natural"]),
+    ({"sample__style": {"small_share": 2}}, ["sample.style.small_share", "2"]),
     ({"train__lerning_rate": 1}, ["train.lerning_rate: unknown key", "did you mean learning_rate?"]),
     ({"train__seed": 1}, ["train.seed: unknown key"]),
     ({"train__pruner": {"slot_dims": 3}}, ["train.pruner.slot_dims: unknown key", "slot_dim"]),
@@ -91,7 +93,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"slots": [[16], 32]}, ["slots[1]: 32 is not a list"]),
     ({"slots": [16, 400]}, ["slots: 400 slots", "144 tokens"]),
     ({"slots": [0]}, ["slots[0]: 0 should be greater than or equal to 1"]),
-    ({"top_k": 17}, ["top_k: 17 tokens a slot are more than the 16 that are kept"]),
+    ({"top_k": 17}, ["top_k: 17 tokens a slot are more than the 4 that are kept"]),
     ({"keep": 400}, ["keep: keep is 400", "144 tokens"]),
     ({"keep": [48, 0]}, ["keep[1]: keep is 0", "at least 1"]),
     ({"keep": [48, "33.3%"]}, ["keep[1]: '33.3%' and 48 are both 48 tokens"]),
@@ -131,6 +133,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"ablate": {"layer": [40]}}, ["ablate.layer: ", "40"]),
     ({"ablate": {"top_k": [60]}}, ["ablate.top_k: 60 tokens a slot"]),
     ({"ablate": {"slots": [[200]]}}, ["ablate.slots: 200 slots", "144"]),
+    ({"ablate": {"together": [{"loss": "mes"}]}}, ["ablate.together[0].loss", "'mes'", "did you mean mse?"]),
+    ({"ablate": {"together": [{"layer": 40}]}}, ["ablate.layer: ", "40"]),
+    ({"ablate": {"together": [{"keep": 8}]}}, ["ablate.together[0].keep: unknown key"]),
+    ({"ablate": {"together": {"layer": 8}}}, ["ablate.together: ", "not a list"]),
     ({"ablate": {"train": {"stesp": [1]}}}, ["ablate.train.stesp: unknown key", "did you mean steps?"]),
     ({"ablate": {"train": {"pruner": {"decoder": ["mpl"]}}}}, ["ablate.train.pruner.decoder: decoder is 'mpl'", "mlp"]),
     ({"ablate": {"evaluate": {"options": {"oc-vtp": {"fil": [1]}}}}}, ["oc-vtp.fil: oc-vtp has no option", "fill"]),

@@ -6,14 +6,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_results import QUESTIONS, write_results
+from report_results import ABLATED, QUESTIONS, write_results
 
 from ocvtp.errors import BadInput, Corrupt
 from pipelines.report import main
-from pipelines.report_html import charts
+from pipelines.report_html import charts, names
 from pipelines.report_html.claims import findings
 from pipelines.report_html.data import Results, load
 from pipelines.report_html.headline import headline
+from pipelines.report_html.measures import measures_tables
 from pipelines.report_html.page import documents, render
 from pipelines.report_html.tables import ablations, chosen_rows, coverage_table, main_table, reference
 
@@ -155,8 +156,8 @@ def test_ablations_vary_one_axis_around_the_papers_choice(grid: Path) -> None:
 
 def test_there_are_no_ablation_tables_without_a_grid(page: Page) -> None:
     assert set(page.tables) <= {
-        "table-main-tiny-llava", "table-efficiency-tiny-llava", "table-pruners", "table-paper",
-        "table-coverage-tiny-llava", "findings-tiny-llava",
+        "table-main-tiny-llava", "table-efficiency-tiny-llava", "table-pruners", "table-paper", "findings-tiny-llava",
+        "table-coverage-tiny-llava", "table-measures-tiny-llava", "table-correlation-tiny-llava",
     }  # fmt: skip
 
 
@@ -314,7 +315,16 @@ def test_claims_are_judged_by_paired_intervals(ablated: Results) -> None:
 
 def test_what_was_ablated_has_its_tables_and_stays_out_of_the_others(ablated: Results) -> None:
     tables = {table.name: table for table in ablations(ablated, "tiny-llava")}
-    assert list(tables) == ["layer-tiny-llava", "loss-tiny-llava", "train-steps-oc-vtp-tiny-llava"]
+    steps = "train-steps-oc-vtp-tiny-llava"
+    assert list(tables) == ["layer-tiny-llava", "loss-tiny-llava", "together-tiny-llava", steps]
+    together = tables["together-tiny-llava"].blocks[0].lines
+    assert [line.label for line in together] == [
+        "OC-VTP: layer 11, loss span, steps 800", "points to the grid's own", "points to the best without training",
+    ]  # fmt: skip
+    assert [cell.top for cell in together[0].cells] == ["102.0%", "99.5%", "96.5%"]
+    assert {(cell.top, cell.bottom) for cell in together[1].cells} == {("+2.5", "[1.0, 4.0]")}
+    assert [cell.top for cell in together[2].cells] == ["+10.5 Random", "+16.0 Random", "+25.0 Random"]
+    assert tables["layer-tiny-llava"].head == ["Tokens", "Layer 9", "Layer 10"]
     steps = tables["train-steps-oc-vtp-tiny-llava"]
     assert steps.head == ["Tokens", "as in the grid", "50", "800"]
     first, covered = steps.blocks[0].lines[:2]
@@ -322,6 +332,26 @@ def test_what_was_ablated_has_its_tables_and_stays_out_of_the_others(ablated: Re
     assert covered.label == "objects covered"
     assert covered.cells[1].top == f"{101.5 / 1.2:.1f}%"
     assert len([row for row in chosen_rows(ablated, "tiny-llava") if row["method"] == "oc-vtp"]) == 3
+
+
+def test_measures_have_a_table_and_their_rank_correlation_with_accuracy(ablated: Results) -> None:
+    shown, correlation = measures_tables(ablated, "tiny-llava")
+    budgets = ["48 Tokens (33.3%)", "32 Tokens (22.2%)", "16 Tokens (11.1%)"]
+    assert [block.title for block in shown.blocks] == [f"Retain {budget}" for budget in budgets]
+    assert [line.label for line in shown.blocks[0].lines] == ["Random", "OC-VTP"]
+    assert shown.blocks[0].lines[1].cells[0].top == f"{(98 + 1.5) / 110:.3f}"
+    assert correlation.head == ["Measure", "All settings", *budgets]
+    found = {line.label: [(cell.top, cell.bottom) for cell in line.cells] for line in correlation.blocks[0].lines}
+    each = len(ABLATED) + 2
+    assert found["objects covered"] == [("+1.00", str(3 * each)), *[("+1.00", str(each))] * 3]
+    assert found["unexplained variance"][0] == ("-1.00", str(3 * each))
+    assert found["small objects covered"] == [(names.DASH, "")] * 4, "there are no masks"
+    assert found["distance to the nearest kept"] == [(names.DASH, "")] * 4, "all are equal"
+
+
+def test_without_measures_there_is_no_table(tmp_path: Path) -> None:
+    (write_results(tmp_path) / "results/measures.json").unlink()
+    assert measures_tables(load(tmp_path), "tiny-llava") == []
 
 
 def test_object_coverage_has_a_table(ablated: Results) -> None:

@@ -11,7 +11,7 @@ import pytest
 from cluster import BadTask, CorruptResult, Interrupted, TasksFailed
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
 from ocvtp.tokens.writer import DiskFull
-from pipelines import efficiency, extract, sample, train
+from pipelines import efficiency, extract, measure, sample, train
 from pipelines import eval as evaluate
 from pipelines.stage.command import explain
 from pipelines.stage.context import ROOT, home_of, open_stage
@@ -38,7 +38,7 @@ def test_a_mistake_is_one_message_without_traceback(tmp_path: Path, capsys: pyte
     assert "Traceback" not in printed.err + printed.out
 
 
-@pytest.mark.parametrize("module", [sample, extract, train, evaluate, efficiency])
+@pytest.mark.parametrize("module", [sample, extract, train, evaluate, measure, efficiency])
 def test_help(module, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         module.main(["--help"])

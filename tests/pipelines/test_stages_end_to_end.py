@@ -17,7 +17,7 @@ import yaml
 from cluster import Task, is_published
 from ocvtp.data.scenes import write_scenes
 from pipelines import eval as evaluate
-from pipelines import extract, sample, train
+from pipelines import extract, measure, sample, train
 from pipelines.stage import context as stage
 from pipelines.stage import outputs
 
@@ -289,6 +289,29 @@ def test_evaluating_again_asks_nothing_and_another_budget_only_its_own_cells(wor
     assert (work.ran, work.files("results")) == ([], before)
 
 
+def test_measure_says_what_each_setting_keeps(work: Workspace) -> None:
+    changes: dict[str, Any] = {"method": ["random", "oc-vtp", "qr", "tome", "fastv"], "measure": {"images": 6}}
+    assert work.run(measure, **changes) == 0
+    assert sorted(task.spec["method"] for task in work.ran) == ["oc-vtp", "qr", "random", "tome"]
+    rows = work.json("results/measures.json")
+    assert [(row["method"], row["tokens"]) for row in rows] == [
+        (method, keep) for method in ("random", "oc-vtp", "qr", "tome") for keep in (48, 16)
+    ]
+    found = {(row["method"], row["tokens"]): row for row in rows}
+    for row in rows:
+        assert 0 < row["cover"] <= 1
+        assert 0 < row["span_on"] < 1
+        assert "milliseconds" not in row
+    for method in ("random", "qr", "tome"):
+        assert found[method, 48]["span_on"] < found[method, 16]["span_on"]
+    assert found["qr", 16]["span_on"] < found["random", 16]["span_on"]
+    before = work.files("results")
+    assert work.run(measure, **changes) == 0
+    assert (work.ran, work.files("results")) == ([], before)
+    assert work.run(measure, **changes, keep=[48, 16, 8]) == 0
+    assert len(work.ran) == 4
+
+
 def test_results_brought_by_dvc_are_put_back_into_a_store_that_lacks_them(work: Workspace) -> None:
     before = work.files("results")
     shutil.rmtree(work.store / "questions")
@@ -323,6 +346,18 @@ def coco(tmp_path: Path) -> dict[str, Any]:
         "source": "coco", "images": 9, "questions": 0, "max_reject_rate": 0.2,
         "annotations": str(tmp_path / "set/instances.json"), "image_folder": str(tmp_path / "set/images"),
     }  # fmt: skip
+
+
+def test_images_without_masks_are_measured_too(opened: Callable[[str], Workspace], coco: dict[str, Any]) -> None:
+    work = opened("without-masks")
+    settings: dict[str, Any] = {"sample": coco, "evaluate": {"data": "official"}, "method": ["random", "qr"]}
+    assert work.run(sample, **settings) == 0
+    assert work.run(measure, **settings) == 0
+    rows = work.json("results/measures.json")
+    assert [(row["method"], row["cover"], row["small"]) for row in rows] == [
+        (method, None, None) for method in ("random", "random", "qr", "qr")
+    ]
+    assert all(0 < row["span_on"] < 1 for row in rows)
 
 
 def test_images_of_a_data_set_are_copied_and_damaged_ones_listed(work: Workspace, coco: dict[str, Any]) -> None:

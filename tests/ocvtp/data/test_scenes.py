@@ -1,7 +1,9 @@
 """Scenes: exact annotations, reproducible, of the promised mix, and never shared between splits."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from ocvtp.data.scenes import (
     CATEGORIES,
     COLORS,
     SIZE,
+    Style,
     digest,
     make_scene,
     make_scenes,
@@ -83,6 +86,47 @@ def test_masks_are_pycocotools_run_lengths() -> None:
     assert encode_mask(np.ones((2, 2), bool))["counts"] == [0, 4]
     with pytest.raises(BadInput, match="5 pixels for an image of 3 x 2"):
         decode_mask({"size": [3, 2], "counts": [2, 3]})
+
+
+@pytest.mark.parametrize("style", [Style(background="textured"), Style(background="natural"), Style(clutter=8)])
+def test_a_style_changes_what_is_around_objects_alone(style: Style) -> None:
+    for plain, styled in zip(make_scenes(2, "benchmark", 30), make_scenes(2, "benchmark", 30, style), strict=True):
+        assert digest(plain) != digest(styled)
+        names = [(thing.category, thing.color, thing.text, thing.box) for thing in plain.objects]
+        assert names == [(thing.category, thing.color, thing.text, thing.box) for thing in styled.objects]
+        for thing in styled.shapes:
+            drawn = styled.pixels_HW3[thing.mask_HW].astype(float).mean(0)
+            assert np.linalg.norm(drawn - COLORS[thing.color]) < 75
+
+
+def test_clutter_is_as_much_as_is_asked_for_and_never_on_objects() -> None:
+    covered = []
+    for plain, styled in zip(make_scenes(2, "train", 30), make_scenes(2, "train", 30, Style(clutter=6)), strict=True):
+        moved_HW = np.abs(styled.pixels_HW3.astype(int) - plain.pixels_HW3).max(2) > 0
+        assert not any(moved_HW[thing.mask_HW].any() for thing in plain.objects)
+        covered.append(moved_HW.mean())
+    assert 0.03 < np.mean(covered) < 0.15
+
+
+def test_a_natural_background_has_the_spectrum_of_photographs() -> None:
+    scenes = zip(make_scenes(4, "train", 40), make_scenes(4, "train", 40, Style(background="natural")), strict=True)
+    added = [b.pixels_HW3.astype(float).mean(2) - a.pixels_HW3.mean(2) for a, b in scenes]
+    power_HW = np.mean([np.abs(np.fft.fft2(one)) ** 2 for one in added], 0)
+    radius_HW = np.hypot(*np.meshgrid(np.fft.fftfreq(96), np.fft.fftfreq(96)))
+    rings = [power_HW[(radius_HW > low) & (radius_HW <= 1.5 * low)].mean() for low in (0.03, 0.06, 0.12)]
+    assert all(2.5 < first / second < 5.5 for first, second in pairwise(rings))  # 1 / f^2: 4
+
+
+def test_the_share_of_small_shapes_is_what_is_asked_for() -> None:
+    scenes = make_scenes(0, "train", 300, Style(small_share=0.9))
+    sizes = [thing.size for scene in scenes for thing in scene.shapes]
+    assert 0.87 < sizes.count("small") / len(sizes) < 0.94
+
+
+@pytest.mark.parametrize("wrong", [{"small_share": 1.5}, {"background": "grass"}, {"clutter": -1}])
+def test_a_style_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=next(iter(wrong))):
+        Style(**wrong)
 
 
 def test_no_scenes_is_an_error(tmp_path: Path) -> None:
