@@ -27,7 +27,7 @@ r merged pairs, n tokens that are left, G images of a group, V = C.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,16 +157,16 @@ class ToMe(Method):
         self._blocks, self._order = blocks, order
 
     def encode(self, family: Family, images: Images, keeps: Sequence[int]) -> Merged:  # noqa: D102 - as in Method
-        assert isinstance(family, ProjectedLate)  # noqa: S101 - as _build has seen
-        numbers = family.numbers(images)
-        patches, pixels_T3HW = numbers[0].shape[1], torch.cat(family.tiles(images))
+        tiled = cast(ProjectedLate, family)  # as _build has seen
+        numbers = tiled.numbers(images)
+        patches, pixels_T3HW = numbers[0].shape[1], torch.cat(tiled.tiles(images))
         shares = [share_evenly(keep, [patches] * len(rows)) for keep, rows in zip(keeps, numbers, strict=True)]
         flat = [share for row in shares for share in row]
         left: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(flat)
         for share in sorted(set(flat) - {0}):
             those = [tile for tile, each in enumerate(flat) if each == share]
             merges = schedule(patches, share, self._blocks)
-            tokens_TnC, _, seeds_Tn = run(family.eye, take(pixels_T3HW, those), merges)
+            tokens_TnC, _, seeds_Tn = run(tiled.eye, take(pixels_T3HW, those), merges)
             for tile, *rest in zip(those, seeds_Tn, tokens_TnC, strict=True):
                 left[tile] = (rest[0], rest[1])
         kept, rows_left = [], iter(left)

@@ -11,7 +11,8 @@ _REFUSED = {
     "assistant_model": "assisted decoding checks several tokens at once against the whole prompt",
     "prompt_lookup_num_tokens": "prompt lookup checks several tokens at once against the whole prompt",
     "prefill_chunk_size": "a prompt in chunks cannot be shortened",
-    "mm_encoder_outputs": "give pixel_values instead, for the pruner looks into the tower",
+    "mm_encoder_outputs": "give pixel_values instead, for the tower is read while it runs; so a pruned model drafts "
+    "for no other one, which would hand it such outputs: let the model that answers be the pruned one, without a draft",
     "pixel_values_videos": "videos are not pruned",
     "shift_labels": "give labels, which are cut like the prompts",
     "vision_feature_layer": "the pruner was made for the layer that the model's own configuration names",
@@ -36,8 +37,10 @@ class Replacement(Uncopied):
     """Stands in for a method of one model, under the signature of what it replaces."""
 
     def __init__(self, plain: Callable[..., Any], ours: Callable[..., Any]) -> None:
+        functools.update_wrapper(
+            self, plain
+        )  # first, for it copies attributes too: what is wrapped may be one of these
         self.plain, self._ours = plain, ours
-        functools.update_wrapper(self, plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what was put in place."""

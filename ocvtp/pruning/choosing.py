@@ -65,8 +65,7 @@ def encode_groups(
     vision: Vision | None = None,
 ) -> Iterator[Encoded]:
     """The images as the method sees them, in groups, after one pass of the tower, unless its `vision` is given."""
-    counts = family.counts(images)
-    keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
+    keeps = [budget.at_most(count) for count in family.counts(images)]
     vision = method.encode(family, images, keeps) if vision is None else vision
     for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]

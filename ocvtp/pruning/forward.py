@@ -74,7 +74,7 @@ class Forward:
                     "places in a picture: leave positions out, or say 'original'"
                 )
             self._positions = "original" if places else self._positions
-            self._layers = Layers(model, self._method)
+            self._layers = Layers(model, self._method, family.added)
         self._features = Features(model.model)
 
     def remove(self) -> None:
@@ -96,8 +96,8 @@ class Forward:
         if self._layers is None or self._method is None:
             return
         self._layers.check(call.get("past_key_values"))
-        for number, count in enumerate(counts):
-            self._method.planned(count, self._budget.tokens(count, f"image {number}"))
+        for count in counts:
+            self._method.planned(count, self._budget.at_most(count))
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
 

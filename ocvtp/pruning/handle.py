@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ocvtp.pruning import calls
 from ocvtp.pruning.choosing import choose, slots
 from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.memory import Remembering, VisionMemory
+from ocvtp.pruning.options import Options
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.vlms.families import family_of
@@ -41,7 +42,7 @@ def prune(
     *,
     seed: int = 0,
     positions: Positions | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> "Handle":
     """Prune the vision tokens of a model from now on, in place.
 
@@ -121,19 +122,23 @@ class Handle(calls.Uncopied):
         self._replaced = calls.Replaced(model, {"generate": self._pruned_generate, "forward": self._pruned_forward})
         model._ocvtp_handle = self
 
+    @property
+    def _active(self) -> bool:
+        return self.model.__dict__.get("_ocvtp_handle") is self
+
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing.
 
         What was laid over `forward` or `generate` in the meantime, such as accelerate's hooks, stays there.
         """
-        if self.model.__dict__.get("_ocvtp_handle") is not self:
+        if not self._active:
             return
         del self.model.__dict__["_ocvtp_handle"]
         self._replaced.undo()
         self._prompts.remove()
 
     def __enter__(self) -> "Handle":
-        if self.model.__dict__.get("_ocvtp_handle") is not self:
+        if not self._active:
             raise BadInput("this handle was removed: nothing would be pruned in here; call ocvtp.prune again")
         return self
 
@@ -172,7 +177,10 @@ class Handle(calls.Uncopied):
     def _pruned_generate(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         call = calls.by_name(plain, args, kwargs)
         if Prefix.of(call.get("past_key_values")) is not None:
-            raise BadInput("generate cannot go on from a cache of pruned prompts: give the whole conversation anew")
+            raise BadInput(
+                "generate cannot go on from a cache of pruned prompts, as it would for a next turn, or as a draft for "
+                "another model: give the whole conversation anew, or go on by forward"
+            )
         images = self._family.images(call)
         if self._method is not None:
             calls.refuse_hidden(call, self._family.placeholder)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.vlms.family import Family, Vision, take
 from ocvtp.vlms.images import Facts, Grid, Images, Layout, Part
-from ocvtp.vlms.towers import Tower, device_of, parts_of, recorded
+from ocvtp.vlms.towers import Tower, device_of, fetched, parts_of, recorded
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Tiles:
         if self.merge == 1:
             return patches_TPX.flatten(0, 1)
         side = self.side // self.merge
-        squares_TsMsMX = patches_TPX.unflatten(1, (side, self.merge, side, self.merge))
+        squares_TsMsMX: Tensor = patches_TPX.unflatten(1, (side, self.merge, side, self.merge))
         return squares_TsMsMX.mean((2, 4)).flatten(0, 2)
 
 
@@ -189,7 +189,8 @@ class TiledFamily(Family):
         inputs = self.inputs(images)
         inputs["pixel_values"] = inputs["pixel_values"].to(device_of(self.tower, images.pixels.device))
         get = self.model.model.get_image_features
-        states, output = recorded(self.eye.blocks, layers, lambda: get(**inputs, return_dict=True), whole=values)
+        with fetched(self.model.model):
+            states, output = recorded(self.eye.blocks, layers, lambda: get(**inputs, return_dict=True), whole=values)
         return TiledVision(self.eye, states, self.shapes(images), self.own(images, output) if values else None)
 
 

@@ -8,7 +8,8 @@ Letters: T images or tiles, L positions (CLS first, where there is one), N patch
 """
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,7 +73,8 @@ class Tower:
 
     def queries(self, hidden_TLC: Tensor, block: int) -> Tensor:
         """Scaled queries of an encoder block, [T, H, L, E], from (some of) the hidden states that it reads."""
-        return self._heads(hidden_TLC, block, "q") * self._attention(block).head_dim ** -0.5
+        q_THLE: Tensor = self._heads(hidden_TLC, block, "q") * self._attention(block).head_dim ** -0.5
+        return q_THLE
 
     def _heads(self, hidden_TLC: Tensor, block: int, kind: str) -> Tensor:
         """Queries or keys of an encoder block, [T, H, L, E]."""
@@ -174,13 +176,23 @@ def device_of(module: Any, otherwise: torch.device) -> torch.device:
     return torch.device(device)
 
 
+@contextmanager
+def fetched(module: Any) -> Iterator[None]:
+    """Within, the parameters that lie directly in a module are there, also where they are offloaded."""
+    if all(weight.device.type != "meta" for weight in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device  # whoever offloads has it
+
+    with align_module_device(module):
+        yield
+
+
 def weight_of(module: Any, name: str) -> Tensor:
     """A parameter that lies directly in a module, also where it is offloaded."""
     weight: Tensor = getattr(module, name)
     if weight.device.type != "meta":
         return weight
-    from accelerate.utils import align_module_device  # whoever offloads has it
-
-    with align_module_device(module):
+    with fetched(module):
         weight = getattr(module, name)
         return weight.clone()

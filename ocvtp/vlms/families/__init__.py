@@ -30,11 +30,20 @@ FAMILIES: Mapping[str, type[Family]] = {
 def family_class(architecture: str, name: str) -> type[Family]:
     """The adapter of a class; `BadInput` says which are supported. `name` is that of the VLM, for people."""
     if architecture not in FAMILIES:
-        raise BadInput(f"{name} is a {architecture}, which cannot be pruned; supported are {', '.join(FAMILIES)}")
+        raise BadInput(
+            f"{name} is a {architecture}, which cannot be pruned; supported are {', '.join(FAMILIES)}. "
+            "docs/your-own-vlm.md says how to add a class: one file and one entry of ocvtp.vlms.families.FAMILIES"
+        )
     return FAMILIES[architecture]
 
 
 def family_of(model: Any) -> Family:
     """The adapter of a loaded model; `BadInput` says which classes are supported."""
     name = next((c.__name__ for c in type(model).__mro__ if c.__name__ in FAMILIES), type(model).__name__)
+    base = getattr(model, "get_base_model", None)
+    if name not in FAMILIES and base is not None and type(base()).__name__ in FAMILIES:
+        raise BadInput(
+            f"this model is a {name} around a {type(base()).__name__}: prune what its get_base_model() returns; its "
+            "adapters stay on, and generate of either is pruned"
+        )
     return family_class(name, "this model")(model)

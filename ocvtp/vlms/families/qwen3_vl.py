@@ -17,6 +17,11 @@ from ocvtp.vlms.native import NativeFamily
 class Qwen3VLFamily(NativeFamily):
     """`Qwen3VLForConditionalGeneration`."""
 
+    @property
+    def added(self) -> int:
+        """S."""
+        return len(self.tower.deepstack_visual_indexes)
+
     def merged(self, output: Any) -> Tensor:
         """[N, (1 + S) D]."""
         return torch.cat([output.pooler_output, *output.deepstack_features], 1)
