@@ -399,7 +399,7 @@ MAKERS: dict[str, Callable[[int], TinyVLM]] = {
     "qwen2_5_vl": make_qwen2_5_vl,
     "qwen3_vl": make_qwen3_vl,
     "internvl": make_internvl,
-    "onevision": make_onevision,
+    "llava_onevision": make_onevision,
     "gemma3": make_gemma3,
     "smolvlm": make_smolvlm,
 }

@@ -24,7 +24,7 @@ from ocvtp.vlms.families import FAMILIES, family_of
 
 Picture = Callable[..., Image.Image]
 NEW = {"max_new_tokens": 4, "do_sample": False}
-MAKERS = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "onevision", "gemma3", "smolvlm")
+MAKERS = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "gemma3", "smolvlm")
 
 
 def pair(vlm: Any, picture_of: Picture) -> Any:

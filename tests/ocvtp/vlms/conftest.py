@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "onevision", "gemma3", "smolvlm")
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "gemma3", "smolvlm")
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

@@ -66,33 +66,48 @@ def prune(vlm: Any, method: str, keep: Any, **options: Any) -> Any:
 # --- What should be --------------------------------------------------------------------------------------------------
 
 
-def read_by(vlm: Any, one: Any) -> tuple[Tensor, Tensor]:
-    """Embeddings [1, L, D] and positions [P, L] of one unpruned prompt in front of the language model."""
+def read_by(vlm: Any, one: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Embeddings [1, L, D] and positions [P, L] of one unpruned prompt in front of the language model, and the rest."""
     seen: dict[str, Any] = {}
-    hook = vlm.model.model.language_model.register_forward_pre_hook(
+    hook = vlm.model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
     vlm.model(**one)
     hook.remove()
     embeddings, places = seen["inputs_embeds"], seen.get("position_ids")
-    return embeddings, torch.arange(embeddings.shape[1])[None] if places is None else places[-3:, 0]
+    return embeddings, torch.arange(embeddings.shape[1])[None] if places is None else places[-3:, 0], seen
+
+
+ALWAYS = -1000
+"""The newline after an image of OneVision in one tile."""
 
 
 def places_of(vlm: Any, one: Any) -> list[list[int]]:
     """For each image of a prompt the number of the token that each placeholder stands for; -row - 1 for newlines."""
-    kind = type(vlm.model).__name__
-    if kind == "LlavaForConditionalGeneration":
+    kind = vlm.model.config.model_type
+    if kind in ("llava", "gemma3"):
         return [list(range(16)) for _ in one.get("pixel_values", [])]
-    if kind == "Qwen2_5_VLForConditionalGeneration":
+    if kind == "smolvlm":
+        return [list(range(4)) for _ in (one["pixel_values"][0] if "pixel_values" in one else [])]
+    if kind == "internvl":
+        runs = "".join("x" if token == vlm.model.config.image_token_id else " " for token in one["input_ids"][0])
+        return [list(range(len(run))) for run in runs.split()]
+    if kind in ("qwen2_5_vl", "qwen3_vl"):
         return [list(range(int(h * w) // 4)) for _, h, w in one.get("image_grid_thw", [])]
     found = []
     for height, width in one["image_sizes"].tolist() if "image_sizes" in one else []:
+        if kind == "llava_onevision" and int(one["batch_num_images"][0]) > 1:
+            found.append([*range(16), ALWAYS])
+            continue
         best = max(vlm.model.config.image_grid_pinpoints, key=lambda p: fits(p, height, width))
         rows, columns = best[0] // 14, best[1] // 14
         if width / height > columns / rows:
             rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
         else:
             columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
+        ratio = (rows * columns / (2 * 16)) ** 0.5  # `anyres_max_2`
+        if kind == "llava_onevision" and ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
         numbers = list(range(16))
         for row in range(rows):
             numbers += [*range(16 + row * columns, 16 + (row + 1) * columns), -row - 1]
@@ -111,7 +126,9 @@ def stays(numbers: list[int], kept: list[int]) -> list[bool]:
     """Which placeholders of an image stay: those of kept tokens, and newlines of rows with a kept token."""
     answer, row_has = [], False
     for number in numbers:
-        if number < 0:
+        if number == ALWAYS:
+            answer.append(True)
+        elif number < 0:
             answer.append(row_has)
             row_has = False
         else:
@@ -159,17 +176,38 @@ def columns_and_positions(
 
 def taught(vlm: Any, one: Any, kept: list[list[int]], answer: Tensor, mode: str) -> Tensor:
     """Logits of each token of an answer after a prompt that never had the dropped tokens, in one pass."""
-    embeddings, places = read_by(vlm, one)
+    embeddings, places, seen = read_by(vlm, one)
     columns, positions, following = columns_and_positions(vlm, one, kept, places, mode)
     whole = torch.cat([embeddings[:, columns], vlm.model.get_input_embeddings()(answer[None, :-1])], 1)
     more = torch.arange(following, following + len(answer) - 1).expand(len(positions), -1)
     positions = torch.cat([positions, more], 1)[:, None]
-    hidden = vlm.model.model.language_model(
-        inputs_embeds=whole,
-        position_ids=positions[0] if len(positions) == 1 else positions,
-        attention_mask=torch.ones(whole.shape[:2], dtype=torch.long),
+    images = (one["input_ids"][0] == vlm.model.config.image_token_id).tolist()
+    extra: dict[str, Any] = {"attention_mask": torch.ones(whole.shape[:2], dtype=torch.long)}
+    if seen.get("deepstack_visual_embeds") is not None:
+        numbers = [sum(images[:column]) for column in columns if images[column]]
+        flags = [images[column] for column in columns] + [False] * (len(answer) - 1)
+        extra |= {
+            "visual_pos_masks": torch.tensor([flags]),
+            "deepstack_visual_embeds": [plane[numbers] for plane in seen["deepstack_visual_embeds"]],
+        }
+    if vlm.model.config.model_type == "gemma3":
+        blocks = [sum(images[i] and not images[i - 1] for i in range(1, c + 1)) if images[c] else 0 for c in columns]
+        extra["attention_mask"] = both_ways(blocks + [0] * (len(answer) - 1))
+    hidden = vlm.model.get_decoder()(
+        inputs_embeds=whole, position_ids=positions[0] if len(positions) == 1 else positions, **extra
     ).last_hidden_state
     return vlm.model.lm_head(hidden)[0, len(columns) - 1 :]
+
+
+def both_ways(blocks: list[int]) -> dict[str, Tensor]:
+    """Gemma 3's masks, [1, 1, S, S]: what comes before, and all of one's own image; some layers see eight columns."""
+    size = len(blocks)
+    full, near = torch.zeros(size, size, dtype=torch.bool), torch.zeros(size, size, dtype=torch.bool)
+    for query in range(size):
+        for key in range(size):
+            full[query, key] = key <= query or blocks[query] == blocks[key] > 0
+            near[query, key] = full[query, key] and key > query - 8
+    return {"full_attention": full[None, None], "sliding_attention": near[None, None]}
 
 
 # --- What is computed ------------------------------------------------------------------------------------------------
@@ -340,9 +378,13 @@ def test_eager_attention_keeps_and_says_the_same(vlm: Any, make_vlm: Callable[..
 def test_the_language_model_reads_what_stays_and_nothing_else(vlm: Any, picture_of: Picture) -> None:
     pictures = [[picture_of(0, 120, 60)], [picture_of(1, 70, 110)]]
     inputs, lengths = vlm.prompt(pictures), list[int]()
-    hook = vlm.model.model.language_model.layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
-        with_kwargs=True,
+    hook = (
+        vlm.model.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+            with_kwargs=True,
+        )
     )
     with prune(vlm, "random", KEEP) as handle:
         vlm.model.generate(**inputs, **NEW)
@@ -361,8 +403,8 @@ def test_the_language_model_reads_what_stays_and_nothing_else(vlm: Any, picture_
 
 
 def blocks_of(vlm: Any) -> Any:
-    tower = family_of(vlm.model).tower
-    return tower.blocks if hasattr(tower, "blocks") else tower.encoder.layers
+    family = family_of(vlm.model)
+    return family.eye.blocks if hasattr(family, "eye") else family.tower.blocks
 
 
 def test_the_tower_stops_after_the_layer_it_needs(vlm: Any, batch: Any) -> None:
@@ -390,12 +432,16 @@ def test_what_is_projected_of_all_tokens_is_what_transformers_makes_of_the_image
     inputs = family.images(batch)
     vision = family.encode(inputs, ())
     features = family.project([vision.values([i])[0] for i in range(len(inputs))])
-    more = {name: batch[name] for name in ("image_sizes", "image_grid_thw") if name in batch}
-    theirs = vlm.model.model.get_image_features(batch["pixel_values"], **more, return_dict=True).pooler_output
-    for number, (ours, whole) in enumerate(zip(features, theirs, strict=True)):
+    more = {n: batch[n] for n in ("image_sizes", "image_grid_thw", "batch_num_images") if n in batch}
+    made = vlm.model.model.get_image_features(batch["pixel_values"], **more, return_dict=True)
+    theirs = torch.cat([each.flatten(0, -2) for each in made.pooler_output])
+    theirs = torch.cat([theirs, *(torch.cat(plane) for plane in getattr(made, "deepstack_features", []))], 1)
+    mine = list[Tensor]()
+    for number, ours in enumerate(features):
         placed = family.place(inputs, number, torch.arange(len(ours)), ours)
         assert placed.places_X.tolist() == list(range(placed.whole))
-        torch.testing.assert_close(placed.features_XD, whole)
+        mine.append(placed.features_XD)
+    torch.testing.assert_close(torch.cat(mine), theirs)
 
 
 # --- On and off, and side by side ------------------------------------------------------------------------------------
