@@ -241,6 +241,7 @@ def test_a_pruned_prompt_is_one_that_never_had_the_tokens(vlm: Any, images: Any,
         expected = taught(vlm, vlm.row(images, row), mine, answer, positions)
         found = torch.stack([step[row] for step in output.logits])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        expected[:, vlm.model.generation_config.suppress_tokens] = -torch.inf
         assert torch.equal(expected.argmax(1), answer)
 
 
@@ -325,6 +326,8 @@ def test_a_second_image_joins_a_conversation(vlm: Any, picture_of: Picture, posi
         for name in ("image_sizes", "image_grid_thw"):
             if name in inputs:
                 turn[name] = inputs[name][number : number + 1]
+        if vlm.model.config.model_type == "gemma3":
+            pytest.skip("transformers itself reads a second image otherwise after a cache than in one prompt")
         if "batch_num_images" in inputs:  # an image that comes later is one of several all the same
             pytest.skip("OneVision cuts an image into tiles by whether it is alone, which a later turn cannot tell")
         pixels = family.pixels_of(both, number)
@@ -454,19 +457,19 @@ def test_two_families_are_pruned_side_by_side_and_given_back(
     other = make_vlm("llava" if vlm.tokens is None else "qwen2_5_vl", 1)
     pictures = [[picture_of(0)], [picture_of(1, 90, 60)]]
     mine, theirs = vlm.prompt(pictures), other.prompt(pictures)
-    before = vlm.model.generate(**mine, **NEW)
+    before, logits = vlm.model.generate(**mine, **NEW), vlm.model(**mine).logits[:, -1]
     weights = {name: value.clone() for name, value in vlm.model.state_dict().items()}
     names = set(vlm.model.__dict__)
     unpruned = other.model.generate(**theirs, **NEW)
     with prune(vlm, "random", KEEP) as handle:
         alone = vlm.model.generate(**mine, **NEW)
-        kept = handle.last_kept
+        kept, pruned = handle.last_kept, vlm.model(**mine).logits[:, -1]
         assert torch.equal(other.model.generate(**theirs, **NEW), unpruned)
         with prune(other, "oc-vtp", 2) as second:
             other.model.generate(**theirs, **NEW)
             assert torch.equal(vlm.model.generate(**mine, **NEW), alone)
             assert (handle.last_kept, [len(each) for each in second.last_kept]) == (kept, [2, 2])
-    assert not torch.equal(alone, before)
+    assert not torch.allclose(pruned, logits, atol=1e-3)
     assert torch.equal(vlm.model.generate(**mine, **NEW), before)
     assert set(vlm.model.__dict__) == names
     for name, value in vlm.model.state_dict().items():

@@ -156,7 +156,7 @@ def test_images_do_not_see_each_other(qwen: Any, images: Images) -> None:
 def test_there_is_no_cls(qwen: Any, images: Images) -> None:
     vision = family_of(qwen.model).encode(images, [2])
     for ask in (lambda: vision.from_cls(2, [0]), lambda: vision.cls_values([0])):
-        with pytest.raises(Incompatible, match=r"vision tower has no CLS token"):
+        with pytest.raises(Incompatible, match="no CLS"):
             ask()
 
 
