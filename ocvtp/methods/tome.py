@@ -39,7 +39,7 @@ from ocvtp.methods.tiles import share_evenly
 from ocvtp.vlms.family import Family, Vision, take
 from ocvtp.vlms.images import Images
 from ocvtp.vlms.tiled import ProjectedLate
-from ocvtp.vlms.towers import Tower
+from ocvtp.vlms.tower import Tower
 
 _REFERENCE = {"order": ("raster", "merged")}
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ocvtp.errors import BadInput
@@ -13,7 +13,7 @@ _REFUSED = {
     "prefill_chunk_size": "a prompt in chunks cannot be shortened",
     "mm_encoder_outputs": "give pixel_values instead, for the tower is read while it runs; so a pruned model drafts "
     "for no other one, which would hand it such outputs: let the model that answers be the pruned one, without a draft",
-    "pixel_values_videos": "videos are not pruned",
+    "pixel_values_videos": "videos of this family are not pruned; those of Qwen2.5-VL, Qwen3-VL and OneVision are",
     "shift_labels": "give labels, which are cut like the prompts",
     "vision_feature_layer": "the pruner was made for the layer that the model's own configuration names",
     "vision_feature_select_strategy": "the pruner was made for the strategy that the model's own configuration names",
@@ -86,21 +86,28 @@ def by_name(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     return found
 
 
-def refuse_hidden(call: Mapping[str, Any], placeholder: int) -> None:
-    """`BadInput` for images that come in another way than as pixels: nobody would prune them."""
-    hidden = [name for name in ("mm_encoder_outputs", "pixel_values_videos") if call.get(name) is not None]
+def refuse_hidden(call: Mapping[str, Any], taken: Collection[str], stands_for: Callable[[Any], Any]) -> None:
+    """`BadInput` for images that come in another way than as pixels, which nobody would prune.
+
+    Args:
+        call: arguments of `generate` or `forward`.
+        taken: those that the family understands.
+        stands_for: where ids stand for vision tokens.
+    """
+    hidden = [n for n in ("mm_encoder_outputs", "pixel_values_videos") if call.get(n) is not None and n not in taken]
     ids = call.get("input_ids")
-    if call.get("inputs_embeds") is not None and ids is not None and bool((ids == placeholder).any()):
+    if call.get("inputs_embeds") is not None and ids is not None and bool(stands_for(ids).any()):
         hidden.append("inputs_embeds")
     if hidden:
         raise BadInput(f"a pruned model cannot take {hidden[0]}: {_REFUSED[hidden[0]]}")
 
 
-def refuse(call: Mapping[str, Any], config: Any = None) -> None:
+def refuse(call: Mapping[str, Any], taken: Collection[str], config: Any = None) -> None:
     """`BadInput` for arguments that a pruned model cannot honour.
 
     Args:
         call: arguments of `generate` or `forward` that come with images.
+        taken: those that the family understands.
         config: the model's generation config, for `generate`.
     """
     given = call.get("generation_config")
@@ -112,7 +119,7 @@ def refuse(call: Mapping[str, Any], config: Any = None) -> None:
         return None
 
     for name, why in _REFUSED.items():
-        if asked(name) is not None:
+        if name not in taken and asked(name) is not None:
             raise BadInput(f"a pruned model cannot take {name}: {why}")
     if asked("cache_implementation") not in _DYNAMIC:
         raise BadInput(

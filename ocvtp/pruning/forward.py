@@ -22,6 +22,7 @@ from ocvtp.pruning.prefix import Held, Prefix
 from ocvtp.pruning.shortening import counts_of, kept_of, loss_of, shortening
 from ocvtp.pruning.splice import Positions, Spliced, Spot, cut, splice
 from ocvtp.vlms.family import Family
+from ocvtp.vlms.images import Images
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Forward:
         for count in counts:
             self._method.planned(count, self._budget.at_most(count))
 
+    def check_images(self, images: Images) -> None:
+        """`BadInput` for videos under M-RoPE whose frames, which overlap in place, would be numbered anew."""
+        if images.videos and self._positions == "compact" and several_positions(self._model.get_decoder().config):
+            raise BadInput("positions='compact' cannot be had with videos and M-RoPE: leave positions out")
+
     # --- Prompts -----------------------------------------------------------------------------------------------------
 
     def shortened(self, call: dict[str, Any], encoded: EncodedCall, rows: int) -> tuple[Any, Told]:
@@ -122,7 +128,9 @@ class Forward:
         told = Told(spliced.columns_BS)
         prefix = Prefix.of(cache)
         layers = self._hooks(prefix)
-        features = self._features.given(self._family.features(spliced.features_XD))
+        features = self._features.given(
+            {kind: self._family.features(parts_XD, kind) for kind, parts_XD in spliced.features.items()}
+        )
         if layers is None:
             with features as asking:
                 output = self._plain(**call, **asking)
@@ -190,12 +198,15 @@ class Forward:
         mask_BL = call.get("attention_mask")
         mask_BS, positions_Bt = prefix.since(call["past_key_values"], mask_BL, length, batch)
         tail = mask_BL is None or bool(mask_BS[:, prefix.mask_BS.shape[1] :].all())
-        positions_1Bq = positions_Bt[None, :, -length:]
+        positions_PBq = positions_Bt[None, :, -length:]
+        if call.get("position_ids") is not None and self._positions == "original":
+            # As `generate` counts them: after a video in M-RoPE not from its largest position, as `forward` does.
+            positions_PBq = self._family.positions(call, mask_BS, 0)
         dropped = {*self._family.vision_inputs, *self._family.column_inputs}
         call = {
             **{name: value for name, value in call.items() if name not in dropped},
             "attention_mask": None if prefix.full and tail else mask_BS,
-            "position_ids": self._family.position_ids(positions_1Bq),
+            "position_ids": self._family.position_ids(positions_PBq),
         }
         layers = self._hooks(prefix)
         if layers is None or not prefix.later:
@@ -204,7 +215,7 @@ class Forward:
             held.first: Inputs(
                 prefix.whole(held.first, mask_BS),
                 held.full and tail,
-                positions_1Bq + prefix.shift(held.first)[:, None],
+                positions_PBq + prefix.shift(held.first)[:, None],
             )
             for held in prefix.later
         }

@@ -29,6 +29,7 @@ from ocvtp.pruning.memory import Remembering, VisionMemory
 from ocvtp.pruning.options import Options
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
+from ocvtp.pruning.videos import VideoBudget
 from ocvtp.vlms.families import family_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Images
@@ -40,6 +41,7 @@ def prune(
     keep: Keep | None = None,
     pruner: Any = None,
     *,
+    video_keep: Keep | None = None,
     seed: int = 0,
     positions: Positions | None = None,
     **options: Unpack[Options],
@@ -52,6 +54,7 @@ def prune(
         keep: tokens an image (int), a share of them in (0, 1], or a percentage such as "11.1%". Only `vanilla` needs
             none.
         pruner: for `oc-vtp`: an `OCPruner`, a folder, or an id on the hub.
+        video_keep: of videos, if other than `keep` of each frame: a budget "16/frame", "128/video" or "32/second".
         seed: of methods with randomness. What is kept of an image depends on it and on the image alone.
         positions: `compact` numbers the shortened prompt anew, `original` leaves each token its position; None: as the
             method has it; with M-RoPE (Qwen2.5-VL) `original`, and always so inside the LLM.
@@ -81,7 +84,12 @@ def prune(
     built = entry.build(family, pruner, options_of(entry, options))
     if isinstance(built, Inside) and family.facts.tokens is not None:
         built.planned(family.facts.tokens, budget.tokens(family.facts.tokens))
-    return Handle(model, entry, family, built, budget, seed, positions)
+    videos = VideoBudget(budget) if video_keep is None else VideoBudget.parse(video_keep)
+    if video_keep is not None and "pixel_values_videos" not in family.vision_inputs:
+        raise BadInput(f"video_keep is {video_keep!r}, but videos of this family are not pruned: leave it out")
+    if video_keep is not None and isinstance(built, Inside):
+        raise BadInput(f"video_keep is {video_keep!r}, but {method} drops tokens inside the LLM by keep alone")
+    return Handle(model, entry, family, built, budget, seed, positions, videos)
 
 
 _EVERYTHING = Budget.parse(1.0)
@@ -95,7 +103,8 @@ class Handle(calls.Uncopied):
         method: name of the method.
         keep: the budget as it was given.
         seed: of the run.
-        last_kept: for each image of the last call, the numbers of the tokens that stayed, ascending.
+        last_kept: for each image of the last call, and behind them for each frame of its videos, the numbers of the
+            tokens that stayed, ascending.
         last_layers: for each layer of the language model, the tokens of each of these images that it read. They are
             fewer in later layers if the method acts inside the LLM, and may then contain merged tokens.
         last_columns: [B, S]: the caller's column that each column of the last shortened prompts, and so of their
@@ -104,7 +113,7 @@ class Handle(calls.Uncopied):
 
     def __init__(
         self, model: Any, entry: Entry, family: Family, method: Method | None, budget: Budget, seed: int,
-        positions: Positions | None,
+        positions: Positions | None, videos: VideoBudget | None = None,
     ) -> None:  # fmt: skip
         self.model, self.method, self.keep, self.seed = model, entry.name, budget.written, seed
         self.last_kept: list[list[int]] = []
@@ -113,6 +122,7 @@ class Handle(calls.Uncopied):
         self._family, self._method = family, method
         # A method inside the LLM chooses there: before it everything stays.
         self._budget = _EVERYTHING if isinstance(method, Inside) else budget
+        self._videos = VideoBudget(self._budget) if isinstance(method, Inside) or videos is None else videos
         self._depth: int = model.get_decoder().config.num_hidden_layers
         self._samples: list[str] | None = None
         self._random, self._needs_text = entry.random, entry.needs_text
@@ -170,7 +180,7 @@ class Handle(calls.Uncopied):
             return [None] * (0 if images is None else len(images))
         with torch.no_grad():
             prompts = self._prompts_of(call.get("input_ids"), call.get("attention_mask"), images)
-            return slots(self._family, self._method, self._budget, images, self._seeds(images), prompts)
+            return slots(self._family, self._method, self._budget, images, self._seeds(images), prompts, self._videos)
 
     # --- In place of the model's own -----------------------------------------------------------------------------
 
@@ -183,11 +193,11 @@ class Handle(calls.Uncopied):
             )
         images = self._family.images(call)
         if self._method is not None:
-            calls.refuse_hidden(call, self._family.placeholder)
+            calls.refuse_hidden(call, self._family.vision_inputs, self._family.stands_for)
         if images is None or self._method is None:
             self._keep_all(images)
             return self._run_generate(None, call)
-        calls.refuse(call, self.model.generation_config)
+        calls.refuse(call, self._family.vision_inputs, self.model.generation_config)
         self._prompts.check(call, self._family.counts(images))
         ids_BL = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
         with torch.no_grad():
@@ -215,14 +225,14 @@ class Handle(calls.Uncopied):
         cache, ids_Bq = call.get("past_key_values"), call.get("input_ids")
         if encoded is not None:
             fresh = Prefix.of(cache) is None
-            if fresh and ids_Bq is not None and bool((ids_Bq == self._family.placeholder).any()):
+            if fresh and ids_Bq is not None and bool(self._family.stands_for(ids_Bq).any()):
                 return self._shortened(call, encoded, len(ids_Bq))
         elif not inside:
             if self._method is not None:
-                calls.refuse_hidden(call, self._family.placeholder)
+                calls.refuse_hidden(call, self._family.vision_inputs, self._family.stands_for)
             images = self._family.images(call)
             if images is not None and self._method is not None:
-                calls.refuse(call)
+                calls.refuse(call, self._family.vision_inputs)
                 self._prompts.check(call, self._family.counts(images))
                 encoded = self._encode(self._method, ids_Bq, call.get("attention_mask"), images)
                 return self._shortened(call, encoded, encoded.rows)
@@ -237,14 +247,22 @@ class Handle(calls.Uncopied):
         """Choose tokens of each image, and find out where they go."""
         if ids_BL is None:
             raise BadInput("a pruned model needs input_ids beside images")
+        self._prompts.check_images(images)
         found = self._family.find(ids_BL, images)
         prompts = self._prompts_of(ids_BL, mask_BL, images)
-        placed = choose(self._family, method, self._budget, images, self._seeds(images), prompts)
+        placed = choose(self._family, method, self._budget, images, self._seeds(images), prompts, self._videos)
         self.last_kept = [each.kept for each in placed]
         self.last_layers = [[len(each.places_X) for each in placed] for _ in range(self._depth)]
         spots = [
-            Spot(each.features_XD, each.places_X, each.numbers_X, each.whole, *where)
-            for where, each in zip(found, placed, strict=True)
+            Spot(
+                each.features_XD,
+                each.places_X,
+                each.numbers_X,
+                each.whole,
+                *where,
+                "image" if number < images.stills else "video",
+            )
+            for number, (where, each) in enumerate(zip(found, placed, strict=True))
         ]
         return EncodedCall(spots, *ids_BL.shape)
 
@@ -252,7 +270,7 @@ class Handle(calls.Uncopied):
         """Token ids of the prompt that each image stands in, if the method reads them."""
         if ids_BL is None or not self._needs_text:
             return [[]] * len(images)
-        texts = _texts(ids_BL, mask_BL, self._family.placeholder)
+        texts = _texts(ids_BL, mask_BL, ~self._family.stands_for(ids_BL))
         return [texts[row] for row, _, _ in self._family.find(ids_BL, images)]
 
     def _shortened(self, call: dict[str, Any], encoded: EncodedCall, rows: int) -> Any:
@@ -289,9 +307,8 @@ def _name_of(pixels: Tensor) -> str:
     return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
 
 
-def _texts(ids_BL: Tensor, mask_BL: Tensor | None, placeholder: int) -> list[list[int]]:
-    """Token ids of each prompt, without placeholders and padding."""
-    real_BL = ids_BL != placeholder
+def _texts(ids_BL: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> list[list[int]]:
+    """Token ids of each prompt, without what is not real and without padding."""
     if mask_BL is not None:
-        real_BL &= mask_BL[:, -ids_BL.shape[1] :].to(real_BL.device).bool()
+        real_BL = real_BL & mask_BL[:, -ids_BL.shape[1] :].to(real_BL.device).bool()
     return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, real_BL, strict=True)]

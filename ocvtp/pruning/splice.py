@@ -8,14 +8,14 @@ Letters: B prompts, L columns of the caller's prompts, S columns of the shortene
 and what stays for their sake, P rows of positions (1, or 3 for M-RoPE), D width of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ocvtp.vlms.images import Placed
+from ocvtp.vlms.images import Kind, Placed
 
 Positions = Literal["compact", "original"]
 
@@ -26,11 +26,13 @@ class Spot(Placed):
 
     Attributes:
         row, start, length: where its placeholders stand.
+        kind: of these.
     """
 
     row: int
     start: int
     length: int
+    kind: Kind = "image"
 
     @property
     def columns_X(self) -> Tensor:
@@ -60,7 +62,7 @@ class Spliced:
         mask_BS: 1 for tokens, 0 for padding.
         positions_PBS: of the tokens; 0 for padding.
         next_B: the position of the next token of each prompt.
-        features_XD: of all vision tokens, row by row.
+        features: of all vision tokens of a kind, row by row, [X, D].
         right: padding stands on the right.
     """
 
@@ -69,7 +71,7 @@ class Spliced:
     mask_BS: Tensor
     positions_PBS: Tensor
     next_B: Tensor
-    features_XD: Tensor
+    features: Mapping[Kind, Tensor]
     right: bool
 
     def gather(self, rows_BL: Tensor, filler: int) -> Tensor:
@@ -104,14 +106,16 @@ def splice(mask_BL: Tensor, positions_PBL: Tensor, spots: Sequence[Spot], mode: 
     ]
     length = max(len(row.columns_S) for row in rows)
     columns, images, masks, positions, nexts = zip(*(row.padded(length, right=right) for row in rows), strict=True)
-    ordered = [spot.features_XD for row in range(len(rows)) for spot in spots if spot.row == row]
+    features = dict[Kind, list[Tensor]]()
+    for spot in sorted(spots, key=lambda spot: (spot.row, spot.start)):
+        features.setdefault(spot.kind, []).append(spot.features_XD)
     return Spliced(
         columns_BS=torch.stack(columns).to(device),
         image_BS=torch.stack(images).to(device),
         mask_BS=torch.stack(masks).to(device),
         positions_PBS=torch.stack(positions, 1).to(device),
         next_B=torch.tensor(nexts, device=device),
-        features_XD=torch.cat(ordered),
+        features={kind: torch.cat(parts) for kind, parts in features.items()},
         right=right,
     )
 

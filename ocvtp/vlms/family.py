@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.vlms.hidden_states import resolve_layer
-from ocvtp.vlms.images import Facts, Grid, Images, Layout, Map, Part, Placed
+from ocvtp.vlms.images import Facts, Grid, Images, Kind, Layout, Map, Part, Placed
 
 
 class Vision(ABC):
@@ -159,8 +159,11 @@ class Family(ABC):
         """Where the tokens of an image that stay go in the prompt. Here: token n to placeholder n."""
         return Placed(features_kD, indices_k, indices_k, self.spans(images)[number])
 
-    def features(self, features_XD: Tensor) -> Any:
-        """What the model's `get_image_features` would return of all tokens that stay, those of all images in a row."""
+    def features(self, features_XD: Tensor, kind: Kind = "image") -> Any:
+        """What the model's `get_image_features`, or `get_video_features`, would return of all tokens that stay.
+
+        Those of all images, or of all frames, stand in a row.
+        """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         return BaseModelOutputWithPooling(pooler_output=(features_XD,))
@@ -172,6 +175,18 @@ class Family(ABC):
         """The token id that stands for a vision token."""
         token: int = self.model.config.image_token_id
         return token
+
+    @property
+    def placeholders(self) -> Mapping[Kind, int]:
+        """The token ids that stand for vision tokens: of images, and where videos are supported of these."""
+        found: dict[Kind, int] = {"image": self.placeholder}
+        if "pixel_values_videos" in self.vision_inputs:
+            found["video"] = self.model.config.video_token_id
+        return found
+
+    def stands_for(self, ids_BL: Tensor) -> Tensor:
+        """True where a vision token goes, [B, L]."""
+        return torch.isin(ids_BL, torch.tensor(list(self.placeholders.values()), device=ids_BL.device))
 
     @property
     def padding(self) -> int:
@@ -211,25 +226,32 @@ class Family(ABC):
         return positions_PBS[0]
 
     def find(self, ids_BL: Tensor, images: Images) -> list[tuple[int, int, int]]:
-        """Row, first column and length of each image's placeholders.
+        """Row, first column and length of each image's placeholders; of a frame likewise.
 
         Raises:
             BadInput: placeholders and images do not fit.
         """
         spans = self.spans(images)
-        where = (ids_BL == self.placeholder).nonzero().tolist()
+        found = list[tuple[int, int, int]]()
+        for kind, placeholder in self.placeholders.items():
+            mine = spans[: images.stills] if kind == "image" else spans[images.stills :]
+            found += self._find(ids_BL, mine, placeholder, "images" if kind == "image" else "frames")
+        return found
+
+    def _find(self, ids_BL: Tensor, spans: list[int], placeholder: int, what: str) -> list[tuple[int, int, int]]:
+        where = (ids_BL == placeholder).nonzero().tolist()
         if len(where) != sum(spans):
             raise BadInput(
-                f"{len(spans)} images of {_listed(spans)} tokens need {sum(spans)} placeholders (token id "
-                f"{self.placeholder}), but the prompts have {len(where)}: use the processor of this model"
+                f"{len(spans)} {what} of {_listed(spans)} tokens need {sum(spans)} placeholders (token id "
+                f"{placeholder}), but the prompts have {len(where)}: use the processor of this model"
             )
-        found, start = [], 0
+        found, start = list[tuple[int, int, int]](), 0
         for number, span in enumerate(spans):
             (row, first), (last_row, last) = where[start], where[start + span - 1]
             if row != last_row or last - first != span - 1:
                 raise BadInput(
-                    f"the {span} placeholders of image {number} do not stand in a row: from row {row}, column {first} "
-                    f"to row {last_row}, column {last}"
+                    f"the {span} placeholders of {what[:-1]} {number} do not stand in a row: from row {row}, column "
+                    f"{first} to row {last_row}, column {last}"
                 )
             found.append((row, first, span))
             start += span

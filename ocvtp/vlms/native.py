@@ -20,8 +20,9 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Facts, Grid, Images
-from ocvtp.vlms.towers import device_of, recorded
+from ocvtp.vlms.tower import device_of, recorded
 
+_IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
 _NUMBERS = 1 << 26
 """Of attention in memory at the same time: 256 MiB."""
 
@@ -107,8 +108,10 @@ class NativeVision(Vision):
 class NativeFamily(Family):
     """A Qwen-VL."""
 
-    vision_inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values", "image_grid_thw"})
-    position_inputs: ClassVar[frozenset[str]] = frozenset({"image_grid_thw"})
+    vision_inputs: ClassVar[frozenset[str]] = frozenset(
+        {"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"}
+    )
+    position_inputs: ClassVar[frozenset[str]] = frozenset({"image_grid_thw", "video_grid_thw", "second_per_grid_ts"})
     column_inputs: ClassVar[Mapping[str, int]] = {"mm_token_type_ids": 0}
 
     @classmethod
@@ -133,19 +136,41 @@ class NativeFamily(Family):
 
     # --- Images ------------------------------------------------------------------------------------------------------
 
-    def images(self, call: Mapping[str, Any]) -> Images | None:  # noqa: D102
-        pixels, sizes = call.get("pixel_values"), call.get("image_grid_thw")
+    def images(self, call: Mapping[str, Any]) -> Images | None:
+        """Images, and behind them the frames of videos, which the tower sees one by one."""
+        found = [self._given(call, *names) for names in (_IMAGES, _VIDEOS)]
+        if found == [None, None]:
+            return None
+        (pixels, sizes), (moving, frames) = (each or (None, None) for each in found)
+        if sizes is not None and int(sizes[:, 0].max()) != 1:
+            raise BadInput(f"image_grid_thw has images of {sizes[:, 0].tolist()} frames: those of a video are needed")
+        videos = () if frames is None else tuple(frames[:, 0].tolist())
+        if 0 in videos:
+            raise BadInput(f"video_grid_thw has videos of {list(videos)} frames: one at least is needed")
+        if frames is not None:
+            frames = frames.repeat_interleave(frames[:, 0], 0)
+            frames[:, 0] = 1
+        seconds = call.get("second_per_grid_ts")
+        return Images(
+            torch.cat([each for each in (pixels, moving) if each is not None]),
+            torch.cat([each for each in (sizes, frames) if each is not None]),
+            videos,
+            None if seconds is None else tuple(torch.as_tensor(seconds).tolist()),
+        )
+
+    def _given(self, call: Mapping[str, Any], pixels_name: str, sizes_name: str) -> tuple[Tensor, Tensor] | None:
+        pixels, sizes = call.get(pixels_name), call.get(sizes_name)
         if pixels is None:
             return None
         if sizes is None:
-            raise BadInput("this model needs image_grid_thw beside pixel_values: use its processor")
+            raise BadInput(f"this model needs {sizes_name} beside {pixels_name}: use its processor")
         patches = sizes.prod(1)
         if len(pixels) != int(patches.sum()):
             raise BadInput(
-                f"image_grid_thw asks for {patches.tolist()} patches, but pixel_values has {len(pixels)}: use the "
+                f"{sizes_name} asks for {patches.tolist()} patches, but {pixels_name} has {len(pixels)}: use the "
                 "processor of this model"
             )
-        return Images(pixels, sizes)
+        return pixels, sizes
 
     def pixels_of(self, images: Images, number: int) -> Tensor:  # noqa: D102
         parts: Sequence[Tensor] = images.pixels.split([patches for patches, _ in self._sizes(images)])
@@ -155,12 +180,7 @@ class NativeFamily(Family):
         """Of each image the patches, and the grid of its tokens."""
         assert images.sizes is not None  # noqa: S101 - as `images` has made sure
         merge = self.tower.spatial_merge_size
-        found = []
-        for number, (frames, rows, columns) in enumerate(images.sizes.tolist()):
-            if frames != 1:
-                raise BadInput(f"image {number} has {frames} frames: images have one, and videos are not pruned")
-            found.append((rows * columns, (rows // merge, columns // merge)))
-        return found
+        return [(rows * columns, (rows // merge, columns // merge)) for _, rows, columns in images.sizes.tolist()]
 
     def counts(self, images: Images) -> list[int]:  # noqa: D102
         return [rows * columns for rows, columns in self.grids(images)]
@@ -220,12 +240,13 @@ class NativeFamily(Family):
 
     def _places(self, call: Mapping[str, Any], mask_Bq: Tensor) -> Tensor | None:
         """M-RoPE's positions of new columns, [3, B, q], from 0 on; None where the model has no way to know them."""
-        kinds, sizes = call.get("mm_token_type_ids"), call.get("image_grid_thw")
-        if kinds is None or sizes is None:
+        kinds = call.get("mm_token_type_ids")
+        sizes = {name: call[name] for name in self.position_inputs if call.get(name) is not None}
+        if kinds is None or not sizes:
             return None
         ids_Bq = call["input_ids"]
         found: Tensor = self.model.model.get_rope_index(
-            ids_Bq, mm_token_type_ids=kinds[:, -ids_Bq.shape[1] :], image_grid_thw=sizes, attention_mask=mask_Bq
+            ids_Bq, mm_token_type_ids=kinds[:, -ids_Bq.shape[1] :], attention_mask=mask_Bq, **sizes
         )[0]
         return found
 

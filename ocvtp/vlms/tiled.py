@@ -18,7 +18,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.vlms.family import Family, Vision, take
 from ocvtp.vlms.images import Facts, Grid, Images, Layout, Part
-from ocvtp.vlms.towers import Tower, device_of, fetched, parts_of, recorded
+from ocvtp.vlms.tower import Tower, device_of, fetched, parts_of, recorded
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,7 @@ def make_qwen2_5_vl(seed: int = 0) -> TinyVLM:
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 40}),
         tokenizer=tokenizer(QWEN_WORDS),
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=Qwen2VLVideoProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 84 * 84}),
     )
     return TinyVLM(model, processor, None, " <vision> <image> </vision>")
 
@@ -278,7 +278,7 @@ def make_qwen3_vl(seed: int = 0) -> TinyVLM:
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 40}),
         tokenizer=tokenizer(QWEN_WORDS),
         video_processor=Qwen3VLVideoProcessor(
-            patch_size=14, size={"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 84 * 84}
+            patch_size=14, size={"shortest_edge": 4 * 84 * 84, "longest_edge": 6 * 112 * 112}
         ),
     )
     return TinyVLM(model, processor, None, " <vision> <image> </vision>")

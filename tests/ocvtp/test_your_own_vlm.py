@@ -6,7 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from ocvtp.vlms import towers
+from ocvtp.vlms import tower
 from ocvtp.vlms.families import gemma3
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +38,8 @@ def test_gemma_3_is_as_the_page_has_it() -> None:
 
 def test_parts_are_as_the_page_has_them() -> None:
     (shown,) = re.findall(r'```python\n("siglip.*?)```', TEXT, re.DOTALL)
-    parts = eval("{" + shown + "}", {"Parts": towers.Parts})
-    assert parts.items() <= towers.PARTS.items()
+    parts = eval("{" + shown + "}", {"Parts": tower.Parts})
+    assert parts.items() <= tower.PARTS.items()
 
 
 def test_paths_are_there() -> None:

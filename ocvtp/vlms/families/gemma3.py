@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ocvtp.vlms.images import Facts, Images
+from ocvtp.vlms.images import Facts, Images, Kind
 from ocvtp.vlms.tiled import TiledFamily, Tiles
 
 
@@ -33,8 +33,8 @@ class Gemma3Family(TiledFamily):
         merge = side // int(self.model.config.mm_tokens_per_image**0.5)
         return [Tiles(1, side, merge)] * len(images)
 
-    def features(self, features_XD: Tensor) -> Any:
+    def features(self, features_XD: Tensor, kind: Kind = "image") -> Any:
         """One tensor."""
-        output = super().features(features_XD)
+        output = super().features(features_XD, kind)
         output.pooler_output = features_XD[None]
         return output

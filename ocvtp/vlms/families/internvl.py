@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.images import Facts, Images, Map
+from ocvtp.vlms.images import Facts, Images, Kind, Map
 from ocvtp.vlms.tiled import TiledFamily, Tiles
 
 
@@ -62,9 +62,9 @@ class InternVLFamily(TiledFamily):
         numbers_N = torch.arange(shape.count - tile.count, shape.count)
         return [Map(numbers_N.view(tile.grid), name="thumbnail" if shape.tiles > 1 else "")]
 
-    def features(self, features_XD: Tensor) -> Any:
+    def features(self, features_XD: Tensor, kind: Kind = "image") -> Any:
         """One tensor."""
-        output = super().features(features_XD)
+        output = super().features(features_XD, kind)
         output.pooler_output = features_XD[None]
         return output
 

@@ -33,7 +33,7 @@ from ocvtp.vlms.anyres import MERGES, Merge, Shape, shape_of, with_newlines
 from ocvtp.vlms.family import check_mode
 from ocvtp.vlms.images import Facts, Images, Map, Placed
 from ocvtp.vlms.tiled import ProjectedLate
-from ocvtp.vlms.towers import weight_of
+from ocvtp.vlms.tower import weight_of
 
 
 def paper_mode(model: Any, processor: Any, order: Literal["flat", "spatial"] = "flat") -> None:

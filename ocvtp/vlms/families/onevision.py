@@ -21,7 +21,7 @@ from ocvtp.errors import BadInput
 from ocvtp.vlms.anyres import Shape, shape_of, with_newlines
 from ocvtp.vlms.images import Facts, Grid, Images, Map, Part, Placed
 from ocvtp.vlms.tiled import TiledFamily, Tiles
-from ocvtp.vlms.towers import weight_of
+from ocvtp.vlms.tower import weight_of
 
 _SHRINK = 1.1
 """Tiles are resized if they have more tokens than the limit by the square of this (as in transformers)."""

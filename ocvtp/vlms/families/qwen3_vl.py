@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocvtp.vlms.images import Kind
 from ocvtp.vlms.native import NativeFamily
 
 
@@ -26,7 +27,7 @@ class Qwen3VLFamily(NativeFamily):
         """[N, (1 + S) D]."""
         return torch.cat([output.pooler_output, *output.deepstack_features], 1)
 
-    def features(self, features_XD: Tensor) -> Any:
+    def features(self, features_XD: Tensor, kind: Kind = "image") -> Any:
         """With a plane for each of DeepStack's mergers."""
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 

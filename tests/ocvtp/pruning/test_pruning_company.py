@@ -92,7 +92,8 @@ def test_a_removed_handle_is_no_context(llava: Any) -> None:
         pass
 
 
-def test_a_pruned_model_is_not_saved_as_a_whole(llava: Any, tmp_path: Path) -> None:
+def test_a_pruned_model_is_not_saved_as_a_whole(make_vlm: Any, tmp_path: Path) -> None:
+    llava = make_vlm("llava", 0)
     with ocvtp.prune(llava.model, "random", 5):
         for save in (lambda: torch.save(llava.model, tmp_path / "whole.pt"), lambda: copy.deepcopy(llava.model)):
             with pytest.raises(BadInput, match=r"neither be copied nor be saved as a whole: call remove\(\)"):

@@ -53,7 +53,7 @@ def parts_of(config: Any) -> Parts:
     """The parts of a VLM's tower, from the VLM's config; `BadInput` for an unknown one."""
     kind = config.vision_config.model_type
     if kind not in PARTS:
-        raise BadInput(f"the vision tower is a {kind}: {', '.join(PARTS)} are supported (`ocvtp.vlms.towers.PARTS`)")
+        raise BadInput(f"the vision tower is a {kind}: {', '.join(PARTS)} are supported (`ocvtp.vlms.tower.PARTS`)")
     return PARTS[kind]
 
 
