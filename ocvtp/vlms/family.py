@@ -76,6 +76,8 @@ class Family(ABC):
     """Those of them that `generate` needs for the positions of a prompt."""
     column_inputs: ClassVar[Mapping[str, int]] = {}
     """Arguments with an entry a column, [B, L], that are cut like the prompts, and what stands for padding."""
+    nested: ClassVar[bool] = False
+    """Its processor takes images prompt by prompt, as lists of lists."""
     facts: Facts
 
     def __init__(self, model: Any) -> None:

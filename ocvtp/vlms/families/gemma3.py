@@ -16,6 +16,7 @@ class Gemma3Family(TiledFamily):
     """`Gemma3ForConditionalGeneration`."""
 
     vision_inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values"})
+    nested: ClassVar[bool] = True
     column_inputs: ClassVar[Mapping[str, int]] = {"token_type_ids": 0}
 
     @classmethod

@@ -66,6 +66,7 @@ class OneVisionFamily(TiledFamily):
     """`LlavaOnevisionForConditionalGeneration`; `Images.sizes` are [I, 3]: height, width, and whether it has tiles."""
 
     vision_inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values", "image_sizes", "batch_num_images"})
+    nested: ClassVar[bool] = True
 
     @classmethod
     def facts_of(cls, config: Any) -> Facts:  # noqa: D102 - as in Family

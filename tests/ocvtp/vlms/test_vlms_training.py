@@ -27,7 +27,7 @@ GRIDS = {
     "qwen2_5_vl": [(4, 4), (3, 6), (7, 3), (3, 7), (4, 4), (6, 4)],
     "qwen3_vl": [(4, 4), (3, 6), (7, 3), (3, 7), (4, 4), (6, 4)],
     # Tiles of 2 x 2, one below the other, and a thumbnail where there are several.
-    "internvl": [(2, 2), (6, 2), (8, 2), (6, 2), (2, 2), (6, 2)],
+    "internvl": [(2, 2), (6, 2), (8, 2), (6, 2), (10, 2), (6, 2)],
     "gemma3": [(4, 4)] * 6,
 }
 TEMPLATE = (
