@@ -264,6 +264,12 @@ class Layers(calls.Uncopied):
                 f"{self._name} drops tokens between layers, which gradient checkpointing would run twice: call "
                 "gradient_checkpointing_disable(), or choose a method before the LLM"
             )
+        modules = (self.decoder, *self.decoder.layers)
+        if any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in modules):
+            raise BadInput(
+                f"{self._name} drops tokens between layers, by hooks that a compiled language model runs otherwise: "
+                "load it without compile(), or choose a method before the LLM"
+            )
         if isinstance(cache, QuantizedCache):
             raise BadInput(
                 f"{self._name} reads keys of earlier prompts, which a QuantizedCache does not hold as they are: give a "

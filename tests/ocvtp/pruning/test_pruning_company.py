@@ -158,6 +158,71 @@ def test_a_pruned_model_drafts_for_no_other(make_vlm: Any, picture_of: Picture) 
     assert torch.equal(plain.model.generate(**inputs, **NEW, assistant_model=draft.model), expected)
 
 
+@torch.no_grad()
+def test_a_pipeline_of_transformers(make_vlm: Any, picture_of: Picture) -> None:
+    from transformers import pipeline
+
+    vlm = make_vlm("llava", 0)
+    vlm.processor.chat_template = (
+        "{% for message in messages %}<s>{% for part in message['content'] %}{% if part['type'] == 'image' %} <image>"
+        "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    pipe = pipeline("image-text-to-text", model=vlm.model, processor=vlm.processor)
+    picture = picture_of(0)
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "is this"}]}]
+    options = {"max_new_tokens": 4, "generate_kwargs": {"do_sample": False}, "return_full_text": False}
+    with ocvtp.prune(vlm.model, "random", 3) as handle:
+        (answer,) = pipe(text=chat, **options)
+        assert len(handle.last_kept[0]) == 3
+        inputs = vlm.processor(text=["<s> <image> is this"], images=[picture], return_tensors="pt")
+        made = vlm.model.generate(**inputs, **NEW)[:, inputs["input_ids"].shape[1] :]
+    assert answer["generated_text"].split() == vlm.processor.batch_decode(made)[0].split()
+
+
+@pytest.mark.parametrize("part", ["language model", "tower", "all"])
+@torch.no_grad()
+def test_compiled_models(part: str, make_vlm: Any, picture_of: Picture) -> None:
+    """By Dynamo, which is what pruning could get in the way of; what it makes of a graph is another matter."""
+    plain, compiled = make_vlm("llava", 0), make_vlm("llava", 0)
+    inputs, model = pair(plain, picture_of), compiled.model
+    parts = {"language model": model.model.language_model, "tower": model.model.vision_tower, "all": model}
+    parts[part].compile(backend="eager", dynamic=True)
+    answers = []
+    for each in (plain, compiled):
+        with ocvtp.prune(each.model, "random", 5) as handle:
+            answers.append((each.model.generate(**inputs, **NEW).tolist(), handle.last_kept))
+    assert answers[0] == answers[1]
+    if part == "language model":
+        with (
+            ocvtp.prune(model, "fastv", 14),
+            pytest.raises(BadInput, match=r"by hooks that a compiled language model runs otherwise: load it without"),
+        ):
+            model.generate(**inputs, **NEW)
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_by_forward(make_vlm: Any, picture_of: Picture) -> None:
+    """Two turns of text on the cache of a pruned prompt, as if all had been one prompt; by generate that is refused."""
+    vlm = make_vlm("qwen3_vl", 0)
+    inputs = vlm.prompt([[picture_of(0, 84, 84)]])
+    turns = [torch.tensor([[7, 8, 9]]), torch.tensor([[10, 11]])]
+    whole = torch.cat([inputs["input_ids"], *turns], 1)
+    kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 5))
+    with ocvtp.prune(vlm.model, "random", 4):
+        expected = vlm.model(
+            input_ids=whole, mm_token_type_ids=kinds, pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs["image_grid_thw"],
+        ).logits  # fmt: skip
+        cache, found = vlm.model(**inputs, use_cache=True).past_key_values, []
+        for turn in turns:
+            found.append(vlm.model(input_ids=turn, past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(found, 1), expected[:, -5:], atol=1e-4, rtol=1e-4)
+        with pytest.raises(BadInput, match="give the whole conversation anew, or go on by forward"):
+            vlm.model.generate(input_ids=whole, past_key_values=cache, **NEW)
+    with ocvtp.prune(vlm.model, "random", 4), pytest.raises(BadInput, match="needs a dynamic cache"):
+        vlm.model.generate(**inputs, cache_implementation="static", **NEW)
+
+
 class ByLength(Inside):
     """The longest hidden states stay."""
 
