@@ -63,7 +63,7 @@ class Forward:
             Incompatible: the method acts inside a language model whose layers it cannot read.
         """
         self._model, self._family, self._plain, self._budget = model, family, plain, budget
-        places = several_positions(model.get_decoder().config)
+        places = self._several = several_positions(model.get_decoder().config)
         # M-RoPE's are places in a picture, which stay right whatever is dropped.
         self._positions: Positions = positions or ("original" if places else default)
         self._method = method if isinstance(method, Inside) else None
@@ -102,7 +102,7 @@ class Forward:
 
     def check_images(self, images: Images) -> None:
         """`BadInput` for videos under M-RoPE whose frames, which overlap in place, would be numbered anew."""
-        if images.videos and self._positions == "compact" and several_positions(self._model.get_decoder().config):
+        if images.videos and self._positions == "compact" and self._several:
             raise BadInput("positions='compact' cannot be had with videos and M-RoPE: leave positions out")
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Forward:
         mask_BS, positions_Bt = prefix.since(call["past_key_values"], mask_BL, length, batch)
         tail = mask_BL is None or bool(mask_BS[:, prefix.mask_BS.shape[1] :].all())
         positions_PBq = positions_Bt[None, :, -length:]
-        if call.get("position_ids") is not None and self._positions == "original":
+        if call.get("position_ids") is not None and self._several and self._positions == "original":
             # As `generate` counts them: after a video in M-RoPE not from its largest position, as `forward` does.
             positions_PBq = self._family.positions(call, mask_BS, 0)
         dropped = {*self._family.vision_inputs, *self._family.column_inputs}

@@ -169,9 +169,9 @@ def test_what_does_not_fit_is_refused(qwen: Any, picture_of: Picture) -> None:
             ({"pixel_values": inputs["pixel_values"][:-1]}, r"asks for \[64\] patches, but pixel_values has 63"),
             (
                 {"image_grid_thw": torch.tensor([[2, 8, 4]])},
-                "image 0 has 2 frames: images have one, and videos are not pruned",
+                r"image_grid_thw has images of \[2\] frames: those of a video are needed",
             ),
-            ({"pixel_values_videos": inputs["pixel_values"]}, "cannot take pixel_values_videos: videos are not pruned"),
+            ({"pixel_values_videos": inputs["pixel_values"]}, "needs video_grid_thw beside pixel_values_videos"),
         ):
             with pytest.raises(BadInput, match=message):
                 qwen.model(**{**inputs, **change})

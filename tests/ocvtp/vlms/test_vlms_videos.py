@@ -15,7 +15,11 @@ from ocvtp.pruning.videos import VideoBudget
 
 Picture = Callable[..., Image.Image]
 NEW = {"max_new_tokens": 4, "do_sample": False}
-MARKS = {"qwen2_5_vl": " <vision> <video> </vision>", "qwen3_vl": " <vision> <video> </vision>"}
+MARKS = {
+    "qwen2_5_vl": " <vision> <video> </vision>",
+    "qwen3_vl": " <vision> <video> </vision>",
+    "llava_onevision": " <video>",
+}
 
 
 @pytest.fixture(scope="module", params=list(MARKS))
@@ -31,7 +35,8 @@ def film(picture_of: Picture, seed: int, frames: int, width: int, height: int) -
 def rows(moving: Any, picture_of: Picture) -> list[tuple[str, list[Any], list[Tensor]]]:
     """Text, images and videos of four prompts: a video; an image and a video; neither; two videos."""
     video = MARKS[moving.model.config.model_type]
-    films = [film(picture_of, i, 6 if i % 2 else 4, 84, 84) for i in range(4)]
+    one = "onevision" in moving.model.config.model_type  # which wants videos of as many frames, and sees each
+    films = [film(picture_of, i, 6 if i % 2 and not one else 4, 84, 84) for i in range(4)]
     return [
         (f"<s>{video} what is this ?", [], films[:1]),
         (f"<s>{moving.mark} is{video} red ?", [picture_of(7, 80, 60)], films[1:2]),
@@ -42,6 +47,11 @@ def rows(moving: Any, picture_of: Picture) -> list[tuple[str, list[Any], list[Te
 
 def prompts(moving: Any, some: Any) -> Any:
     images, videos = [i for _, row, _ in some for i in row], [v for _, _, row in some for v in row]
+    if "onevision" in moving.model.config.model_type:
+        nested = [row for _, row, _ in some] if images else None
+        return moving.processor(
+            text=[text for text, _, _ in some], images=nested, videos=videos or None, return_tensors="pt", padding=True
+        )
     about = [
         {"fps": 2.0, "total_num_frames": len(video), "frames_indices": list(range(len(video)))} for video in videos
     ]
@@ -102,7 +112,7 @@ def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of
     for one in rows(moving, picture_of):
         inputs = prompts(moving, [one])
         whole, then, *_ = read(moving, lambda inputs=inputs: moving.model.generate(**inputs, **NEW))
-        with ocvtp.prune(moving.model, "random", 2) as handle:
+        with ocvtp.prune(moving.model, "random", 2, positions="original") as handle:
             output = moving.model.generate(**inputs, **NEW, return_dict_in_generate=True, output_logits=True)
             columns = handle.last_columns[0].tolist() if handle.last_columns is not None else None
             kept = handle.last_kept
@@ -110,7 +120,11 @@ def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of
         columns = list(range(len(ids))) if columns is None else columns
         config = moving.model.config
         vision = (ids == config.image_token_id) | (ids == config.video_token_id)
-        assert sum(bool(vision[column]) for column in columns) == sum(map(len, kept))
+        newlines = (
+            0 if config.model_type != "llava_onevision" else sum(bool(vision[c]) for c in columns) - 2 * len(kept)
+        )
+        assert sum(bool(vision[column]) for column in columns) == sum(map(len, kept)) + newlines
+        assert (newlines > 0) == (config.model_type == "llava_onevision" and bool(kept))
         assert [column for column in range(len(ids)) if not vision[column]] == [c for c in columns if not vision[c]]
         answer = output.sequences[0, len(ids) :]
         embeds = torch.cat(
@@ -120,8 +134,8 @@ def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of
         if places is None:
             places = torch.arange(len(ids)).expand(3, 1, -1)
         places = places[-3:][..., columns]
-        following = int(then["position_ids"][-1, 0, 0])
-        after = torch.arange(following, following + len(answer) - 1).expand(3, 1, -1)
+        following = int(then["position_ids"].flatten()[-1])
+        after = torch.arange(following, following + len(answer) - 1).expand(*places.shape[:-1], -1)
         if whole.get("deepstack_visual_embeds") is not None:
             numbers = [int(vision[:column].sum()) for column in columns if vision[column]]
             flags = [bool(vision[column]) for column in columns] + [False] * (len(answer) - 1)
@@ -130,7 +144,7 @@ def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of
                 "deepstack_visual_embeds": [plane[numbers] for plane in whole["deepstack_visual_embeds"]],
             }
         hidden = moving.model.get_decoder()(
-            inputs_embeds=embeds, position_ids=torch.cat([places, after], 2),
+            inputs_embeds=embeds, position_ids=torch.cat([places, after], -1),
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), **more,
         ).last_hidden_state  # fmt: skip
         expected = moving.model.lm_head(hidden)[0, len(columns) - 1 :]
@@ -140,6 +154,8 @@ def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of
 
 @torch.no_grad()
 def test_time_goes_on_as_in_the_whole_video(moving: Any, picture_of: Picture) -> None:
+    if moving.model.config.model_type == "llava_onevision":
+        pytest.skip("it has no axis of time")
     inputs = prompts(moving, rows(moving, picture_of)[:1])
     whole = read(moving, lambda: moving.model(**inputs))[0]["position_ids"][-3:]
     with ocvtp.prune(moving.model, "random", 1) as handle:
@@ -158,13 +174,14 @@ def test_budgets(moving: Any, picture_of: Picture) -> None:
     with ocvtp.prune(moving.model, "random", 1.0) as handle:
         moving.model(**inputs)
         _, *frames = (len(kept) for kept in handle.last_kept)
-    assert len(frames) == 2 + 3 + 2 + 3
+    each = [4] * 4 if moving.model.config.model_type == "llava_onevision" else [2, 3, 2, 3]
+    assert len(frames) == sum(each)
     for given, expected in (
-        ({"video_keep": "2/frame"}, [2] * 10),
-        ({"video_keep": 2}, [2] * 10),
-        ({"video_keep": "5/video"}, [3, 2, 2, 2, 1, 3, 2, 2, 2, 1]),
+        ({"video_keep": "2/frame"}, [2] * len(frames)),
+        ({"video_keep": 2}, [2] * len(frames)),
+        ({"video_keep": "5/video"}, [n for count in each for n in {2: [3, 2], 3: [2, 2, 1], 4: [2, 1, 1, 1]}[count]]),
         ({"video_keep": "999/video"}, frames),
-        ({}, [1] * 10),
+        ({}, [1] * len(frames)),
     ):
         with ocvtp.prune(moving.model, "random", 1, **given) as handle:
             moving.model(**inputs)
@@ -202,7 +219,20 @@ def test_budgets_are_read() -> None:
 
 @torch.no_grad()
 def test_what_cannot_be_is_refused(moving: Any, llava: Any, picture_of: Picture) -> None:
+    with pytest.raises(BadInput, match="fastv drops tokens inside the LLM by keep alone"):
+        ocvtp.prune(moving.model, "fastv", 0.9, k=2, video_keep="4/frame")
+    with pytest.raises(BadInput, match="videos of this family are not pruned"):
+        ocvtp.prune(llava.model, "random", 2, video_keep="4/frame")
+    with (
+        ocvtp.prune(llava.model, "random", 2),
+        pytest.raises(BadInput, match="cannot take pixel_values_videos: videos"),
+    ):
+        llava.model(input_ids=torch.tensor([[5]]), pixel_values_videos=torch.zeros(1))
     inputs = prompts(moving, rows(moving, picture_of)[:1])
+    if moving.model.config.model_type == "llava_onevision":
+        with ocvtp.prune(moving.model, "random", 2), pytest.raises(BadInput, match=r"\[videos, frames, 3, H, W\]"):
+            moving.model(**{**inputs, "pixel_values_videos": torch.zeros(1, 0, 3, 56, 56)})
+        return
     none = {**inputs, "video_grid_thw": torch.tensor([[0, 6, 6]]), "pixel_values_videos": torch.zeros(0, 1176)}
     with ocvtp.prune(moving.model, "random", 2):
         with pytest.raises(BadInput, match=r"videos of \[0\] frames: one at least is needed"):
@@ -214,15 +244,6 @@ def test_what_cannot_be_is_refused(moving: Any, llava: Any, picture_of: Picture)
         pytest.raises(BadInput, match="compact' cannot be had with videos"),
     ):
         moving.model(**inputs)
-    with pytest.raises(BadInput, match="fastv drops tokens inside the LLM by keep alone"):
-        ocvtp.prune(moving.model, "fastv", 0.9, k=2, video_keep="4/frame")
-    with pytest.raises(BadInput, match="videos of this family are not pruned"):
-        ocvtp.prune(llava.model, "random", 2, video_keep="4/frame")
-    with (
-        ocvtp.prune(llava.model, "random", 2),
-        pytest.raises(BadInput, match="cannot take pixel_values_videos: videos"),
-    ):
-        llava.model(input_ids=torch.tensor([[5]]), pixel_values_videos=torch.zeros(1))
 
 
 @torch.no_grad()
@@ -230,5 +251,5 @@ def test_inside_the_llm(moving: Any, picture_of: Picture) -> None:
     inputs = prompts(moving, rows(moving, picture_of))
     with ocvtp.prune(moving.model, "fastv", 0.8, k=2) as handle:
         moving.model.generate(**inputs, **NEW)
-        assert len(handle.last_kept) == 11
+        assert len(handle.last_kept) == (17 if moving.model.config.model_type == "llava_onevision" else 11)
         assert handle.last_layers[3] < handle.last_layers[0]
