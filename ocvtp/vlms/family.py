@@ -4,6 +4,7 @@ Letters: I images, G images of a group (all with the same N), N tokens of an ima
 C tower width, V width of the values that the projector reads, D width of the language model, B prompts, L positions.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -160,6 +161,11 @@ class Family(ABC):
     def place(self, images: Images, number: int, indices_k: Tensor, features_kD: Tensor) -> Placed:
         """Where the tokens of an image that stay go in the prompt. Here: token n to placeholder n."""
         return Placed(features_kD, indices_k, indices_k, self.spans(images)[number])
+
+    @property
+    def takes_outputs(self) -> bool:
+        """Whether transformers is of those that have `mm_encoder_outputs`: they differ in what getters return."""
+        return "mm_encoder_outputs" in inspect.signature(type(self.model).forward).parameters
 
     def features(self, features_XD: Tensor, kind: Kind = "image") -> Any:
         """What the model's `get_image_features`, or `get_video_features`, would return of all tokens that stay.

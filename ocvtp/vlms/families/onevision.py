@@ -214,7 +214,8 @@ class OneVisionFamily(TiledFamily):
         """A tuple for images, one tensor for videos."""
         output = super().features(features_XD, kind)
         if kind == "video":
-            output.pooler_output = features_XD[None]
+            # Older models put the last newline there themselves.
+            output.pooler_output = (features_XD if self.takes_outputs else features_XD[:-1])[None]
         return output
 
     def maps(self, images: Images, number: int) -> list[Map]:  # noqa: D102 - as in Family

@@ -33,6 +33,7 @@ class Qwen3VLFamily(NativeFamily):
 
         width = self.model.config.text_config.hidden_size
         merged_XD, *planes = features_XD.split(width, 1)
+        split = self.takes_outputs  # by images; older getters leave planes whole
         return BaseModelOutputWithDeepstackFeatures(
-            pooler_output=(merged_XD,), deepstack_features=[(plane_XD,) for plane_XD in planes]
+            pooler_output=(merged_XD,), deepstack_features=[(plane_XD,) if split else plane_XD for plane_XD in planes]
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.vlms.families.internvl import runs
-from ocvtp.vlms.images import Facts, Images
+from ocvtp.vlms.images import Facts, Images, Kind
 from ocvtp.vlms.tiled import TiledFamily, Tiles
 
 
@@ -50,6 +50,12 @@ class SmolVLMFamily(TiledFamily):
     def inputs(self, images: Images) -> dict[str, Any]:
         """A row a tile."""
         return {"pixel_values": images.pixels[:, None]}
+
+    def features(self, features_XD: Tensor, kind: Kind = "image") -> Any:
+        """One tensor, each token a tile of its own, since older models count by tiles."""
+        output = super().features(features_XD, kind)
+        output.pooler_output = features_XD[:, None]
+        return output
 
     def own(self, images: Images, output: Any) -> list[Tensor]:
         """Of each tile."""

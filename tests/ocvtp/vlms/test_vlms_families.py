@@ -438,7 +438,16 @@ def test_what_is_projected_of_all_tokens_is_what_transformers_makes_of_the_image
     more = {n: batch[n] for n in ("image_sizes", "image_grid_thw", "batch_num_images") if n in batch}
     made = vlm.model.model.get_image_features(batch["pixel_values"], **more, return_dict=True)
     theirs = torch.cat([each.flatten(0, -2) for each in made.pooler_output])
-    theirs = torch.cat([theirs, *(torch.cat(plane) for plane in getattr(made, "deepstack_features", []))], 1)
+    theirs = torch.cat(
+        [
+            theirs,
+            *(
+                torch.cat(list(plane)) if isinstance(plane, tuple) else plane
+                for plane in getattr(made, "deepstack_features", [])
+            ),
+        ],
+        1,
+    )
     mine = list[Tensor]()
     for number, ours in enumerate(features):
         placed = family.place(inputs, number, torch.arange(len(ours)), ours)
