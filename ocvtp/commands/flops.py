@@ -12,8 +12,11 @@ _WHOLE = {
     "llava-next-7b": 2880,
     "qwen2.5-vl-3b": 999,
     "qwen2.5-vl-7b": 999,
+    "qwen3-vl-4b": 744,
+    "qwen3-vl-8b": 744,
 }
-"""Tokens of an image unless given: fixed for LLaVA; for Qwen those of a photograph of about 1000 x 780."""
+"""Tokens of an image unless given: fixed for LLaVA; for Qwen those of a photograph of about 1000 x 780, at one for
+28 x 28 pixels and for 32 x 32."""
 
 
 def add(subparsers: Any) -> None:
@@ -142,11 +145,10 @@ def shape_of(vlm: str) -> Any:
         return shapes.known_shape(vlm)
     from transformers import AutoConfig
 
-    folder = Path(vlm)
-    if (folder / "config.json").is_file():
-        return shapes.shape_of(AutoConfig.from_pretrained(folder))
-    shipped = Path(__file__).parent.parent / "vlms" / vlm.replace("-", "_")
-    if (shipped / "config.json").is_file():
-        return shapes.shape_of(AutoConfig.from_pretrained(shipped))
-    known = ", ".join(["tiny-llava", *shapes.KNOWN])
-    raise BadInput(f"{vlm!r} is neither a VLM of the catalogue ({known}) nor a folder with a config.json")
+    from ocvtp.vlms import catalog, resolve
+
+    if (Path(vlm) / "config.json").is_file() or vlm in catalog():
+        return shapes.shape_of(AutoConfig.from_pretrained(resolve(vlm).folder))
+    raise BadInput(
+        f"{vlm!r} is neither a VLM of the catalogue ({', '.join(catalog())}) nor a folder with a config.json"
+    )

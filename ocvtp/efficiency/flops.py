@@ -140,7 +140,8 @@ def prefill_flops(
     _check("text_tokens", text_tokens, 0)
     by_layer = _by_layer(kept, image_tokens, shape.llm.layers)
     if projected is None:
-        projected = image_tokens if shape.projects_before_pruning else by_layer[0]
+        patches = _tiles(shape.tower, image_tokens, tiles) * (shape.tower.patches_per_tile or 0)
+        projected = {"kept": by_layer[0], "tokens": image_tokens, "patches": patches}[shape.projects]
     return Prefill(
         tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers),
         projector=MAC * projected * _projector(shape),
@@ -179,8 +180,13 @@ def kv_cache_bytes(llm: LlmShape, tokens: int | Sequence[int], *, bytes_per_numb
 def _projector(shape: VlmShape) -> int:
     """Multiply-accumulates a token: LLaVA's C -> d -> d, or Qwen2.5-VL's 4C -> 4C -> d."""
     features, width = shape.feature_width, shape.llm.width
-    hidden = features if shape.tower.kind == "qwen" else width
-    return features * hidden + hidden * width
+    hidden = width if shape.hidden is None else shape.hidden
+    return shape.projectors * (features * hidden + hidden * width if hidden else features * width)
+
+
+def _tiles(tower: TowerShape, image_tokens: int, tiles: int | None) -> int:
+    """Tiles of an image, unless they are given; an image that keeps its size is one."""
+    return -(-image_tokens // (tower.tokens_per_tile or max(1, image_tokens))) if tiles is None else tiles
 
 
 def _tower(
@@ -189,14 +195,14 @@ def _tower(
     run = tower.used_layers if run is None else run
     if not 0 <= run <= tower.layers:
         raise BadInput(f"tower_layers is {run}: the tower has {tower.layers} layers")
-    if tower.kind == "clip":
-        per_tile = tower.tokens_per_tile or image_tokens
-        tiles = -(-image_tokens // per_tile) if tiles is None else tiles
-        n, d = per_tile + 1, tower.width  # CLS is one more
-        layer = 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * tower.mlp
-        return MAC * tiles * (per_tile * tower.patch_inputs * d + run * layer)
-    n, d = image_tokens * tower.merge**2, tower.width
-    weights = n * (4 * d**2 + 3 * d * tower.mlp)
+    d = tower.width
+    if tower.kind == "tiles":
+        patches = tower.patches_per_tile or image_tokens
+        n = patches + tower.cls
+        layer = 4 * n * d**2 + 2 * n**2 * d + tower.matrices * n * d * tower.mlp
+        return MAC * _tiles(tower, image_tokens, tiles) * (patches * tower.patch_inputs * d + run * layer)
+    n = image_tokens * tower.merge**2
+    weights = n * (4 * d**2 + tower.matrices * d * tower.mlp)
     pairs = [n**2 if index in tower.global_layers else _window_pairs(tower, image_tokens, grid) for index in range(run)]
     return MAC * (n * tower.patch_inputs * d + run * weights + 2 * sum(pairs) * d)
 

@@ -69,9 +69,10 @@ class Answerer:
         """
         options = options or {}
         images = [self._images(messages) for messages in conversations]
+        flat = [image for some in images for image in some]
         inputs = self.vlm.processor(
             text=[self._prompt(messages) for messages in conversations],
-            images=[image for some in images for image in some] or None,
+            images=(images if self.vlm.family.nested else flat) if flat else None,
             padding=True,
             return_tensors="pt",
         ).to(self.device, dtype=self.vlm.model.dtype)
@@ -125,9 +126,15 @@ class Answerer:
     def _kept(self, inputs: Mapping[str, Any], images_B: Sequence[int]) -> list[list[list[int]] | list[int]]:
         if self.handle is None:
             images = self.vlm.family.images(inputs)
-            kept = iter([] if images is None else self.vlm.family.counts(images))
+            found: list[Any] = [] if images is None else self.vlm.family.counts(images)
         else:
-            kept = iter(self.handle.last_kept)
+            found = self.handle.last_kept
+        if len(found) != sum(images_B):
+            raise BadInput(
+                f"{sum(images_B)} images became {len(found)} for the model, whose processor cuts them up: tell it not "
+                "to, for what is kept is told image by image"
+            )
+        kept = iter(found)
         return [[next(kept) for _ in range(count)] for count in images_B]
 
 

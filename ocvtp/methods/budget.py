@@ -44,6 +44,10 @@ class Budget:
             raise BadInput(f"keep is {self.count}, but {what} has {whole} tokens: at most {whole} can stay")
         return self.count
 
+    def at_most(self, whole: int) -> int:
+        """As `tokens`, but all of an image that has fewer than the count: where images differ in size."""
+        return whole if self.count is not None and self.count > whole else self.tokens(whole)
+
 
 def _number(text: str) -> float:
     try:

@@ -58,12 +58,30 @@ class Step:
         return self.kept + self.merged
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a layer is about to read of some images, for a stage that scores their tokens.
+
+    Attributes:
+        states_IND: hidden states of each image's tokens, filled up with its first where it has fewer than others.
+        there_IN: which of them are tokens.
+        attention: attention that they receive, [I, N] float32, mean over heads and over the rows that ask (`raters`,
+            or the last token of the prompt); computed when it is called.
+    """
+
+    states_IND: Tensor
+    there_IN: Tensor
+    attention: Callable[[], Tensor]
+
+
 class Inside(Method):
     """A way to drop tokens between layers of the language model, made for models of one depth."""
 
     name: ClassVar[str]
     positions: ClassVar[Literal["compact", "original"]]
     """Of the tokens that stay, unless the caller wants it otherwise."""
+    reads_attention: ClassVar[bool] = True
+    """Its scores are made of a layer's attention, whose parts must be such as can be read."""
     reads_text: ClassVar[bool] = False
     """It has raters. Without them the one row of attention is that of the token which asks, the last of the prompt."""
 
@@ -94,6 +112,10 @@ class Inside(Method):
         If none does, the token that asks is the one rater.
         """
         return torch.zeros(len(text_TD), dtype=torch.bool, device=text_TD.device)
+
+    def score(self, scored: Scored) -> Tensor:
+        """Scores of the images' tokens at a stage, [I, N]: the highest stay, of equals the first. Here: attention."""
+        return scored.attention()
 
     def merge(self, dropped_GdD: Tensor, scores_Gd: Tensor, merged: int) -> tuple[Tensor, Tensor]:
         """Tokens made of dropped ones, [G, c, D], and which of those [G, c] each stands for; none by default."""

@@ -3,6 +3,7 @@
 Letters: G images of a group, N tokens of an image, C tower width, k tokens kept.
 """
 
+import copy
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -49,8 +50,6 @@ class OCVTP(Method):
         tokens_GNC = encoded.tokens(self._layer)
         if self.pruner.device != tokens_GNC.device:
             self.pruner.to(tokens_GNC.device)
-        if self.pruner.training:  # its FFN may have dropout
-            self.pruner.eval()
         scores_GN = encoded.received(self._fill_block) if self._fills else None
         options = {name: value for name, value in self._selection.items() if value is not None}
         return self.pruner.select_details(
@@ -65,12 +64,13 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
             "repro`. Without training: method='oc-vtp-untrained'"
         )
     if isinstance(pruner, str | Path):
-        pruner = OCPruner.from_pretrained(pruner, decoder=False, device=family.model.device)
+        pruner = OCPruner.from_pretrained(pruner, decoder=False)
     if not isinstance(pruner, OCPruner):
         raise BadInput(f"pruner is a {type(pruner).__name__}: an OCPruner, a folder, or an id on the hub is needed")
     layer = _layer(family, pruner, options["layer"])
     _check(family, pruner, layer, anyway=options["other_vlm"])
-    return OCVTP(pruner, layer, family.facts, _selection("oc-vtp", options))
+    # A copy as it is now: it moves to the tower's device and has no dropout, while the caller's own may be in training.
+    return OCVTP(copy.deepcopy(pruner).eval(), layer, family.facts, _selection("oc-vtp", options))
 
 
 def _selection(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _build_untrained(family: Family, pruner: Any, options: Mapping[str, Any]) ->
         torch.manual_seed(options["weights_seed"])
         drawn = OCPruner(PrunerConfig(family.facts.width, grid=grid, decoder=None, **made_of)).eval()
     selection = _selection("oc-vtp-untrained", options)
-    return OCVTP(drawn.to(family.model.device), family.index(options["layer"]), family.facts, selection)
+    return OCVTP(drawn, family.index(options["layer"]), family.facts, selection)
 
 
 ENTRY = Entry(

@@ -96,6 +96,8 @@ def cells(layout: Layout, keep: int, device: torch.device) -> tuple[Tensor, Tens
     weights_kN, centres, done = torch.zeros(keep, sum(sizes)), list[int](), 0
     for part, share in zip(layout, share_out(keep, sizes), strict=True):
         rows, columns = part.grid
+        if not share:  # such as an extremely narrow image, of whose tiles nothing is left but newlines
+            continue
         # A band must not have more cells than columns, nor the grid more bands than rows.
         bands = min(max(round(math.sqrt(share * rows / columns)), -(-share // columns)), rows, share)
         for band in range(bands):

@@ -27,7 +27,7 @@ r merged pairs, n tokens that are left, G images of a group, V = C.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +36,10 @@ from torch.nn.functional import normalize, one_hot, scaled_dot_product_attention
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of
 from ocvtp.methods.tiles import share_evenly
-from ocvtp.vlms import clip
 from ocvtp.vlms.family import Family, Vision, take
 from ocvtp.vlms.images import Images
+from ocvtp.vlms.tiled import ProjectedLate
+from ocvtp.vlms.tower import Tower
 
 _REFERENCE = {"order": ("raster", "merged")}
 
@@ -82,17 +83,17 @@ def merge(tokens_TLC: Tensor, sizes_TL: Tensor, seeds_TL: Tensor, keys_TLE: Tens
     )
 
 
-def run(tower: Any, pixels: Tensor, merges: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def run(tower: Tower, pixels: Tensor, merges: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Pass tiles through the first blocks of the tower, and merge that many pairs in each.
 
     Returns:
         Tokens [T, n, C] without CLS, how many patches each stands for [T, n], and the patch it is listed by [T, n].
     """
-    tokens_TLC = clip.embed(tower, pixels)
+    tokens_TLC = tower.states(pixels, {0})[0]
     sizes_TL = torch.ones(tokens_TLC.shape[:2], device=tokens_TLC.device)
     seeds_TL = torch.arange(-1, tokens_TLC.shape[1] - 1, device=tokens_TLC.device).repeat(len(tokens_TLC), 1)
     merged = False
-    for block, pairs in zip(tower.encoder.layers[: len(merges)], merges, strict=True):
+    for block, pairs in zip(tower.blocks[: len(merges)], merges, strict=True):
         if not merged and not pairs:
             tokens_TLC = block(tokens_TLC, None)
             continue
@@ -156,25 +157,24 @@ class ToMe(Method):
         self._blocks, self._order = blocks, order
 
     def encode(self, family: Family, images: Images, keeps: Sequence[int]) -> Merged:  # noqa: D102 - as in Method
-        assert isinstance(family, clip.Tiled)  # noqa: S101 - as _build has seen
-        tiles = family.tiles(images)
-        shares = [
-            share_evenly(keep, [tiles.patches] * len(rows)) for keep, rows in zip(keeps, tiles.numbers, strict=True)
-        ]
+        tiled = cast(ProjectedLate, family)  # as _build has seen
+        numbers = tiled.numbers(images)
+        patches, pixels_T3HW = numbers[0].shape[1], torch.cat(tiled.tiles(images))
+        shares = [share_evenly(keep, [patches] * len(rows)) for keep, rows in zip(keeps, numbers, strict=True)]
         flat = [share for row in shares for share in row]
         left: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(flat)
         for share in sorted(set(flat) - {0}):
             those = [tile for tile, each in enumerate(flat) if each == share]
-            merges = schedule(tiles.patches, share, self._blocks)
-            tokens_TnC, _, seeds_Tn = run(family.tower, take(tiles.pixels_T3HW, those), merges)
+            merges = schedule(patches, share, self._blocks)
+            tokens_TnC, _, seeds_Tn = run(tiled.eye, take(pixels_T3HW, those), merges)
             for tile, *rest in zip(those, seeds_Tn, tokens_TnC, strict=True):
                 left[tile] = (rest[0], rest[1])
         kept, rows_left = [], iter(left)
-        for row, numbers_tp in zip(shares, tiles.numbers, strict=True):
+        for row, numbers_tp in zip(shares, numbers, strict=True):
             found = [(numbers_p, *next(rows_left)) for numbers_p, _ in zip(numbers_tp, row, strict=True)]
             found = [each for each, share in zip(found, row, strict=True) if share]
-            numbers = [numbers_p.to(seeds_n.device)[seeds_n] for numbers_p, seeds_n, _ in found]
-            kept.append((torch.cat(numbers), torch.cat([tokens_nC for _, _, tokens_nC in found])))
+            those_n = [numbers_p.to(seeds_n.device)[seeds_n] for numbers_p, seeds_n, _ in found]
+            kept.append((torch.cat(those_n), torch.cat([tokens_nC for _, _, tokens_nC in found])))
         return Merged(family, images, kept)
 
     def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
@@ -193,7 +193,7 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     no_pruner("tome", pruner)
     options = behave("tome", options, _REFERENCE)
     one_of("tome", options, "order", _REFERENCE["order"])
-    if not isinstance(family, clip.Tiled):
+    if not isinstance(family, ProjectedLate) or not family.facts.cls:
         raise Incompatible(
             "tome merges tokens inside a CLIP tower, where all attend to all: the tower of this VLM is another, such "
             "as Qwen2.5-VL's, which attends in windows"

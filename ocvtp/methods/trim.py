@@ -125,7 +125,7 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     clip, clip_tokenizer = options["clip"] or _text_tower(family), options["clip_tokenizer"]
     if not isinstance(clip, CLIPModel):
         clip_tokenizer = clip_tokenizer or clip
-        clip = _loaded(CLIPModel, clip, "a CLIPModel", dtype=torch.float32).to(family.model.device)
+        clip = _loaded(CLIPModel, clip, "a CLIPModel", dtype=torch.float32)
     if clip_tokenizer is None:
         raise BadInput("trim needs clip_tokenizer: the tokenizer of the CLIPModel, or its folder")
     width = clip.config.vision_config.hidden_size

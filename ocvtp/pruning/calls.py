@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ocvtp.errors import BadInput
@@ -11,27 +11,67 @@ _REFUSED = {
     "assistant_model": "assisted decoding checks several tokens at once against the whole prompt",
     "prompt_lookup_num_tokens": "prompt lookup checks several tokens at once against the whole prompt",
     "prefill_chunk_size": "a prompt in chunks cannot be shortened",
-    "mm_encoder_outputs": "give pixel_values instead, for the pruner looks into the tower",
-    "pixel_values_videos": "videos are not pruned",
+    "mm_encoder_outputs": "give pixel_values instead, for the tower is read while it runs; so a pruned model drafts "
+    "for no other one, which would hand it such outputs: let the model that answers be the pruned one, without a draft",
+    "pixel_values_videos": "videos of this family are not pruned; those of Qwen2.5-VL, Qwen3-VL and OneVision are",
     "shift_labels": "give labels, which are cut like the prompts",
     "vision_feature_layer": "the pruner was made for the layer that the model's own configuration names",
     "vision_feature_select_strategy": "the pruner was made for the strategy that the model's own configuration names",
     "inputs_embeds": "give input_ids, for image tokens cannot be found in embeddings",
 }
-NO_COPY = "a pruned model cannot be copied: call remove() on its handle first"
 _DYNAMIC = (None, "dynamic", "offloaded")
 
 
-class Replacement:
+class Uncopied:
+    """What lies on a pruned model: a copy would go on to prune the model that it was copied from."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """`BadInput`: `copy`, `pickle` and `torch.save` come here."""
+        raise BadInput(
+            "a pruned model can neither be copied nor be saved as a whole: call remove() on its handle first, or save "
+            "its state_dict()"
+        )
+
+
+class Replacement(Uncopied):
     """Stands in for a method of one model, under the signature of what it replaces."""
 
     def __init__(self, plain: Callable[..., Any], ours: Callable[..., Any]) -> None:
-        self._ours = ours
-        functools.update_wrapper(self, plain)
+        functools.update_wrapper(
+            self, plain
+        )  # first, for it copies attributes too: what is wrapped may be one of these
+        self.plain, self._ours = plain, ours
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what was put in place."""
         return self._ours(*args, **kwargs)
+
+    def give_way(self) -> None:
+        """From now on run what was replaced."""
+        self._ours = self.plain
+
+
+class Replaced:
+    """Methods of one object that were replaced on it, and on nothing else."""
+
+    def __init__(self, owner: Any, ours: Mapping[str, Callable[..., Any]]) -> None:
+        """`ours`: what is called instead of each method, with the method before the caller's arguments."""
+        self._owner = owner
+        self._before = {name: owner.__dict__[name] for name in ours if name in owner.__dict__}
+        self._made = {}
+        for name, called in ours.items():
+            plain = getattr(owner, name)
+            self._made[name] = Replacement(plain, functools.partial(called, plain))
+            setattr(owner, name, self._made[name])
+
+    def undo(self) -> None:
+        """Put things back. What somebody has laid over a replacement since then stays, and finds the original."""
+        for name, made in self._made.items():
+            made.give_way()
+            if self._owner.__dict__.get(name) is made:
+                del self._owner.__dict__[name]
+                if name in self._before:
+                    setattr(self._owner, name, self._before[name])
 
 
 def by_name(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,21 +86,28 @@ def by_name(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     return found
 
 
-def refuse_hidden(call: Mapping[str, Any], placeholder: int) -> None:
-    """`BadInput` for images that come in another way than as pixels: nobody would prune them."""
-    hidden = [name for name in ("mm_encoder_outputs", "pixel_values_videos") if call.get(name) is not None]
+def refuse_hidden(call: Mapping[str, Any], taken: Collection[str], stands_for: Callable[[Any], Any]) -> None:
+    """`BadInput` for images that come in another way than as pixels, which nobody would prune.
+
+    Args:
+        call: arguments of `generate` or `forward`.
+        taken: those that the family understands.
+        stands_for: where ids stand for vision tokens.
+    """
+    hidden = [n for n in ("mm_encoder_outputs", "pixel_values_videos") if call.get(n) is not None and n not in taken]
     ids = call.get("input_ids")
-    if call.get("inputs_embeds") is not None and ids is not None and bool((ids == placeholder).any()):
+    if call.get("inputs_embeds") is not None and ids is not None and bool(stands_for(ids).any()):
         hidden.append("inputs_embeds")
     if hidden:
         raise BadInput(f"a pruned model cannot take {hidden[0]}: {_REFUSED[hidden[0]]}")
 
 
-def refuse(call: Mapping[str, Any], config: Any = None) -> None:
+def refuse(call: Mapping[str, Any], taken: Collection[str], config: Any = None) -> None:
     """`BadInput` for arguments that a pruned model cannot honour.
 
     Args:
         call: arguments of `generate` or `forward` that come with images.
+        taken: those that the family understands.
         config: the model's generation config, for `generate`.
     """
     given = call.get("generation_config")
@@ -72,7 +119,7 @@ def refuse(call: Mapping[str, Any], config: Any = None) -> None:
         return None
 
     for name, why in _REFUSED.items():
-        if asked(name) is not None:
+        if name not in taken and asked(name) is not None:
             raise BadInput(f"a pruned model cannot take {name}: {why}")
     if asked("cache_implementation") not in _DYNAMIC:
         raise BadInput(

@@ -4,22 +4,14 @@ Letters: I images, G images with equally many tokens, N tokens of an image, k to
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ocvtp.methods import Budget, Encoded, Kept, Method
+from ocvtp.pruning.videos import VideoBudget
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Layout, Placed
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What stays of one image: numbers of its tokens, ascending, on the CPU, and what the LLM reads in their place."""
-
-    indices_k: Tensor
-    placed: Placed
 
 
 def choose(
@@ -29,21 +21,22 @@ def choose(
     images: Images,
     seeds: Sequence[int],
     prompts: Sequence[list[int]],
-) -> list[Choice]:
-    """Choose the tokens of each image. Images whose tokens stand alike go through the method together.
+    videos: VideoBudget | None = None,
+) -> list[Placed]:
+    """What stays of each image. Images whose tokens stand alike go through the method together.
 
     `seeds` and `prompts` (token ids, without placeholders and padding) are one an image.
     """
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
-    for encoded in encode_groups(family, method, budget, images, seeds, prompts):
+    for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
         with torch.no_grad():
             kept = method.choose(encoded)
         for member, (chosen, taken) in zip(encoded.members, _taken(kept, encoded), strict=True):
             indices[member], values[member] = chosen, taken
     order = range(len(images))
     features = family.project([values[i] for i in order])
-    return [Choice(indices[i], family.place(images, i, indices[i], features[i])) for i in order]
+    return [family.place(images, i, indices[i], features[i]) for i in order]
 
 
 def slots(
@@ -53,10 +46,11 @@ def slots(
     images: Images,
     seeds: Sequence[int],
     prompts: Sequence[list[int]],
+    videos: VideoBudget | None = None,
 ) -> list[Tensor | None]:
     """Attention of the slots by which tokens of each image are chosen, [K, N]; None where there are none."""
     found: dict[int, Tensor | None] = {}
-    for encoded in encode_groups(family, method, budget, images, seeds, prompts):
+    for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
         with torch.no_grad():
             attention_GKN = method.slots(encoded)
         for row, member in enumerate(encoded.members):
@@ -72,14 +66,25 @@ def encode_groups(
     seeds: Sequence[int],
     prompts: Sequence[list[int]],
     vision: Vision | None = None,
+    *,
+    videos: VideoBudget | None = None,
 ) -> Iterator[Encoded]:
     """The images as the method sees them, in groups, after one pass of the tower, unless its `vision` is given."""
-    counts = family.counts(images)
-    keeps = [budget.tokens(count, f"image {number}") for number, count in enumerate(counts)]
+    keeps = _keeps(budget, videos or VideoBudget(budget), images, family.counts(images))
     vision = method.encode(family, images, keeps) if vision is None else vision
     for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
         yield Encoded(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
+
+
+def _keeps(budget: Budget, videos: VideoBudget, images: Images, counts: Sequence[int]) -> list[int]:
+    """Tokens that stay of each image, and of each frame of videos."""
+    keeps, done = [budget.at_most(count) for count in counts[: images.stills]], images.stills
+    for number, frames in enumerate(images.videos):
+        seconds = None if images.seconds is None else images.seconds[number]
+        keeps += videos.keeps(counts[done : done + frames], seconds, number)
+        done += frames
+    return keeps
 
 
 def _groups(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int], list[int]]:

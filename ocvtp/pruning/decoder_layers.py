@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.errors import BadInput
-from ocvtp.methods.inside import Inside, Stage, Step, counts
+from ocvtp.errors import BadInput, Incompatible
+from ocvtp.methods.inside import Inside, Scored, Stage, Step, counts
 from ocvtp.pruning import calls
 from ocvtp.pruning.attention import Read, attended, readable
 from ocvtp.pruning.prefix import Held, Prefix
@@ -186,7 +186,12 @@ class Shortening(Run):
     def _score(self, layer: Any, index: int, states_BqD: Tensor, call: Mapping[str, Any], cache: Any) -> None:
         past = cache.layers[index].keys if cache is not None and cache.get_seq_length(index) else None
         read = Read(states_BqD, call["position_embeddings"], self._whole(index), past)
-        self._scores_IN = self.prompts.vision(attended(layer, read, self.prompts.rows))
+        prompts, (columns_IN, there_IN) = self.prompts, self.prompts.places()
+        rows_I1 = prompts.rows.prompts_I[:, None]
+        scored = Scored(
+            states_BqD[rows_I1, columns_IN], there_IN, lambda: prompts.vision(attended(layer, read, prompts.rows))
+        )
+        self._scores_IN = prompts.guarded(self._method.score(scored))
 
     def _shorten(self, number: int, states_BqD: Tensor) -> Tensor:
         assert self._scores_IN is not None  # noqa: S101 - no stage prunes before it has scored
@@ -218,28 +223,37 @@ class Shortening(Run):
         return torch.cat([before_BS, self.prompts.mask_BS], 1)
 
 
-class Layers:
+class Layers(calls.Uncopied):
     """The hooks on one model."""
 
-    def __init__(self, model: Any, method: Inside) -> None:
+    def __init__(self, model: Any, method: Inside, added: int) -> None:
         """Put them on.
 
+        Args:
+            model: with a language model.
+            method: which tokens go, and where.
+            added: the model adds vision features by the column to what so many of the first layers make.
+
         Raises:
-            Incompatible: a language model whose attention cannot be computed from outside.
+            Incompatible: a language model whose attention cannot be computed from outside, or that adds features to
+                columns that are gone.
         """
         self.decoder = model.get_decoder()
         self._name = method.name
-        for stage in method.stages:
+        first = min(stage.pruned for stage in method.stages)
+        if first < added:
+            raise Incompatible(
+                f"{method.name} drops tokens before layer {first} (from 0), but this model adds features of its vision "
+                f"tower (DeepStack) to the first {added} layers: have it begin at layer {added} or later, or choose a "
+                "method before the LLM"
+            )
+        for stage in method.stages if method.reads_attention else ():
             readable(self.decoder.layers[stage.scored], method.name)
         self._now = threading.local()
         self._hooks = [
             layer.register_forward_pre_hook(partial(self._before, index), prepend=True, with_kwargs=True)
             for index, layer in enumerate(self.decoder.layers)
         ]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Layers":
-        """`BadInput`: a copy would follow the model that it was copied from."""
-        raise BadInput(calls.NO_COPY)
 
     def check(self, cache: Any) -> None:
         """`BadInput` where prompts cannot grow shorter between layers."""
@@ -249,6 +263,12 @@ class Layers:
             raise BadInput(
                 f"{self._name} drops tokens between layers, which gradient checkpointing would run twice: call "
                 "gradient_checkpointing_disable(), or choose a method before the LLM"
+            )
+        modules = (self.decoder, *self.decoder.layers)
+        if any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in modules):
+            raise BadInput(
+                f"{self._name} drops tokens between layers, by hooks that a compiled language model runs otherwise: "
+                "load it without compile(), or choose a method before the LLM"
             )
         if isinstance(cache, QuantizedCache):
             raise BadInput(

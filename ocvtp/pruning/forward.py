@@ -17,10 +17,12 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Method
 from ocvtp.methods.inside import Inside
 from ocvtp.pruning.decoder_layers import Decoding, Inputs, Layers, several_positions
+from ocvtp.pruning.features import Features
 from ocvtp.pruning.prefix import Held, Prefix
 from ocvtp.pruning.shortening import counts_of, kept_of, loss_of, shortening
 from ocvtp.pruning.splice import Positions, Spliced, Spot, cut, splice
 from ocvtp.vlms.family import Family
+from ocvtp.vlms.images import Images
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Forward:
             Incompatible: the method acts inside a language model whose layers it cannot read.
         """
         self._model, self._family, self._plain, self._budget = model, family, plain, budget
-        places = several_positions(model.get_decoder().config)
+        places = self._several = several_positions(model.get_decoder().config)
         # M-RoPE's are places in a picture, which stay right whatever is dropped.
         self._positions: Positions = positions or ("original" if places else default)
         self._method = method if isinstance(method, Inside) else None
@@ -73,10 +75,12 @@ class Forward:
                     "places in a picture: leave positions out, or say 'original'"
                 )
             self._positions = "original" if places else self._positions
-            self._layers = Layers(model, self._method)
+            self._layers = Layers(model, self._method, family.added)
+        self._features = Features(model.model)
 
     def remove(self) -> None:
         """Take hooks off the model."""
+        self._features.remove()
         if self._layers is not None:
             self._layers.remove()
 
@@ -93,8 +97,13 @@ class Forward:
         if self._layers is None or self._method is None:
             return
         self._layers.check(call.get("past_key_values"))
-        for number, count in enumerate(counts):
-            self._method.planned(count, self._budget.tokens(count, f"image {number}"))
+        for count in counts:
+            self._method.planned(count, self._budget.at_most(count))
+
+    def check_images(self, images: Images) -> None:
+        """`BadInput` for videos under M-RoPE whose frames, which overlap in place, would be numbered anew."""
+        if images.videos and self._positions == "compact" and self._several:
+            raise BadInput("positions='compact' cannot be had with videos and M-RoPE: leave positions out")
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
 
@@ -119,8 +128,12 @@ class Forward:
         told = Told(spliced.columns_BS)
         prefix = Prefix.of(cache)
         layers = self._hooks(prefix)
+        features = self._features.given(
+            {kind: self._family.features(parts_XD, kind) for kind, parts_XD in spliced.features.items()}
+        )
         if layers is None:
-            output = self._plain(**call)
+            with features as asking:
+                output = self._plain(**call, **asking)
         else:
             labels_BS = call.pop("labels", None)
             assert self._method is not None  # noqa: S101 - else there are no layers
@@ -128,8 +141,8 @@ class Forward:
                 layers, self._method, self._budget, spliced, spots, self._positions,
                 labels_BS=labels_BS, length=encoded.length, before_BS=before_BS, prefix=prefix,
             )  # fmt: skip
-            with layers.running(run):
-                output = self._plain(**call)
+            with features as asking, layers.running(run):
+                output = self._plain(**call, **asking)
             copies = len(spots) // len(encoded.spots)
             told = Told(run.prompts.columns_BS, kept_of(run, copies), counts_of(run, copies))
             held = tuple(run.held)
@@ -138,8 +151,6 @@ class Forward:
                 output = type(output)(**{**output, "loss": loss_of(self._model, output.logits, labels_BS, call)})
         if getattr(output, "past_key_values", None) is not None:
             Prefix(whole_BS, spliced.next_B, full, held).remember(output.past_key_values)
-        if hasattr(output, "image_hidden_states"):
-            output.image_hidden_states = spliced.features_XD
         return (output if (self._model.config.return_dict if asked is None else asked) else output.to_tuple()), told
 
     def _placed(
@@ -160,14 +171,16 @@ class Forward:
 
     def _rewritten(self, call: Mapping[str, Any], spliced: Spliced) -> dict[str, Any]:
         """The arguments of the shortened call, but for the mask."""
-        ids_BS = spliced.gather(call["input_ids"], self._family.padding)
-        embeds_BSD = self._model.get_input_embeddings()(ids_BS)
-        features_XD = spliced.features_XD.to(embeds_BSD.device, embeds_BSD.dtype)
-        where_BSD = spliced.image_BS.to(embeds_BSD.device)[..., None].expand_as(embeds_BSD)
+        ids_BL, columns = call["input_ids"], self._family.column_inputs
+        dropped = {*self._family.vision_inputs, "mm_encoder_outputs"}  # which `generate` leaves empty
         rewritten = {
-            **{name: value for name, value in call.items() if name not in self._family.vision_inputs},
-            "input_ids": None,
-            "inputs_embeds": embeds_BSD.masked_scatter(where_BSD, features_XD),
+            **{name: value for name, value in call.items() if name not in dropped},
+            **{
+                name: spliced.gather(call[name][:, -ids_BL.shape[1] :], filler)
+                for name, filler in columns.items()
+                if call.get(name) is not None
+            },
+            "input_ids": spliced.gather(ids_BL, self._family.padding),
             "position_ids": self._family.position_ids(spliced.positions_PBS),
         }
         if call.get("labels") is not None:
@@ -185,11 +198,15 @@ class Forward:
         mask_BL = call.get("attention_mask")
         mask_BS, positions_Bt = prefix.since(call["past_key_values"], mask_BL, length, batch)
         tail = mask_BL is None or bool(mask_BS[:, prefix.mask_BS.shape[1] :].all())
-        positions_1Bq = positions_Bt[None, :, -length:]
+        positions_PBq = positions_Bt[None, :, -length:]
+        if call.get("position_ids") is not None and self._several and self._positions == "original":
+            # As `generate` counts them: after a video in M-RoPE not from its largest position, as `forward` does.
+            positions_PBq = self._family.positions(call, mask_BS, 0)
+        dropped = {*self._family.vision_inputs, *self._family.column_inputs}
         call = {
-            **{name: value for name, value in call.items() if name not in self._family.vision_inputs},
+            **{name: value for name, value in call.items() if name not in dropped},
             "attention_mask": None if prefix.full and tail else mask_BS,
-            "position_ids": self._family.position_ids(positions_1Bq),
+            "position_ids": self._family.position_ids(positions_PBq),
         }
         layers = self._hooks(prefix)
         if layers is None or not prefix.later:
@@ -198,7 +215,7 @@ class Forward:
             held.first: Inputs(
                 prefix.whole(held.first, mask_BS),
                 held.full and tail,
-                positions_1Bq + prefix.shift(held.first)[:, None],
+                positions_PBq + prefix.shift(held.first)[:, None],
             )
             for held in prefix.later
         }

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from ocvtp.methods import Budget, Entry, Keep, Method, entry_of, options_of
 from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
-from ocvtp.pruning.choosing import Choice, choose, slots
+from ocvtp.pruning.choosing import choose, slots
 from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.memory import Remembering, VisionMemory
+from ocvtp.pruning.options import Options
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
+from ocvtp.pruning.videos import VideoBudget
 from ocvtp.vlms.families import family_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Images
@@ -39,9 +41,10 @@ def prune(
     keep: Keep | None = None,
     pruner: Any = None,
     *,
+    video_keep: Keep | None = None,
     seed: int = 0,
     positions: Positions | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> "Handle":
     """Prune the vision tokens of a model from now on, in place.
 
@@ -51,6 +54,7 @@ def prune(
         keep: tokens an image (int), a share of them in (0, 1], or a percentage such as "11.1%". Only `vanilla` needs
             none.
         pruner: for `oc-vtp`: an `OCPruner`, a folder, or an id on the hub.
+        video_keep: of videos, if other than `keep` of each frame: a budget "16/frame", "128/video" or "32/second".
         seed: of methods with randomness. What is kept of an image depends on it and on the image alone.
         positions: `compact` numbers the shortened prompt anew, `original` leaves each token its position; None: as the
             method has it; with M-RoPE (Qwen2.5-VL) `original`, and always so inside the LLM.
@@ -80,13 +84,18 @@ def prune(
     built = entry.build(family, pruner, options_of(entry, options))
     if isinstance(built, Inside) and family.facts.tokens is not None:
         built.planned(family.facts.tokens, budget.tokens(family.facts.tokens))
-    return Handle(model, entry, family, built, budget, seed, positions)
+    videos = VideoBudget(budget) if video_keep is None else VideoBudget.parse(video_keep)
+    if video_keep is not None and "pixel_values_videos" not in family.vision_inputs:
+        raise BadInput(f"video_keep is {video_keep!r}, but videos of this family are not pruned: leave it out")
+    if video_keep is not None and isinstance(built, Inside):
+        raise BadInput(f"video_keep is {video_keep!r}, but {method} drops tokens inside the LLM by keep alone")
+    return Handle(model, entry, family, built, budget, seed, positions, videos)
 
 
 _EVERYTHING = Budget.parse(1.0)
 
 
-class Handle:
+class Handle(calls.Uncopied):
     """Pruning on one model.
 
     Attributes:
@@ -94,7 +103,8 @@ class Handle:
         method: name of the method.
         keep: the budget as it was given.
         seed: of the run.
-        last_kept: for each image of the last call, the numbers of the tokens that stayed, ascending.
+        last_kept: for each image of the last call, and behind them for each frame of its videos, the numbers of the
+            tokens that stayed, ascending.
         last_layers: for each layer of the language model, the tokens of each of these images that it read. They are
             fewer in later layers if the method acts inside the LLM, and may then contain merged tokens.
         last_columns: [B, S]: the caller's column that each column of the last shortened prompts, and so of their
@@ -103,7 +113,7 @@ class Handle:
 
     def __init__(
         self, model: Any, entry: Entry, family: Family, method: Method | None, budget: Budget, seed: int,
-        positions: Positions | None,
+        positions: Positions | None, videos: VideoBudget | None = None,
     ) -> None:  # fmt: skip
         self.model, self.method, self.keep, self.seed = model, entry.name, budget.written, seed
         self.last_kept: list[list[int]] = []
@@ -112,31 +122,34 @@ class Handle:
         self._family, self._method = family, method
         # A method inside the LLM chooses there: before it everything stays.
         self._budget = _EVERYTHING if isinstance(method, Inside) else budget
+        self._videos = VideoBudget(self._budget) if isinstance(method, Inside) or videos is None else videos
         self._depth: int = model.get_decoder().config.num_hidden_layers
         self._samples: list[str] | None = None
         self._random, self._needs_text = entry.random, entry.needs_text
         self._running = threading.local()
-        self._before = {name: model.__dict__[name] for name in ("generate", "forward") if name in model.__dict__}
         self._generate, self._forward = model.generate, model.forward
         self._prompts = Forward(model, family, model.forward, method, budget, positions, entry.positions)
-        model.generate = calls.Replacement(model.generate, self._pruned_generate)
-        model.forward = calls.Replacement(model.forward, self._pruned_forward)
+        self._replaced = calls.Replaced(model, {"generate": self._pruned_generate, "forward": self._pruned_forward})
         model._ocvtp_handle = self
 
+    @property
+    def _active(self) -> bool:
+        return self.model.__dict__.get("_ocvtp_handle") is self
+
     def remove(self) -> None:
-        """Give the model back as it was. A second call does nothing."""
-        if self.model.__dict__.get("_ocvtp_handle") is not self:
+        """Give the model back as it was. A second call does nothing.
+
+        What was laid over `forward` or `generate` in the meantime, such as accelerate's hooks, stays there.
+        """
+        if not self._active:
             return
-        for name in ("generate", "forward", "_ocvtp_handle"):
-            del self.model.__dict__[name]
-        self.model.__dict__.update(self._before)
+        del self.model.__dict__["_ocvtp_handle"]
+        self._replaced.undo()
         self._prompts.remove()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
-        """`BadInput`: a copy would prune the model that it was copied from."""
-        raise BadInput(calls.NO_COPY)
-
     def __enter__(self) -> "Handle":
+        if not self._active:
+            raise BadInput("this handle was removed: nothing would be pruned in here; call ocvtp.prune again")
         return self
 
     def __exit__(
@@ -167,21 +180,24 @@ class Handle:
             return [None] * (0 if images is None else len(images))
         with torch.no_grad():
             prompts = self._prompts_of(call.get("input_ids"), call.get("attention_mask"), images)
-            return slots(self._family, self._method, self._budget, images, self._seeds(images), prompts)
+            return slots(self._family, self._method, self._budget, images, self._seeds(images), prompts, self._videos)
 
     # --- In place of the model's own -----------------------------------------------------------------------------
 
-    def _pruned_generate(self, *args: Any, **kwargs: Any) -> Any:
-        call = calls.by_name(self._generate, args, kwargs)
+    def _pruned_generate(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        call = calls.by_name(plain, args, kwargs)
         if Prefix.of(call.get("past_key_values")) is not None:
-            raise BadInput("generate cannot go on from a cache of pruned prompts: give the whole conversation anew")
+            raise BadInput(
+                "generate cannot go on from a cache of pruned prompts, as it would for a next turn, or as a draft for "
+                "another model: give the whole conversation anew, or go on by forward"
+            )
         images = self._family.images(call)
         if self._method is not None:
-            calls.refuse_hidden(call, self._family.placeholder)
+            calls.refuse_hidden(call, self._family.vision_inputs, self._family.stands_for)
         if images is None or self._method is None:
             self._keep_all(images)
             return self._run_generate(None, call)
-        calls.refuse(call, self.model.generation_config)
+        calls.refuse(call, self._family.vision_inputs, self.model.generation_config)
         self._prompts.check(call, self._family.counts(images))
         ids_BL = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
         with torch.no_grad():
@@ -203,20 +219,20 @@ class Handle:
         state: tuple[bool, EncodedCall | None] = getattr(self._running, "state", (False, None))
         return state
 
-    def _pruned_forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = calls.by_name(self._forward, args, kwargs)
+    def _pruned_forward(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        call = calls.by_name(plain, args, kwargs)
         inside, encoded = self._state()
         cache, ids_Bq = call.get("past_key_values"), call.get("input_ids")
         if encoded is not None:
             fresh = Prefix.of(cache) is None
-            if fresh and ids_Bq is not None and bool((ids_Bq == self._family.placeholder).any()):
+            if fresh and ids_Bq is not None and bool(self._family.stands_for(ids_Bq).any()):
                 return self._shortened(call, encoded, len(ids_Bq))
         elif not inside:
             if self._method is not None:
-                calls.refuse_hidden(call, self._family.placeholder)
+                calls.refuse_hidden(call, self._family.vision_inputs, self._family.stands_for)
             images = self._family.images(call)
             if images is not None and self._method is not None:
-                calls.refuse(call)
+                calls.refuse(call, self._family.vision_inputs)
                 self._prompts.check(call, self._family.counts(images))
                 encoded = self._encode(self._method, ids_Bq, call.get("attention_mask"), images)
                 return self._shortened(call, encoded, encoded.rows)
@@ -231,19 +247,30 @@ class Handle:
         """Choose tokens of each image, and find out where they go."""
         if ids_BL is None:
             raise BadInput("a pruned model needs input_ids beside images")
+        self._prompts.check_images(images)
         found = self._family.find(ids_BL, images)
         prompts = self._prompts_of(ids_BL, mask_BL, images)
-        choices = choose(self._family, method, self._budget, images, self._seeds(images), prompts)
-        self.last_kept = [choice.indices_k.tolist() for choice in choices]
-        self.last_layers = [[len(choice.placed.places_X) for choice in choices] for _ in range(self._depth)]
-        spots = [_spot(*where, choice) for where, choice in zip(found, choices, strict=True)]
+        placed = choose(self._family, method, self._budget, images, self._seeds(images), prompts, self._videos)
+        self.last_kept = [each.kept for each in placed]
+        self.last_layers = [[len(each.places_X) for each in placed] for _ in range(self._depth)]
+        spots = [
+            Spot(
+                each.features_XD,
+                each.places_X,
+                each.numbers_X,
+                each.whole,
+                *where,
+                "image" if number < images.stills else "video",
+            )
+            for number, (where, each) in enumerate(zip(found, placed, strict=True))
+        ]
         return EncodedCall(spots, *ids_BL.shape)
 
     def _prompts_of(self, ids_BL: Tensor | None, mask_BL: Tensor | None, images: Images) -> list[list[int]]:
         """Token ids of the prompt that each image stands in, if the method reads them."""
         if ids_BL is None or not self._needs_text:
             return [[]] * len(images)
-        texts = _texts(ids_BL, mask_BL, self._family.placeholder)
+        texts = _texts(ids_BL, mask_BL, ~self._family.stands_for(ids_BL))
         return [texts[row] for row, _, _ in self._family.find(ids_BL, images)]
 
     def _shortened(self, call: dict[str, Any], encoded: EncodedCall, rows: int) -> Any:
@@ -280,14 +307,8 @@ def _name_of(pixels: Tensor) -> str:
     return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
 
 
-def _texts(ids_BL: Tensor, mask_BL: Tensor | None, placeholder: int) -> list[list[int]]:
-    """Token ids of each prompt, without placeholders and padding."""
-    real_BL = ids_BL != placeholder
+def _texts(ids_BL: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> list[list[int]]:
+    """Token ids of each prompt, without what is not real and without padding."""
     if mask_BL is not None:
-        real_BL &= mask_BL[:, -ids_BL.shape[1] :].to(real_BL.device).bool()
+        real_BL = real_BL & mask_BL[:, -ids_BL.shape[1] :].to(real_BL.device).bool()
     return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, real_BL, strict=True)]
-
-
-def _spot(row: int, start: int, length: int, choice: Choice) -> Spot:
-    placed = choice.placed
-    return Spot(row, start, length, placed.places_X, placed.features_XD, placed.numbers_X, placed.whole)

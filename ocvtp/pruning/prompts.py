@@ -70,16 +70,21 @@ class Prompts:
         """There is no padding."""
         return all(length == self.mask_BS.shape[1] for length in self.lengths)
 
-    def vision(self, scores_IS: Tensor) -> Tensor:
-        """Of something with an entry a column those of each image's tokens, [I, N]; -inf where it has fewer."""
-        columns_IN, there_IN = self._places()
-        scores_IN = scores_IS.gather(1, columns_IN).masked_fill(~there_IN, -torch.inf)
+    def vision(self, columns_IS: Tensor) -> Tensor:
+        """Of something with an entry a column those of each image's tokens, [I, N]."""
+        return columns_IS.gather(1, self.places()[0])
+
+    def guarded(self, scores_IN: Tensor) -> Tensor:
+        """Scores of images' tokens: -inf where an image has fewer than others, inf for tokens that ask."""
+        columns_IN, there_IN = self.places()
+        scores_IN = scores_IN.masked_fill(~there_IN, -torch.inf)
         if not self.vision_asks:
             return scores_IN
-        asks_IS = torch.zeros_like(scores_IS, dtype=torch.bool).scatter(1, self.rows.columns_IR, value=True)
+        asks_IS = torch.zeros(len(scores_IN), self.mask_BS.shape[1], dtype=torch.bool, device=scores_IN.device)
+        asks_IS = asks_IS.scatter(1, self.rows.columns_IR, value=True)
         return scores_IN.masked_fill(asks_IS.gather(1, columns_IN) & there_IN, torch.inf)
 
-    def _places(self) -> tuple[Tensor, Tensor]:
+    def places(self) -> tuple[Tensor, Tensor]:
         """The columns of each image's tokens, [I, N], filled up with its first, and which of them are there."""
         device = self.mask_BS.device
         starts_I1 = torch.tensor([[span.start] for span in self.spans], device=device)
@@ -124,7 +129,7 @@ class Prompts:
         if self.stay(steps):
             return self, states_BSD
         stays_IN = self._stays(scores_IN, steps)
-        columns_IN, there_IN = self._places()
+        columns_IN, there_IN = self.places()
         length = self.mask_BS.shape[1]
         # Where an image has fewer tokens than others, what would be written falls into a column that is cut off.
         marks_BX = torch.nn.functional.pad(self.mask_BS.bool(), (0, 1))
@@ -217,8 +222,8 @@ def prompts_of(spliced: Spliced, near: Spliced, spots: Sequence[Spot], asks: Seq
     device = spliced.mask_BS.device
     spans = []
     for spot in spots:
-        start = int((near.columns_BS[spot.row] == spot.columns_k[0]).nonzero()[0])
-        spans.append(Span(spot.row, int(near.mask_BS[spot.row, :start].sum()), start, len(spot.places_k)))
+        start = int((near.columns_BS[spot.row] == spot.columns_X[0]).nonzero()[0])
+        spans.append(Span(spot.row, int(near.mask_BS[spot.row, :start].sum()), start, len(spot.places_X)))
     columns = [torch.tensor(asks[span.row], device=device) for span in spans]
     columns_IR = pad_sequence(columns, batch_first=True, padding_value=-1)
     rows = Rows(
@@ -226,7 +231,7 @@ def prompts_of(spliced: Spliced, near: Spliced, spots: Sequence[Spot], asks: Seq
         torch.where(columns_IR < 0, columns_IR[:, :1], columns_IR),
         columns_IR >= 0,
     )
-    numbers = [spot.numbers_k.to(device) for spot in spots]
+    numbers = [spot.numbers_X.to(device) for spot in spots]
     return Prompts(
         columns_BS=spliced.columns_BS,
         mask_BS=spliced.mask_BS,

@@ -44,18 +44,18 @@ def shortening(
     asks = _asks(near, labels_BS, length)
     prompts = prompts_of(spliced, near, spots, asks)
     texts = [_text(near, span.row, span.start + span.count, asks[span.row]) for span in prompts.spans]
-    steps = [_steps(method, budget, spot, number) for number, spot in enumerate(spots)]
+    steps = [_steps(method, budget, spot) for spot in spots]
     return Shortening(
         layers.decoder, method, prompts, steps, mode,
         texts=texts, next_B=spliced.next_B, before_BS=before_BS, prefix=prefix,
     )  # fmt: skip
 
 
-def _steps(method: Inside, budget: Budget, spot: Spot, image: int) -> list[Step]:
+def _steps(method: Inside, budget: Budget, spot: Spot) -> list[Step]:
     """Of an image. What stands among its tokens, such as the ends of rows in LLaVA-NeXT, counts like these."""
-    read, tokens = len(spot.numbers_k), int((spot.numbers_k >= 0).sum())
-    everything = budget.tokens(tokens, f"image {image}") == tokens
-    return method.planned(read, read if everything else budget.tokens(read, f"image {image}"))
+    read, tokens = len(spot.numbers_X), int((spot.numbers_X >= 0).sum())
+    everything = budget.at_most(tokens) == tokens
+    return method.planned(read, read if everything else budget.at_most(read))
 
 
 def _asks(spliced: Spliced, labels_BS: Tensor | None, length: int | None) -> list[list[int]]:

@@ -4,56 +4,52 @@ Positions. `original`: each token has that of the whole prompt. `compact`: gaps 
 tokens, those that stay follow one another; where they are places in a picture (M-RoPE), rows and columns of it of which
 nothing stays are left out. What follows begins after the largest position of the image, as in a whole prompt.
 
-Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, k tokens kept of an image,
-P rows of positions (1, or 3 for M-RoPE), D width of the language model.
+Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, X tokens of an image that stay
+and what stays for their sake, P rows of positions (1, or 3 for M-RoPE), D width of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ocvtp.vlms.images import Kind, Placed
+
 Positions = Literal["compact", "original"]
 
 
 @dataclass(frozen=True)
-class Spot:
+class Spot(Placed):
     """An image in the prompts.
 
     Attributes:
         row, start, length: where its placeholders stand.
-        places_k: which of `whole` places stay, ascending; on the CPU.
-        features_kD: what is put there.
-        numbers_k: which of the image's tokens it is; -1 for what is no token. On the CPU.
-        whole: places that the image would have with all tokens: one a placeholder, in most families.
+        kind: of these.
     """
 
     row: int
     start: int
     length: int
-    places_k: Tensor
-    features_kD: Tensor
-    numbers_k: Tensor
-    whole: int
+    kind: Kind = "image"
 
     @property
-    def columns_k(self) -> Tensor:
+    def columns_X(self) -> Tensor:
         """Columns of the caller; of places that have no placeholder the last one's."""
-        return self.start + self.places_k.clamp(max=self.length - 1)
+        return self.start + self.places_X.clamp(max=self.length - 1)
 
     def moved(self, positions_PL: Tensor, mode: Positions) -> tuple[Tensor, int]:
-        """Positions of the tokens that stay, [P, k], and by how much what follows them moves."""
+        """Positions of the tokens that stay, [P, X], and by how much what follows them moves."""
         span_PN = positions_PL[:, self.start : self.start + self.length]
-        columns_k = self.columns_k
-        positions_Pk = positions_PL[:, columns_k] + (self.start + self.places_k - columns_k)
+        columns_X = self.columns_X
+        positions_PX = positions_PL[:, columns_X] + (self.start + self.places_X - columns_X)
         if mode == "original":
-            return positions_Pk, self.whole - self.length
+            return positions_PX, self.whole - self.length
         first_P1, length = span_PN[:, :1], int((span_PN.amax(1) - span_PN[:, 0]).max()) + 1
-        ranks_Pk = torch.stack([torch.unique(row_k, return_inverse=True)[1] for row_k in positions_Pk])
-        left = int(ranks_Pk.max()) + 1 if len(columns_k) else 0
-        return first_P1 + ranks_Pk, left - length
+        ranks_PX = torch.stack([torch.unique(row_X, return_inverse=True)[1] for row_X in positions_PX])
+        left = int(ranks_PX.max()) + 1 if len(columns_X) else 0
+        return first_P1 + ranks_PX, left - length
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Spliced:
         mask_BS: 1 for tokens, 0 for padding.
         positions_PBS: of the tokens; 0 for padding.
         next_B: the position of the next token of each prompt.
-        features_XD: of all vision tokens, row by row.
+        features: of all vision tokens of a kind, row by row, [X, D].
         right: padding stands on the right.
     """
 
@@ -75,7 +71,7 @@ class Spliced:
     mask_BS: Tensor
     positions_PBS: Tensor
     next_B: Tensor
-    features_XD: Tensor
+    features: Mapping[Kind, Tensor]
     right: bool
 
     def gather(self, rows_BL: Tensor, filler: int) -> Tensor:
@@ -110,14 +106,16 @@ def splice(mask_BL: Tensor, positions_PBL: Tensor, spots: Sequence[Spot], mode: 
     ]
     length = max(len(row.columns_S) for row in rows)
     columns, images, masks, positions, nexts = zip(*(row.padded(length, right=right) for row in rows), strict=True)
-    ordered = [spot.features_kD for row in range(len(rows)) for spot in spots if spot.row == row]
+    features = dict[Kind, list[Tensor]]()
+    for spot in sorted(spots, key=lambda spot: (spot.row, spot.start)):
+        features.setdefault(spot.kind, []).append(spot.features_XD)
     return Spliced(
         columns_BS=torch.stack(columns).to(device),
         image_BS=torch.stack(images).to(device),
         mask_BS=torch.stack(masks).to(device),
         positions_PBS=torch.stack(positions, 1).to(device),
         next_B=torch.tensor(nexts, device=device),
-        features_XD=torch.cat(ordered),
+        features={kind: torch.cat(parts) for kind, parts in features.items()},
         right=right,
     )
 
@@ -148,10 +146,10 @@ class _Row:
 def _row(mask_L: Tensor, positions_PL: Tensor, spots: Sequence[Spot], mode: Positions, *, right: bool) -> _Row:
     columns, positions, images, done, shift = list[Tensor](), list[Tensor](), list[Tensor](), 0, 0
     for spot in sorted(spots, key=lambda spot: spot.start):
-        moved_Pk, further = spot.moved(positions_PL, mode)
-        columns += [torch.arange(done, spot.start), spot.columns_k]
-        positions += [positions_PL[:, done : spot.start] + shift, moved_Pk + shift]
-        images += [torch.zeros(spot.start - done, dtype=torch.bool), torch.ones(len(spot.places_k), dtype=torch.bool)]
+        moved_PX, further = spot.moved(positions_PL, mode)
+        columns += [torch.arange(done, spot.start), spot.columns_X]
+        positions += [positions_PL[:, done : spot.start] + shift, moved_PX + shift]
+        images += [torch.zeros(spot.start - done, dtype=torch.bool), torch.ones(len(spot.places_X), dtype=torch.bool)]
         done, shift = spot.start + spot.length, shift + further
     columns.append(torch.arange(done, len(mask_L)))
     positions.append(positions_PL[:, done:] + shift)

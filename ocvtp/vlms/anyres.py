@@ -1,16 +1,16 @@
-"""Of an image for LLaVA-NeXT: which tiles the tower sees, and which of their patches are tokens, in which order.
+"""Of an image for LLaVA-NeXT and OneVision: which tiles the tower sees, and which patches are tokens, in which order.
 
-Letters: N tokens of an image, k tokens kept.
+Letters: N tokens of an image, k tokens kept, X those and newlines, D width of the language model.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ocvtp.vlms.images import Grid, Layout, Map, Part
+from ocvtp.vlms.images import Grid, Layout, Map, Part, Placed
 
 Merge = Literal["spatial_unpad", "spatial", "flat"]
 MERGES: tuple[Merge, ...] = ("spatial_unpad", "spatial", "flat")
@@ -45,6 +45,10 @@ class Shape:
         """N."""
         return len(self.patches_N)
 
+    def arranged(self, patches_TPX: Tensor) -> Tensor:
+        """Something of each patch of its tiles for its tokens, [N, ...]."""
+        return patches_TPX.flatten(0, 1)[self.patches_N.to(patches_TPX.device)]
+
     def maps(self) -> list[Map]:
         """Where tokens lie over the image: those of the whole of it, then those of its tiles."""
         side, width = self.layout[0].grid
@@ -70,6 +74,16 @@ class Shape:
         return indices_k + rows_k, tiled.start + (stay + 1) * (width + 1) - 1
 
 
+def with_newlines(shape: Any, indices_k: Tensor, features_kD: Tensor, newline_D: Tensor) -> Placed:
+    """Tokens, and the newlines of rows of which one stays, where they go among `shape.span` placeholders."""
+    tokens_k, ends_X = shape.newlines_of(indices_k)
+    places_X, order_X = torch.cat([tokens_k, ends_X]).sort()
+    newline_XD = newline_D.to(features_kD).expand(len(ends_X), -1)
+    numbers_X = torch.cat([indices_k, torch.full_like(ends_X, -1)])[order_X]
+    features_XD = torch.cat([features_kD, newline_XD])[order_X.to(features_kD.device)]
+    return Placed(features_XD, places_X, numbers_X, shape.span)
+
+
 @lru_cache(maxsize=4096)
 def shape_of(size: tuple[int, int], pinpoints: Sizes, tile: int, side: int, merge: Merge) -> Shape:
     """The shape of an image.
@@ -79,7 +93,7 @@ def shape_of(size: tuple[int, int], pinpoints: Sizes, tile: int, side: int, merg
         pinpoints: heights and widths in pixels that tiles may cover.
         tile: height and width of a tile in pixels.
         side: height and width of a tile in tokens.
-        merge: as in `ocvtp.vlms.llava_next`.
+        merge: as in `ocvtp.vlms.families.llava_next`.
     """
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 

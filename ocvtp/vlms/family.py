@@ -4,6 +4,7 @@ Letters: I images, G images of a group (all with the same N), N tokens of an ima
 C tower width, V width of the values that the projector reads, D width of the language model, B prompts, L positions.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, Incompatible
 from ocvtp.vlms.hidden_states import resolve_layer
-from ocvtp.vlms.images import Facts, Grid, Images, Layout, Map, Part, Placed
+from ocvtp.vlms.images import Facts, Grid, Images, Kind, Layout, Map, Part, Placed
 
 
 class Vision(ABC):
@@ -44,12 +45,12 @@ class Vision(ABC):
         Mean over heads and over all queries, CLS among them. `hidden_states[block]` must have been asked for.
         """
 
-    @abstractmethod
     def from_cls(self, block: int, members: Sequence[int]) -> Tensor:
         """Attention that CLS pays to each token in an encoder block, mean over heads, [G, N] float32.
 
         Of each tile its own CLS. `Incompatible` where the tower has none.
         """
+        raise Incompatible("the vision tower has no CLS token: use the attention that tokens receive")
 
     @abstractmethod
     def keys(self, block: int, members: Sequence[int]) -> Tensor:
@@ -58,12 +59,13 @@ class Vision(ABC):
         As the block's projection makes them: before rotary positions, where the tower has those.
         """
 
-    @abstractmethod
     def cls_values(self, members: Sequence[int]) -> Tensor:
-        """The CLS rows of the layer that values come from, one a tile, [G, tiles, V]; `Incompatible` without CLS.
+        """The CLS rows of the layer that values come from, one a tile, [G, tiles, V].
 
-        Tiles stand in the order of `layout`: part by part, and row by row in each.
+        Tiles stand in the order of `layout`: part by part, and row by row in each. `Incompatible` where the tower has
+        no CLS, or where values are made of several rows of it.
         """
+        raise Incompatible("no CLS of the vision tower can be handed on: leave it out")
 
 
 class Family(ABC):
@@ -73,11 +75,20 @@ class Family(ABC):
     """Arguments of the model's `forward` that describe images."""
     position_inputs: ClassVar[frozenset[str]] = frozenset()
     """Those of them that `generate` needs for the positions of a prompt."""
+    column_inputs: ClassVar[Mapping[str, int]] = {}
+    """Arguments with an entry a column, [B, L], that are cut like the prompts, and what stands for padding."""
+    nested: ClassVar[bool] = False
+    """Its processor takes images prompt by prompt, as lists of lists."""
     facts: Facts
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.facts = self.facts_of(model.config)
+
+    @property
+    def added(self) -> int:
+        """To what so many first layers of the language model make, vision features are added (DeepStack)."""
+        return 0
 
     @classmethod
     @abstractmethod
@@ -98,9 +109,16 @@ class Family(ABC):
         """An image as the model's processor should get it to answer questions: as it is, unless a family says more."""
         return image
 
-    @abstractmethod
     def preprocess(self, processor: Any, images: list[Image.Image], *, mode: str) -> Images:
-        """Images for the tower. `mode` says how they become the shape that it wants: `pad` or `squash`."""
+        """Images for the tower. `mode` says how they become the shape that it wants: `pad` or `squash`.
+
+        Here: as the processor makes them, whatever the mode.
+        """
+        check_mode(mode)
+        made = processor.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        found = self.images(made)
+        assert found is not None  # noqa: S101 - the processor was given some
+        return found
 
     @abstractmethod
     def images(self, call: Mapping[str, Any]) -> Images | None:
@@ -123,9 +141,9 @@ class Family(ABC):
         rows, columns = self.grids(images)[number]
         return [Map(torch.arange(rows * columns).view(rows, columns))]
 
-    @abstractmethod
     def spans(self, images: Images) -> list[int]:
-        """Placeholders that each image has in an unpruned prompt."""
+        """Placeholders that each image has in an unpruned prompt. Here: one a token."""
+        return self.counts(images)
 
     # --- Vision ------------------------------------------------------------------------------------------------------
 
@@ -133,16 +151,30 @@ class Family(ABC):
     def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> Vision:
         """Run the tower once and keep `hidden_states` of these layers.
 
-        It stops after the deepest layer that is asked for or, with `values`, that values come from.
+        Without `values` it stops after the deepest layer that is asked for.
         """
 
-    @abstractmethod
     def project(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Values [k, V] of each image as the language model reads them, [k, D]."""
+        """Values [k, V] of each image as the language model reads them, [k, D]. Here: as they are."""
+        return list(values)
 
     def place(self, images: Images, number: int, indices_k: Tensor, features_kD: Tensor) -> Placed:
         """Where the tokens of an image that stay go in the prompt. Here: token n to placeholder n."""
         return Placed(features_kD, indices_k, indices_k, self.spans(images)[number])
+
+    @property
+    def takes_outputs(self) -> bool:
+        """Whether transformers is of those that have `mm_encoder_outputs`: they differ in what getters return."""
+        return "mm_encoder_outputs" in inspect.signature(type(self.model).forward).parameters
+
+    def features(self, features_XD: Tensor, kind: Kind = "image") -> Any:
+        """What the model's `get_image_features`, or `get_video_features`, would return of all tokens that stay.
+
+        Those of all images, or of all frames, stand in a row.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=(features_XD,))
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
 
@@ -151,6 +183,18 @@ class Family(ABC):
         """The token id that stands for a vision token."""
         token: int = self.model.config.image_token_id
         return token
+
+    @property
+    def placeholders(self) -> Mapping[Kind, int]:
+        """The token ids that stand for vision tokens: of images, and where videos are supported of these."""
+        found: dict[Kind, int] = {"image": self.placeholder}
+        if "pixel_values_videos" in self.vision_inputs:
+            found["video"] = self.model.config.video_token_id
+        return found
+
+    def stands_for(self, ids_BL: Tensor) -> Tensor:
+        """True where a vision token goes, [B, L]."""
+        return torch.isin(ids_BL, torch.tensor(list(self.placeholders.values()), device=ids_BL.device))
 
     @property
     def padding(self) -> int:
@@ -190,25 +234,32 @@ class Family(ABC):
         return positions_PBS[0]
 
     def find(self, ids_BL: Tensor, images: Images) -> list[tuple[int, int, int]]:
-        """Row, first column and length of each image's placeholders.
+        """Row, first column and length of each image's placeholders; of a frame likewise.
 
         Raises:
             BadInput: placeholders and images do not fit.
         """
         spans = self.spans(images)
-        where = (ids_BL == self.placeholder).nonzero().tolist()
+        found = list[tuple[int, int, int]]()
+        for kind, placeholder in self.placeholders.items():
+            mine = spans[: images.stills] if kind == "image" else spans[images.stills :]
+            found += self._find(ids_BL, mine, placeholder, "images" if kind == "image" else "frames")
+        return found
+
+    def _find(self, ids_BL: Tensor, spans: list[int], placeholder: int, what: str) -> list[tuple[int, int, int]]:
+        where = (ids_BL == placeholder).nonzero().tolist()
         if len(where) != sum(spans):
             raise BadInput(
-                f"{len(spans)} images of {_listed(spans)} tokens need {sum(spans)} placeholders (token id "
-                f"{self.placeholder}), but the prompts have {len(where)}: use the processor of this model"
+                f"{len(spans)} {what} of {_listed(spans)} tokens need {sum(spans)} placeholders (token id "
+                f"{placeholder}), but the prompts have {len(where)}: use the processor of this model"
             )
-        found, start = [], 0
+        found, start = list[tuple[int, int, int]](), 0
         for number, span in enumerate(spans):
             (row, first), (last_row, last) = where[start], where[start + span - 1]
             if row != last_row or last - first != span - 1:
                 raise BadInput(
-                    f"the {span} placeholders of image {number} do not stand in a row: from row {row}, column {first} "
-                    f"to row {last_row}, column {last}"
+                    f"the {span} placeholders of {what[:-1]} {number} do not stand in a row: from row {row}, column "
+                    f"{first} to row {last_row}, column {last}"
                 )
             found.append((row, first, span))
             start += span
@@ -225,17 +276,6 @@ def take(tensor: Tensor, members: Sequence[int]) -> Tensor:
     if list(members) == list(range(len(tensor))):
         return tensor
     return tensor[list(members)]
-
-
-def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of one colour, as LLaVA-1.5 has it in evaluation."""
-    image = image.convert("RGB")
-    if image.width == image.height:
-        return image
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def check_mode(mode: str) -> None:

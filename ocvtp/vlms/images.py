@@ -4,10 +4,13 @@ Letters: I images, N tokens of an image (CLS is none of them), C tower width, D 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 Grid = tuple[int, int]
+Kind = Literal["image", "video"]
+"""What an image is: one by itself, or a frame of a video."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,23 @@ class Images:
             Qwen2.5-VL: [patches, numbers], those of all images in a row.
         sizes: LLaVA-NeXT: [I, 2] height and width of the originals. Qwen2.5-VL: [I, 3] frames, rows and columns of
             patches. LLaVA: None.
+        videos: frames of each video; they stand behind the images, each as an image of its own.
+        seconds: of each video, from frame to frame; None if nobody said.
     """
 
     pixels: Tensor
     sizes: Tensor | None = None
+    videos: tuple[int, ...] = ()
+    seconds: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         """I."""
         return len(self.pixels if self.sizes is None else self.sizes)
+
+    @property
+    def stills(self) -> int:
+        """How many of them are no frames."""
+        return len(self) - sum(self.videos)
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,11 @@ class Placed:
     places_X: Tensor
     numbers_X: Tensor
     whole: int
+
+    @property
+    def kept(self) -> list[int]:
+        """Numbers of the tokens that stay, ascending."""
+        return [number for number in self.numbers_X.tolist() if number >= 0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Closed forms against the paper's Table 4 and against torch's own counter on small random models."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from ocvtp.efficiency.flops import (
 from ocvtp.efficiency.shapes import KNOWN, known_shape, shape_of
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import REGISTRY
+from ocvtp.vlms import family_of
 
 
 def counted_attention() -> AbstractContextManager[None]:
@@ -243,3 +246,27 @@ def test_unknown_models_are_refused() -> None:
         shape_of(LlamaConfig())
     with pytest.raises(BadInput, match=r"llava-1\.5-7b"):
         known_shape("llava")
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl", "internvl", "llava_onevision", "gemma3", "smolvlm"])
+def test_each_family_equals_torchs_counter(family: str, make_vlm: Callable[..., Any], picture_of: Any) -> None:
+    vlm = make_vlm(family)
+    inputs = vlm.prompt([[picture_of(0, 150, 70)]])
+    adapter = family_of(vlm.model)
+    images = adapter.images(inputs)
+    (tokens,), (grid,) = adapter.counts(images), adapter.grids(images)
+    with FlopCounterMode(display=False) as counter, counted_attention(), torch.inference_mode():
+        vlm.model(**inputs, logits_to_keep=1)
+    more = {"tiles": adapter.shapes(images)[0].tiles} if hasattr(adapter, "shapes") else {"grid": grid}
+    want = prefill_flops(
+        shape_of(vlm.model.config), image_tokens=tokens, text_tokens=inputs["input_ids"].shape[1] - tokens, **more
+    )
+    by_part = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    llm = next(v for n, v in by_part.items() if n.endswith((".model.language_model", ".model.text_model")))
+    assert want.llm == pytest.approx(llm, rel=0.01)
+    total = counter.get_total_flops()
+    if family == "llava_next":  # transformers runs the last block too, and projects padding
+        assert want.tower < by_part["LlavaNextForConditionalGeneration.model.vision_tower"]
+        return
+    assert want.tower + want.projector == pytest.approx(total - llm - want.lm_head, rel=0.01)
+    assert want.total == pytest.approx(total, rel=0.01)

@@ -10,7 +10,7 @@ from torch import Tensor
 import ocvtp
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.tome import merge, schedule
-from ocvtp.vlms.llava_next import paper_mode
+from ocvtp.vlms.families.llava_next import paper_mode
 
 SIZES = [(56, 56), (80, 40), (30, 90), (56, 56), (200, 100), (64, 64), (56, 112), (90, 90)]
 
@@ -93,17 +93,18 @@ def test_on_models(merging: Any, picture_of: Any, tools: Any, keep: int, behavio
     vlm, pictures = merging, eight(merging, picture_of)
     family = tools.family(vlm)
     seen = tools.prune(vlm, pictures, "tome", keep, behaviour=behaviour)
-    tiles = family.tiles(family.images(pictures))
-    pixels = iter(tiles.pixels_T3HW)
+    images = family.images(pictures)
+    numbers = family.numbers(images)
+    pixels = iter(torch.cat(family.tiles(images)))
     blocks = family.facts.feature_layer
-    for image, numbers_tp in enumerate(tiles.numbers):
+    for image, numbers_tp in enumerate(numbers):
         tile_count = len(numbers_tp)
         shares = [keep // tile_count + (place < keep % tile_count) for place in range(tile_count)]
         found: list[tuple[int, Tensor]] = []
         for numbers_p, share in zip(numbers_tp, shares, strict=True):
             tile = next(pixels)
             if share:
-                rows, seeds = slowly(family.tower, tile, schedule(tiles.patches, share, blocks))
+                rows, seeds = slowly(family.tower, tile, schedule(numbers_tp.shape[1], share, blocks))
                 found += [(int(numbers_p[seed]), row) for seed, row in zip(seeds, rows, strict=True)]
         assert seen.kept[image] == sorted(number for number, _ in found)
         if behaviour == "default":

@@ -187,6 +187,7 @@ def test_decoding_by_hand_follows_generate(vlm: Any, short: Any, method: str) ->
         for given in (True, False):  # a mask of the whole, or none, for all that follows is there
             output, found = model(**inputs, use_cache=True), list[Tensor]()
             for step in range(5):
+                output.logits[:, -1, vlm.model.generation_config.suppress_tokens] = -torch.inf
                 found.append(output.logits[:, -1].argmax(1))
                 more = {"attention_mask": torch.nn.functional.pad(mask, (0, step + 1), value=1)} if given else {}
                 output = model(input_ids=found[-1][:, None], past_key_values=output.past_key_values, **more)

@@ -160,12 +160,14 @@ def test_every_entry_says_where_it_is_and_what_the_paper_did_with_it() -> None:
         assert ("hub" in entry and "revision" in entry) != ("folder" in entry), name
         commits = [entry[key].rpartition("@")[2] for key in ("revision", "text_tower") if key in entry]
         assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits), name
-        assert set(entry["layers"]) == {9, 10, -2} | ({16} if name.startswith("qwen") else set()), name
+        assert set(entry["layers"]) == {9, 10, -2} | ({16} if name.startswith("qwen2.5") else set()), name
         assert len(entry["budgets"]) == 3, name
         shares = [isinstance(budget, float) for budget in entry["budgets"]]
-        assert all(shares) if name.startswith("qwen") else not any(shares), name
+        varies = name.startswith(("qwen", "internvl", "llava-onevision"))
+        assert all(shares) if varies else not any(shares), name
     assert list(catalog()) == [
-        "tiny-llava", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b"
+        "tiny-llava", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b",
+        "qwen3-vl-4b", "qwen3-vl-8b", "internvl3.5-8b", "llava-onevision-7b", "gemma-3-4b",
     ]  # fmt: skip
 
 

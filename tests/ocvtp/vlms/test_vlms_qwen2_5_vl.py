@@ -156,7 +156,7 @@ def test_images_do_not_see_each_other(qwen: Any, images: Images) -> None:
 def test_there_is_no_cls(qwen: Any, images: Images) -> None:
     vision = family_of(qwen.model).encode(images, [2])
     for ask in (lambda: vision.from_cls(2, [0]), lambda: vision.cls_values([0])):
-        with pytest.raises(Incompatible, match=r"vision tower of Qwen2.5-VL has no CLS token"):
+        with pytest.raises(Incompatible, match="no CLS"):
             ask()
 
 
@@ -165,13 +165,13 @@ def test_what_does_not_fit_is_refused(qwen: Any, picture_of: Picture) -> None:
     inputs = qwen.prompt([[picture_of(0, 112, 112)]])
     with ocvtp.prune(qwen.model, "random", 3):
         for change, message in (
-            ({"image_grid_thw": None}, "Qwen2.5-VL needs image_grid_thw beside pixel_values"),
+            ({"image_grid_thw": None}, "this model needs image_grid_thw beside pixel_values"),
             ({"pixel_values": inputs["pixel_values"][:-1]}, r"asks for \[64\] patches, but pixel_values has 63"),
             (
                 {"image_grid_thw": torch.tensor([[2, 8, 4]])},
-                "image 0 has 2 frames: images have one, and videos are not pruned",
+                r"image_grid_thw has images of \[2\] frames: those of a video are needed",
             ),
-            ({"pixel_values_videos": inputs["pixel_values"]}, "cannot take pixel_values_videos: videos are not pruned"),
+            ({"pixel_values_videos": inputs["pixel_values"]}, "needs video_grid_thw beside pixel_values_videos"),
         ):
             with pytest.raises(BadInput, match=message):
                 qwen.model(**{**inputs, **change})

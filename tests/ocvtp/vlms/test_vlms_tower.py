@@ -9,7 +9,7 @@ from PIL import Image
 
 from ocvtp.errors import BadInput
 from ocvtp.vlms import family_of
-from ocvtp.vlms.family import pad_to_square
+from ocvtp.vlms.families.llava import pad_to_square
 
 
 def test_hidden_states_are_transformers_own_bit_for_bit(llava: Any, picture_of: Callable[..., Image.Image]) -> None:
@@ -57,7 +57,7 @@ def test_the_tower_stops_after_the_deepest_layer(
 def test_attention_received_is_what_eager_attention_gives(
     make_vlm: Callable[..., Any], picture_of: Callable[..., Image.Image]
 ) -> None:
-    model, processor, _ = make_vlm("llava")
+    model, processor, *_ = make_vlm("llava")
     family = family_of(model)
     images = family.preprocess(processor, [picture_of(i) for i in range(3)], mode="pad")
     with torch.no_grad():

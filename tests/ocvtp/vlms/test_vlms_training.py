@@ -25,6 +25,10 @@ GRIDS = {
     # Tiles of 4 x 4, one below the other: the whole image, then 2, 2, 4, 3, 4 and 4 of it.
     "llava_next": [(12, 4), (12, 4), (12, 4), (16, 4), (20, 4), (20, 4)],
     "qwen2_5_vl": [(4, 4), (3, 6), (7, 3), (3, 7), (4, 4), (6, 4)],
+    "qwen3_vl": [(4, 4), (3, 6), (7, 3), (3, 7), (4, 4), (6, 4)],
+    # Tiles of 2 x 2, one below the other, and a thumbnail where there are several.
+    "internvl": [(2, 2), (6, 2), (8, 2), (6, 2), (10, 2), (6, 2)],
+    "gemma3": [(4, 4)] * 6,
 }
 TEMPLATE = (
     "{% for message in messages %}<s>{% for part in message['content'] %}{% if part['type'] == 'image' %}"
@@ -32,10 +36,14 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="module", params=["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
+def vlm(request: pytest.FixtureRequest, make_vlm: Any) -> Any:
+    return make_vlm(request.param, 0)
+
+
 @pytest.fixture
 def folder(vlm: Any, tmp_path: Path) -> Path:
-    mark = "<vision> <image> </vision>" if "Qwen" in type(vlm.model).__name__ else "<image>"
-    vlm.processor.chat_template = TEMPLATE.replace("MARK", mark)
+    vlm.processor.chat_template = TEMPLATE.replace(" MARK", vlm.mark)
     vlm.model.save_pretrained(tmp_path / "vlm")
     vlm.processor.save_pretrained(tmp_path / "vlm")
     return tmp_path / "vlm"
@@ -59,7 +67,7 @@ def test_a_pruner_is_trained_on_a_family_and_prunes_it(
     shards = extract_tokens(loaded, records, [2, -2], tmp_path / "tokens", dtype="float32", batch_size=4)
     dataset = TokenDataset([shards[2]])
     assert dataset.grids == GRIDS[kind]
-    assert dataset.meta.grid == ((4, 4) if kind == "llava" else None)
+    assert dataset.meta.grid == ((4, 4) if kind in ("llava", "gemma3") else None)
     family = loaded.family.untrimmed()
     for number in (1, 3, 5):  # as the tower has them of the image alone
         images = family.preprocess(loaded.processor, [picture_of(number, *SIZES[number])], mode="pad")

@@ -1,0 +1,47 @@
+"""docs/your-own-vlm.md shows the code that is there."""
+
+import ast
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+from ocvtp.vlms import tower
+from ocvtp.vlms.families import gemma3
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/your-own-vlm.md").read_text(encoding="utf-8")
+
+
+def bare(tree: ast.AST) -> str:
+    """Code without docstrings, annotations and decorators' order."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            node.body = body[1:]  # type: ignore[attr-defined]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return re.sub(r"(\w+): [^=\n]+ =", r"\1 =", ast.unparse(tree))
+
+
+def test_gemma_3_is_as_the_page_has_it() -> None:
+    (shown,) = re.findall(r"```python\n(class Gemma3Family.*?)```", TEXT, re.DOTALL)
+    assert bare(ast.parse(shown)) == bare(ast.parse(textwrap.dedent(inspect.getsource(gemma3.Gemma3Family))))
+
+
+def test_parts_are_as_the_page_has_them() -> None:
+    (shown,) = re.findall(r'```python\n("siglip.*?)```', TEXT, re.DOTALL)
+    parts = eval("{" + shown + "}", {"Parts": tower.Parts})
+    assert parts.items() <= tower.PARTS.items()
+
+
+def test_paths_are_there() -> None:
+    for path in re.findall(r"`((?:ocvtp|tests)/[\w./]+)`", TEXT):
+        assert (ROOT / path).exists(), path
