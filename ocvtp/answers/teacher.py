@@ -26,7 +26,7 @@ from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import Budget
 from ocvtp.pruner.seeding import generator
 from ocvtp.pruner.training.train_config import TrainConfig
-from ocvtp.pruning.forward import Forward, Looked
+from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.splice import Spot
 from ocvtp.tokens.extract import ImageRecord, open_record
 from ocvtp.vlms.loading import VLM
@@ -168,7 +168,7 @@ class Teacher:
         if image in self._seen:
             return self._seen[image]
         images = self._family.preprocess(self._vlm.processor, [self._picture(image)], mode=self._preprocessing)
-        values_NV = self._family.look(images, ()).values([0])[0]
+        values_NV = self._family.encode(images, ()).values([0])[0]
         (features_ND,) = self._family.project([values_NV])
         placed = self._family.place(images, 0, torch.arange(len(features_ND)), features_ND)
         seen = _Seen(placed.features_XD, placed.places_X, placed.whole)
@@ -236,7 +236,7 @@ class Teacher:
         mask_RL = torch.stack([F.pad(torch.ones_like(one.ids_L), (gap, 0))
                                for one, gap in zip(asked, gaps, strict=True)])  # fmt: skip
         spots = [
-            Spot(row, gap + one.start, one.length, seen.places_N[kept_S], features_SD, kept_S, seen.whole)
+            Spot(features_SD, seen.places_N[kept_S], kept_S, seen.whole, row, gap + one.start, one.length)
             for row, (one, gap, (features_SD, seen, kept_S)) in enumerate(zip(asked, gaps, kept, strict=True))
         ]
         call = {
@@ -246,7 +246,7 @@ class Teacher:
             "logits_to_keep": most,
             **{name: self._stacked(name, asked, length).to(device) for name in asked[0].extras},
         }
-        output, _ = self._forward.shortened(call, Looked(spots, len(asked), length), len(asked))
+        output, _ = self._forward.shortened(call, EncodedCall(spots, len(asked), length), len(asked))
         said_RAV = output.logits[:, -most:].float().log_softmax(2)
         return [said_AV[most - one.places :] for one, said_AV in zip(asked, said_RAV, strict=True)]
 

@@ -99,8 +99,8 @@ def parameters(shape: VlmShape) -> int:
     """Of the matrices of a VLM, embeddings and head among them: what its memory is made of."""
     llm, tower = shape.llm, shape.tower
     layer = llm.width * (2 * llm.queries + 2 * llm.keys + 3 * llm.mlp)
-    block = tower.width * (4 * tower.width + (3 if tower.kind == "qwen" else 2) * tower.mlp)
-    hidden = shape.feature_width if tower.kind == "qwen" else llm.width
+    block = tower.width * (4 * tower.width + tower.matrices * tower.mlp)
+    hidden = shape.feature_width if tower.kind == "native" else llm.width
     projector = shape.feature_width * hidden + hidden * llm.width
     return llm.layers * layer + 2 * llm.width * llm.vocabulary + tower.layers * block + projector
 

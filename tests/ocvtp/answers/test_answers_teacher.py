@@ -14,7 +14,7 @@ from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruner.training import answers
 from ocvtp.vlms import load
-from ocvtp.vlms.llava_next import paper_mode
+from ocvtp.vlms.families.llava_next import paper_mode
 
 SIZES = [(56, 56), (112, 56), (60, 170), (112, 112)]
 TEMPLATE = (
