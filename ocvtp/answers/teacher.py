@@ -216,7 +216,7 @@ class Teacher:
         answer = processor.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"] if prompt.answer else []
         # The last token of an answer is compared, and nothing after it.
         ids_L = torch.cat([made["input_ids"][0], torch.tensor(answer[:-1], dtype=torch.long)])
-        extras = {name: made[name] for name in family.position_inputs if name in made}
+        extras = {name: made[name] for name in (*family.position_inputs, *family.column_inputs) if name in made}
         return _Asked(ids_L, start, length, max(1, len(answer)), extras)
 
     # --- The language model ------------------------------------------------------------------------------------------
@@ -253,9 +253,13 @@ class Teacher:
     def _stacked(self, name: str, asked: Sequence[_Asked], length: int) -> Tensor:
         """What positions depend on: of all columns, zero where prompts are longer, or of each image."""
         parts = [one.extras[name] for one in asked]
-        if name == "mm_token_type_ids":
+        if name in self._family.column_inputs:
             behind = [len(one.ids_L) - part.shape[1] for one, part in zip(asked, parts, strict=True)]
-            parts = [F.pad(part, (length - part.shape[1] - end, end)) for part, end in zip(parts, behind, strict=True)]
+            fill = self._family.column_inputs[name]
+            parts = [
+                F.pad(part, (length - part.shape[1] - end, end), value=fill)
+                for part, end in zip(parts, behind, strict=True)
+            ]
         return torch.cat(parts)
 
 

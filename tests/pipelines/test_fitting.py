@@ -8,9 +8,9 @@ import pytest
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import Entry, resolve
-from pipelines.eval import _reachable
-from pipelines.grid import Cell
+from pipelines.inputs import wanted_settings
 from pipelines.params.fitting import by_layer, lacking, unreachable
+from pipelines.params.model import Params
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,9 @@ def test_what_a_method_needs(tiny: Entry) -> None:
 
 
 def test_evaluate_leaves_out_what_cannot_be_reached(tiny: Entry, caplog: pytest.LogCaptureFixture) -> None:
-    settings = [
-        Cell("tiny-llava", name, Budget.parse(keep), keep, keep / 144)
-        for name in ("random", "fastv")
-        for keep in (48, 16)
-    ]
+    grid = {"method": ("random", "fastv"), "keep": (Budget.parse(48), Budget.parse(16)), "seed": (0,)}
     with caplog.at_level(logging.WARNING):
-        kept = _reachable(settings, {"tiny-llava": tiny})
+        vanilla, *kept = wanted_settings(Params().model_copy(update=grid), {"tiny-llava": tiny})
+    assert vanilla.method == "vanilla"
     assert [(one.method, one.tokens) for one in kept] == [("random", 48), ("random", 16), ("fastv", 48)]
     assert "fastv-16 is left out on tiny-llava" in caplog.text
