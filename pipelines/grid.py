@@ -182,7 +182,15 @@ def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping
             for method in chosen:
                 if concerned := tuple(change for change in changes if _concerns(change, method, params)):
                     found += make(method, grid.changed(concerned))
-    return list({(one.vlm, one.name): one for one in reversed(found)}.values())[::-1]
+    first: dict[str, Cell] = {}
+    for one in found:
+        first.setdefault(_identity(one), one)
+    return list(first.values())
+
+
+def _identity(cell: Cell) -> str:
+    """What it runs: changes that come to the same are one setting, the first."""
+    return repr((cell.vlm, cell.method, cell.keep, cell.seed, sorted(cell.options.items()), cell.pruner))
 
 
 def _trains(change: Change) -> bool:

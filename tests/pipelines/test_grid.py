@@ -172,6 +172,18 @@ def test_what_is_changed_together_is_one_pruner_and_concerns_each_method_as_far_
     assert len({(one.vlm, one.name) for one in cells}) == len(cells), "both combinations have layer -2"
 
 
+def test_changes_that_come_to_the_same_are_one_setting(shipped: Params) -> None:
+    one, other = {"layer": -2, "loss": "span"}, {"evaluate": {"options": {"qr": {"layer": -2}}}}
+    both = tuple(
+        Together.model_validate(changes) for changes in (one, other, {"evaluate": {"options": {"qr": {"layer": 9}}}})
+    )
+    cells = [cell for cell in expand(shipped, ablate=Ablate(together=both)) if cell.method == "qr"]
+    assert [(cell.tokens, cell.layer, cell.changes) for cell in cells] == [
+        *((keep, 9, ()) for keep in (48, 32, 16)),
+        *((keep, -2, (("layer", -2),)) for keep in (48, 32, 16)),
+    ]
+
+
 def test_what_the_grid_has_is_left_out_of_what_is_changed_together(tmp_path: Path) -> None:
     data = yaml.safe_load((ROOT / "params.yaml").read_text())
     data["ablate"] = {"loss": ["aw_mse"], "together": [{"loss": "aw_mse", "layer": 10}, {"top_k": 1}]}
