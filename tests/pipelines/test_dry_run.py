@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import efficiency, extract, report, sample, train
+from pipelines import efficiency, extract, measure, report, sample, train
 from pipelines import eval as evaluate
 from pipelines.stage import context
 
@@ -164,6 +164,8 @@ def test_train_and_evaluate(work: Workspace) -> None:
 def test_stages_without_tasks(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert work.dry(efficiency) == "no tasks: 2 rows are counted here, whenever the stage runs\n"
     assert work.run(efficiency) == 0
+    assert "measures: 0 published, 1 would run" in work.dry(measure)
+    assert work.run(measure) == 0
     before = work.state()
     assert report.main(work.root, dry=True) == 0
     assert capsys.readouterr().out == "no tasks: 2 rows of results are drawn here, whenever the stage runs\n"

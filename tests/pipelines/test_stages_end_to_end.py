@@ -391,18 +391,6 @@ def coco(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_images_without_masks_are_measured_too(opened: Callable[[str], Workspace], coco: dict[str, Any]) -> None:
-    work = opened("without-masks")
-    settings: dict[str, Any] = {"sample": coco, "evaluate": {"data": "official"}, "method": ["random", "qr"]}
-    assert work.run(sample, **settings) == 0
-    assert work.run(measure, **settings) == 0
-    rows = work.json("results/measures.json")
-    assert [(row["method"], row["cover"], row["small"]) for row in rows] == [
-        (method, None, None) for method in ("random", "random", "qr", "qr")
-    ]
-    assert all(0 < row["span_on"] < 1 for row in rows)
-
-
 def test_images_of_a_data_set_are_copied_and_damaged_ones_listed(work: Workspace, coco: dict[str, Any]) -> None:
     assert work.run(sample, sample=coco, evaluate={"data": "official"}) == 0
     images = work.json("data/sample/images.json")
@@ -451,3 +439,15 @@ def test_a_data_set_that_is_not_sound_is_refused_before_anything_is_written(
     assert said in printed
     assert "instances.json" in printed
     assert work.files("data/sample") == before
+
+
+def test_images_without_masks_are_measured_too(opened: Callable[[str], Workspace], coco: dict[str, Any]) -> None:
+    work = opened("without-masks")
+    settings: dict[str, Any] = {"sample": coco, "evaluate": {"data": "official"}, "method": ["random", "qr"]}
+    assert work.run(sample, **settings) == 0
+    assert work.run(measure, **settings) == 0
+    rows = work.json("results/measures.json")
+    assert [(row["method"], row["cover"], row["small"]) for row in rows] == [
+        (method, None, None) for method in ("random", "random", "qr", "qr")
+    ]
+    assert all(0 < row["span_on"] < 1 for row in rows)
