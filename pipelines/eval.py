@@ -18,10 +18,11 @@ if __name__ == "__main__":
 from cluster import Task, is_published
 from cluster.task import canonical
 from ocvtp.evaluation.objects import MASKS
+from ocvtp.json_files import read_json
 from ocvtp.vlms import Entry, resolve
 from pipelines import tracking
 from pipelines.grid import Cell, PrunerCell, vlm_folder
-from pipelines.inputs import Input, pruners, questions, read_json, wanted_settings, weights
+from pipelines.inputs import Input, pruners, questions, wanted_settings, weights
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage

@@ -4,7 +4,6 @@ One pass of a tower makes the tokens of all layers that are missing; each layer 
 another layer costs only itself. Tokens stay in the store; the output lists their shards with checksums.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from cluster import ClusterError, CorruptResult, Task, adopt, drop, is_published
 from cluster.driver.explain import fault_of
 from cluster.store import verdicts
 from cluster.store.publish import About
-from ocvtp.errors import Corrupt
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import Entry, resolve
 from pipelines.grid import layers as wanted_layers
@@ -86,20 +84,8 @@ def _of_layer(about: About) -> dict[str, Any]:
     return {**about.spec, "layers": [int(about.part.removeprefix(LAYER))]} if about.part else about.spec
 
 
-def read_images(run: Stage) -> list[dict[str, str]]:
-    """What stage `sample` listed."""
-    path = run.input(f"{outputs.SAMPLE}/images.json", "sample")
-    try:
-        images: list[dict[str, str]] = json.loads(path.read_bytes())
-        if not images or any(set(image) != {"id", "path", "sha256"} for image in images):
-            raise ValueError("it should be a list of objects with id, path and sha256")
-    except ValueError as error:
-        raise Corrupt(f"{path} is not what stage sample writes: {error}") from error
-    return images
-
-
 def _all_parts(run: Stage) -> dict[str, list[Part]]:
-    images = read_images(run)
+    images = run.sampled_images()
     return {vlm: _parts(run, resolve(vlm), images) for vlm in run.params.vlm}
 
 

@@ -3,15 +3,14 @@
 Shared by the stages that run methods on a VLM.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ocvtp.errors import BadInput, Corrupt
+from ocvtp.errors import BadInput
 from ocvtp.evaluation.objects import MASKS
+from ocvtp.json_files import read_json
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry
 from pipelines.grid import Cell, PrunerCell, settings
@@ -77,15 +76,6 @@ def questions(run: Stage) -> dict[str, Input]:
         name: Input(about[name]["path"], {name: about[name]["sha256"], MASKS: files[MASKS]})
         for name in run.params.benchmark
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file that an earlier stage wrote; `Corrupt` if it is none."""
-    try:
-        data: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Corrupt(f"{path} is not JSON: {error}") from error
-    return data
 
 
 def weights(pruner: Input) -> dict[str, str]:

@@ -19,11 +19,11 @@ if __name__ == "__main__":
 
 from cluster import Task, is_published
 from ocvtp.evaluation.objects import MASKS
+from ocvtp.json_files import read_json
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import Entry, resolve
-from pipelines.extract import read_images
 from pipelines.grid import Cell, PrunerCell, vlm_folder
-from pipelines.inputs import Input, pruners, read_json, wanted_settings, weights
+from pipelines.inputs import Input, pruners, wanted_settings, weights
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -85,7 +85,7 @@ def _images(run: Stage) -> Images:
     place = run.input(f"{outputs.SAMPLE}/sample.json", "sample").parent
     about = read_json(place / "sample.json")["benchmarks"]
     if not about:
-        images = read_images(run)[:limit]
+        images = run.sampled_images()[:limit]
         return Images([image["path"] for image in images], [image["sha256"] for image in images], None)
     folder = run.store.root / Path(next(iter(about.values()))["path"]).parent
     files = outputs.checksums(place / "benchmarks")

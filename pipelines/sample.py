@@ -43,7 +43,8 @@ def work(run: Stage) -> None:
         benchmarks = {name: about for task in asked for name, about in _copied(run, task, folder).items()}
         sample = run.params.sample
         about = {"source": sample.source, "seed": sample.seed, "images": len(images), "rejects": len(rejects)}
-        outputs.write_json(folder / "sample.json", {**about, "benchmarks": benchmarks})
+        style = {"style": sample.style.model_dump()} if sample.source == "scenes" else {}
+        outputs.write_json(folder / "sample.json", {**about, **style, "benchmarks": benchmarks})
 
 
 def plan(run: Stage) -> Plan:

@@ -4,9 +4,9 @@
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ if __name__ == "__main__":
 
 from cluster import Task
 from ocvtp.answers.asking import check_all, prompts_of
+from ocvtp.data.scenes import SceneSet
 from ocvtp.errors import BadInput
+from ocvtp.json_files import read_json
 from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
 from ocvtp.vlms import resolve
@@ -59,7 +61,7 @@ def _tokens(run: Stage, vlm: str, layer: int) -> dict[str, Any]:
     """The listing of a layer, once all its shards are known to be whole."""
     path = run.input(f"{outputs.TOKENS}/{vlm_folder(vlm)}/layer_{layer}.json", "extract")
     read_layer_listing(path, run.store.root)  # says what is wrong with it
-    listing: dict[str, Any] = json.loads(path.read_bytes())
+    listing: dict[str, Any] = read_json(path)
     wanted: dict[Path, dict[str, str]] = {}
     for shard in listing["shards"]:
         place = run.store.root / shard["path"]
@@ -89,12 +91,11 @@ def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any]) -> Task:
 
 def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a VLM teaches with: entries of the spec, and where things are."""
-    images = json.loads(run.input(f"{outputs.SAMPLE}/images.json", "sample").read_bytes())
-    sample = json.loads(run.input(f"{outputs.SAMPLE}/sample.json", "sample").read_bytes())
+    images = run.sampled_images()
+    scenes = SceneSet.of_sample(read_json(run.input(f"{outputs.SAMPLE}/sample.json", "sample")))
     prompts = config.prompts if isinstance(config.prompts, str) and config.prompts != QUESTIONS else None
-    scenes_seed = sample["seed"] if sample["source"] == "scenes" else None
     try:
-        asked = prompts_of(config, scenes_seed)
+        asked = prompts_of(config, scenes)
         if prompts is not None:
             check_all(asked, [image["id"] for image in images])
     except BadInput as error:
@@ -103,7 +104,7 @@ def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any],
         "vlm": vlm,
         "model": resolve(vlm).identity,
         "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
-        "scenes_seed": scenes_seed,
+        "scenes": None if scenes is None else asdict(scenes),
         "prompts": None if prompts is None else hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
     }
     found = None if prompts is None else str(Path(prompts).resolve())
@@ -120,7 +121,7 @@ def _output(run: Stage, task: Task, folder: Path) -> dict[str, Any]:
 def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
     """Of one training, for MLflow."""
     folder = run.root / outputs.MODELS / cell.folder
-    metrics = json.loads((folder / "metrics.json").read_bytes())
+    metrics = read_json(folder / "metrics.json")
     train = run.params.train.changed(cell.changes)
     options = {f"train.{key}": value for key, value in {**train.given, **train.pruner.given}.items()}
     return Record(

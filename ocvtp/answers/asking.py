@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ocvtp.data.questions import KINDS, POST_PROMPT, ask
-from ocvtp.data.scenes import file_name, make_scene
+from ocvtp.data.scenes import SceneSet, file_name, make_scene
 from ocvtp.errors import BadInput
 from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 
@@ -47,11 +47,11 @@ def generic(texts: Sequence[str]) -> Prompts:
     return lambda _: asked
 
 
-def scene_questions(seed: int, number: int) -> Prompts:
+def scene_questions(scenes: SceneSet, number: int) -> Prompts:
     """Questions about scenes of the split `train`, with their right answers: `number` of each scene.
 
     Args:
-        seed: that the scenes were made with.
+        scenes: of which the images are the training split.
         number: of each scene; kinds of questions are drawn evenly, as far as the scene allows them.
     """
 
@@ -60,7 +60,9 @@ def scene_questions(seed: int, number: int) -> Prompts:
         stem = image.rpartition("-")
         if not stem[2].isdecimal() or Path(file_name("train", int(stem[2]))).stem != image:
             return ()
-        scene, draws = make_scene(seed, "train", int(stem[2])), np.random.default_rng([seed, _DRAWS, int(stem[2])])
+        index = int(stem[2])
+        scene = make_scene(scenes.seed, "train", index, scenes.style)
+        draws = np.random.default_rng([scenes.seed, _DRAWS, index])
         found: list[Prompt] = []
         while len(found) < number:
             question = ask(scene, KINDS[int(draws.integers(len(KINDS)))], draws)
@@ -94,12 +96,12 @@ def read_prompts(path: Path) -> Prompts:
     return lambda image: found.get(image, ())
 
 
-def prompts_of(config: TrainConfig, scenes_seed: int | None, file: Path | None = None) -> Prompts:
+def prompts_of(config: TrainConfig, scenes: SceneSet | None, file: Path | None = None) -> Prompts:
     """Those that the config of a training asks for.
 
     Args:
         config: its `prompts` and `prompts_an_image`.
-        scenes_seed: of the synthetic scenes that the images are; None if they are something else.
+        scenes: which synthetic scenes the images are; None if they are something else.
         file: where the file is that `prompts` names, if elsewhere.
 
     Raises:
@@ -110,10 +112,10 @@ def prompts_of(config: TrainConfig, scenes_seed: int | None, file: Path | None =
         return generic(given)
     if given != QUESTIONS:
         return read_prompts(Path(given) if file is None else file)
-    if scenes_seed is None:
+    if scenes is None:
         raise BadInput("prompts is questions, but none come with these images, which are no synthetic scenes: give a "
                        "list of texts, such as ['Describe the image.'], or a file of JSON lines")  # fmt: skip
-    return scene_questions(scenes_seed, config.prompts_an_image)
+    return scene_questions(scenes, config.prompts_an_image)
 
 
 def check_all(prompts: Prompts, images: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ocvtp.answers.asking import Prompt, Prompts, check_all, digest, prompts_of
+from ocvtp.data.scenes import SceneSet
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import Budget
 from ocvtp.pruner.seeding import generator
@@ -268,7 +269,7 @@ def teacher_of(
     config: TrainConfig,
     records: Sequence[ImageRecord],
     *,
-    scenes_seed: int | None = None,
+    scenes: SceneSet | None = None,
     preprocessing: str = "pad",
     prompts_file: Path | None = None,
 ) -> Teacher:
@@ -278,14 +279,14 @@ def teacher_of(
         vlm: whose tower made the tokens.
         config: of the training: `prompts` and what belongs to them.
         records: the training images.
-        scenes_seed: of the synthetic scenes that these images are; None if they are something else.
+        scenes: which synthetic scenes these images are; None if they are something else.
         preprocessing: as for the tokens.
         prompts_file: where the file that `config.prompts` names is, if elsewhere.
 
     Raises:
         BadInput: no questions come with the images; a file of prompts that cannot be read.
     """
-    prompts = prompts_of(config, scenes_seed, prompts_file)
+    prompts = prompts_of(config, scenes, prompts_file)
     found = {record.id: record for record in records}
     # Of an image that is not among them nothing is asked, and so it is refused.
     return Teacher(vlm, lambda name: open_record(found[name]), lambda name: prompts(name) if name in found else (),

@@ -1,14 +1,14 @@
 """`ocvtp train`: one pruner on extracted tokens, on one device or, under `torchrun`, on several."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ocvtp.commands import common
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, Corrupt
+from ocvtp.json_files import read_json
 
 
 def add(subparsers: Any) -> None:
@@ -70,19 +70,19 @@ def run(args: argparse.Namespace) -> int:
 def _teacher(config: Any, meta: Any, sample: Path, store: Path, device: Any) -> Any:
     """The VLM whose tokens these are, with the training images and what is asked of them."""
     from ocvtp.answers.teacher import teacher_of
+    from ocvtp.data.scenes import SceneSet
     from ocvtp.tokens.extract import ImageRecord
     from ocvtp.vlms import load
 
     try:
-        images = json.loads((sample / "images.json").read_bytes())
-        about = json.loads((sample / "sample.json").read_bytes())
+        images = read_json(sample / "images.json")
         records = [ImageRecord(image["id"], store / image["path"], image["sha256"]) for image in images]
-        seed = about["seed"] if about["source"] == "scenes" else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        scenes = SceneSet.of_sample(read_json(sample / "sample.json"))
+    except (OSError, Corrupt, KeyError, TypeError) as error:
         raise BadInput(f"loss=answers needs the training images, as stage sample lists them in {sample} (--sample): "
                        f"{error}") from error  # fmt: skip
     vlm = load(meta.vlm, device=device, dtype=config.vlm_dtype)
-    return teacher_of(vlm, config, records, scenes_seed=seed, preprocessing=meta.preprocessing)
+    return teacher_of(vlm, config, records, scenes=scenes, preprocessing=meta.preprocessing)
 
 
 def _train(

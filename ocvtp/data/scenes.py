@@ -9,7 +9,7 @@ depend on how many others are made.
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,6 +80,19 @@ class Style:
 
 
 PLAIN = Style()
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """All splits of one seed and style."""
+
+    seed: int
+    style: Style = PLAIN
+
+    @classmethod
+    def of_sample(cls, about: Mapping[str, Any]) -> "SceneSet | None":
+        """Which scenes `sample.json` of stage `sample` is about; None if the images are something else."""
+        return cls(about["seed"], Style(**about["style"])) if about["source"] == "scenes" else None
 
 
 @dataclass(frozen=True)

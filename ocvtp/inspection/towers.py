@@ -3,7 +3,6 @@
 Letters: I images, G images of a group, N tokens of an image (CLS is none of them), C tower width.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.errors import BadInput, Corrupt, Incompatible
+from ocvtp.errors import BadInput, Incompatible
+from ocvtp.json_files import read_json
 from ocvtp.vlms.family import Family, Vision, take
 from ocvtp.vlms.images import Facts, Grid, Images
 
@@ -160,7 +160,7 @@ def load(folder: Path, device: str = "cpu") -> TowerFamily:
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder} has no config.json: a folder with a tower of transformers is needed")
-    written = _json(path).get("model_type")
+    written = read_json(path).get("model_type")
     kind = KINDS.get(str(written))
     if kind is None:
         raise BadInput(f"{path} is of the type {written!r}: as towers {', '.join(KINDS)} are read")
@@ -168,14 +168,6 @@ def load(folder: Path, device: str = "cpu") -> TowerFamily:
 
     model = getattr(transformers, kind.name).from_pretrained(folder, dtype=torch.float32 if device == "cpu" else "auto")
     processor = folder / "preprocessor_config.json"
-    given = _json(processor) if processor.is_file() else {}
+    given = read_json(processor) if processor.is_file() else {}
     colours = (given.get("image_mean", kind.mean), given.get("image_std", kind.std))
     return TowerFamily(model.to(device).eval(), kind, kind.side or model.config.image_size, colours)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Corrupt(f"{path} is not JSON: {error}") from error
-    return found

@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible, NotAvailable
+from ocvtp.json_files import read_json
 from ocvtp.pruner.config import PrunerConfig, from_dict
 from ocvtp.pruner.provenance import TrainedFor
 
@@ -79,11 +80,9 @@ def read_config(path: Path) -> tuple[PrunerConfig, TrainedFor]:
         Incompatible: it is the config of something else, or has unknown keys or values.
     """
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
     except FileNotFoundError as error:
         raise NotAvailable(f"{path} does not exist: a pruner is a folder with {CONFIG} and {WEIGHTS}") from error
-    except ValueError as error:
-        raise Corrupt(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.pop("model_type", None) != KIND:
         raise Incompatible(f"{path} is not the config of a pruner: its model_type should be {KIND!r}")
     names = {field.name for field in fields(TrainedFor)}

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible
+from ocvtp.json_files import read_json
 
 FORMAT: Final = 1
 DTYPES: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -210,8 +211,6 @@ def _is_int(value: object) -> bool:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Corrupt(f"{path} is missing; {_AGAIN}") from error
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"{path} is not JSON: {error}") from error

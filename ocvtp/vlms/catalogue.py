@@ -4,7 +4,6 @@ Letters: N tokens of an image without CLS, C tower width.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from ocvtp.errors import BadInput, Corrupt, NotAvailable
+from ocvtp.json_files import read_json
 from ocvtp.vlms.families import family_class
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Grid
@@ -141,10 +141,7 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Entry:
 def _written(folder: Path) -> dict[str, Any]:
     """What stands in a folder's config.json."""
     path = folder / "config.json"
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Corrupt(f"{path} is not JSON: {error}") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise Corrupt(f"{path} holds a {type(found).__name__}: the config of a model is needed")
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.errors import BadInput, Corrupt
+from ocvtp.json_files import read_json
 
 AXES = ("layer", "loss", "slots", "top_k")
 """What tells apart pruners and their use within one method."""
@@ -155,10 +156,7 @@ def _pruners(folder: Path) -> Iterator[Pruner]:
 def _json(path: Path, kind: type | tuple[type, ...]) -> Any:
     if not path.exists():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Corrupt(f"{path} is not JSON: {error}") from error
+    data = read_json(path)
     if not isinstance(data, kind):
         raise Corrupt(f"{path} holds a {type(data).__name__} at its top, which is not what its stage writes")
     return data

@@ -11,12 +11,13 @@ from typing import Any
 import jinja2
 
 from pipelines.report_html import charts, facts, names
+from pipelines.report_html.ablation_tables import ablations
 from pipelines.report_html.claims import Finding, findings
 from pipelines.report_html.data import Results
 from pipelines.report_html.headline import Headline, headline
 from pipelines.report_html.measures import measures_tables
 from pipelines.report_html.scenes import Gallery, gallery
-from pipelines.report_html.tables import Table, ablations, coverage_table, main_table
+from pipelines.report_html.tables import Table, coverage_table, main_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 

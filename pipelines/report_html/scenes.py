@@ -19,7 +19,7 @@ from ocvtp import figures
 from ocvtp.errors import Corrupt
 from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Results, Row
-from pipelines.report_html.tables import _standing, budgets, chosen_rows
+from pipelines.report_html.tables import budgets, chosen_rows, standing
 
 COUNT = 6
 """Images in a picture."""
@@ -128,7 +128,7 @@ def _answers(
     groups = []
     for tokens, share in budgets(rows):
         methods = []
-        for row in _standing([r for r in rows if r["method"] != "vanilla" and r["share"] == share]):
+        for row in standing([r for r in rows if r["method"] != "vanilla" and r["share"] == share]):
             answers = _kept(results, row, benchmark)
             if answers:
                 methods.append((names.method(row["method"]), answers))

@@ -4,7 +4,7 @@ A cell has a line above (a score) and a line below (relative accuracy or an inte
 block and column is bold only where its 95% interval lies above the intervals of all others in the block.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,67 +107,22 @@ def main_table(results: Results, vlm: str) -> Table:
     blocks = [
         Block(
             f"Vanilla, {names.budget(row['tokens'], 1.0, whole=True)}",
-            [Line(names.method("vanilla"), _score_cells(results, row, pruned=False))],
+            [Line(names.method("vanilla"), score_cells(results, row, pruned=False))],
         )
         for row in vanilla[:1]
     ]
     for tokens, share in budgets(rows):
         block = [row for row in rows if row["method"] != "vanilla" and row["share"] == share]
-        lines = [Line(names.method(row["method"]), _score_cells(results, row)) for row in _standing(block)]
-        blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
+        lines = [Line(names.method(row["method"]), score_cells(results, row)) for row in standing(block)]
+        blocks.append(Block(f"Retain {names.budget(tokens, share)}", embolden(lines)))
     return Table(
         name=f"main-{vlm}",
         caption="Scores, and percent of vanilla’s",
         head=["Method", *map(names.benchmark, results.benchmarks), "Avg"],
         blocks=blocks,
         note="Under each score: percent of vanilla's. Avg: mean of these percents, with its 95% interval from a "
-        f"bootstrap over questions, paired with vanilla, seeds pooled. {BOLD_RULE}{_setting_note(results, vlm)}",
+        f"bootstrap over questions, paired with vanilla, seeds pooled. {BOLD_RULE}{setting_note(results, vlm)}",
     )
-
-
-def top_k_table(results: Results, vlm: str) -> Table | None:
-    """Slots and tokens a slot at equal budget: the layout of Table 5. None unless the grid has several
-    top-k.
-    """
-    rows = _ablated(results, vlm, "top_k")
-    if rows is None:
-        return None
-    blocks = []
-    for tokens, share in budgets(rows):
-        block = sorted((row for row in rows if row["share"] == share), key=lambda row: -row["top_k"])
-        lines = [Line(_slots_label(row), _score_cells(results, row)) for row in block]
-        blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
-    return Table(
-        name=f"top-k-{vlm}",
-        caption=f"Fewer slots that keep more tokens each ({vlm})",
-        head=["Slots, top-k", *map(names.benchmark, results.benchmarks), "Avg"],
-        blocks=blocks,
-        note=f"OC-VTP at equal budget. {BOLD_RULE}{_setting_note(results, vlm, but='top_k')}",
-    )
-
-
-def layer_table(results: Results, vlm: str) -> Table | None:
-    """The layer that the slots look at: the layout of Table 6."""
-    return _by_axis(results, vlm, "layer", "Where the pruner looks", lambda value: f"Layer {value}")
-
-
-def loss_table(results: Results, vlm: str) -> Table | None:
-    """The loss of training: the layout of Table 7."""
-    return _by_axis(
-        results, vlm, "loss", "The loss that trains the pruner", lambda value: names.LOSSES.get(value, value)
-    )
-
-
-def slots_table(results: Results, vlm: str) -> Table | None:
-    """The slot counts drawn in training."""
-    return _by_axis(results, vlm, "slots", "Slot counts drawn in training", names.plain)
-
-
-def ablations(results: Results, vlm: str) -> list[Table]:
-    """The ablation tables for which the grid has several values."""
-    tables = [make(results, vlm) for make in (top_k_table, layer_table, loss_table, slots_table)]
-    together = _together_table(results, vlm)
-    return [*(table for table in (*tables, together) if table is not None), *_changed_tables(results, vlm)]
 
 
 def coverage_table(results: Results, vlm: str) -> Table | None:
@@ -177,9 +132,11 @@ def coverage_table(results: Results, vlm: str) -> Table | None:
         return None
     blocks = []
     for tokens, share in budgets(rows):
-        block = _standing([row for row in rows if row["share"] == share])
-        lines = [Line(names.method(row["method"]), [_covered(row, size) for size in ("all", "small")]) for row in block]
-        blocks.append(Block(f"Retain {names.budget(tokens, share)}", _embolden(lines)))
+        block = standing([row for row in rows if row["share"] == share])
+        lines = [
+            Line(names.method(row["method"]), [covered_cell(row, size) for size in ("all", "small")]) for row in block
+        ]
+        blocks.append(Block(f"Retain {names.budget(tokens, share)}", embolden(lines)))
     found = rows[0]["coverage"]
     return Table(
         name=f"coverage-{vlm}",
@@ -187,136 +144,20 @@ def coverage_table(results: Results, vlm: str) -> Table | None:
         head=["Method", f"All {found['all']['objects']} objects", f"{found['small']['objects']} small ones"],
         blocks=blocks,
         note="An object is small if it covers less than two tokens. 95% intervals from a bootstrap over images, seeds "
-        f"pooled. {BOLD_RULE}{_setting_note(results, vlm)}",
+        f"pooled. {BOLD_RULE}{setting_note(results, vlm)}",
     )
 
 
-# --- Pieces
-# ----------------------------------------------------------------------------------------------------------
+# --- Pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _by_axis(results: Results, vlm: str, axis: str, caption: str, label: Callable[[Any], str]) -> Table | None:
-    """Averages: a row for each budget, a column for each value."""
-    rows = _ablated(results, vlm, axis)
-    if rows is None:
-        return None
-    columns = values(results, vlm, axis)
-    lines = []
-    for tokens, share in budgets(rows):
-        found = {str(row[axis]): row for row in rows if row["share"] == share}
-        cells = [_average_cell(found.get(str(value))) for value in columns]
-        lines.append(Line(names.budget(tokens, share), _best_across(cells)))
-    return Table(
-        name=f"{axis}-{vlm}",
-        caption=f"{caption} ({vlm})",
-        head=["Tokens", *map(label, columns)],
-        blocks=[Block("", lines)],
-        note="Average relative accuracy of OC-VTP with its 95% interval. Bold: the best of a row, only where its "
-        f"interval lies above the others.{_setting_note(results, vlm, but=axis)}",
-    )
-
-
-def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
-    """Of each entry that `ablate` changed and that is no axis: averages, and the share of objects covered."""
-    wanted = reference(results, vlm)
-    rows = [
-        row
-        for row in results.summary
-        if row["vlm"] == vlm and row["method"].startswith(PRUNED) and all(row[a] in (None, wanted[a]) for a in AXES)
-    ]
-    tried = [row for row in rows if len(row["changes"]) == 1 and not set(row["changes"]) & set(AXES)]
-    for path, method in dict.fromkeys((next(iter(row["changes"])), row["method"]) for row in tried):
-        some = [row for row in tried if path in row["changes"] and row["method"] == method]
-        options = sorted({row["changes"][path] for row in some}, key=lambda value: (isinstance(value, str), value))
-        base = [row for row in rows if not row["changes"] and row["method"] == method]
-        lines = []
-        for tokens, share in budgets([*base, *some]):
-            found = {row["changes"].get(path): row for row in (*base, *some) if row["share"] == share}
-            cells = [_average_cell(found.get(value)) for value in (None, *options)]
-            lines.append(Line(names.budget(tokens, share), _best_across(cells)))
-            cells = [_covered(found.get(value), "all") for value in (None, *options)]
-            if any(cell.value is not None for cell in cells):
-                lines.append(Line("objects covered", _best_across(cells)))
-        yield Table(
-            name=f"{path.replace('.', '-')}-{method}-{vlm}",
-            caption=f"{path} ({names.method(method)}, {vlm})",
-            head=["Tokens", "as in the grid", *map(names.plain, options)],
-            blocks=[Block("", lines)],
-            note="Average relative accuracy with its 95% interval, and below it the share of objects with a kept token "
-            "on their mask. Bold: the best of a row, only where its interval lies above the others.",
-        )
-
-
-def _together_table(results: Results, vlm: str) -> Table | None:
-    """What `ablate` changed together: averages and paired differences, a row for each combination, by budget."""
-    rows = [row for row in results.summary if row["vlm"] == vlm and len(row["changes"]) > 1]
-    if not rows:
-        return None
-    shown = budgets(rows)
-    groups: dict[tuple[str, str], dict[float, Row]] = {}
-    for row in rows:
-        what = ", ".join(f"{path.rsplit('.', 1)[-1]} {names.plain(value)}" for path, value in row["changes"].items())
-        groups.setdefault((row["method"], what), {})[row["share"]] = row
-    lines = []
-    for (method, what), found in groups.items():
-        cells = [_average_cell(found.get(share)) for _, share in shown]
-        lines.append(Line(f"{names.method(method)}: {what}", cells))
-        lines.append(
-            Line(
-                "points to the grid's own",
-                [_points_cell((found.get(share) or {}).get("difference")) for _, share in shown],
-            )
-        )
-        if any(row["against"] for row in found.values()):
-            best = [_best_untrained(results, vlm, found.get(share)) for _, share in shown]
-            lines.append(Line("points to the best without training", best))
-    return Table(
-        name=f"together-{vlm}",
-        caption=f"Changed together ({vlm})",
-        head=["Changes", *(names.budget(tokens, share) for tokens, share in shown)],
-        blocks=[Block("", lines)],
-        note="Average relative accuracy with its 95% interval; below it the difference to the same method as the grid "
-        "has it, and to the most accurate method of the budget that is not trained, both paired by question.",
-    )
-
-
-def _points_cell(found: Row | None, name: str = "") -> Cell:
-    """A paired difference; `name` says to what."""
-    if found is None or found.get("points") is None:
-        return MISSING
-    points, low, high = (found[key] for key in ("points", "ci_low", "ci_high"))
-    return Cell(f"{points:+.1f} {name}".rstrip(), names.interval(low, high), points, low, high)
-
-
-def _best_untrained(results: Results, vlm: str, row: Row | None) -> Cell:
-    """Points of a row to the most accurate method of its budget that no one trained."""
-    if row is None:
-        return MISSING
-    same = [one for one in base_rows(results, vlm) if one["share"] == row["share"] and one["method"] in row["against"]]
-    known = [one for one in same if one["average"]["relative"] is not None]
-    if not known:
-        return MISSING
-    best = max(known, key=lambda one: one["average"]["relative"])["method"]
-    return _points_cell(row["against"][best], names.method(best))
-
-
-def _covered(row: Row | None, size: str) -> Cell:
+def covered_cell(row: Row | None, size: str) -> Cell:
+    """Share of objects of a size, `all` or `small`, with a kept token; a dash without masks."""
     found = ((row or {}).get("coverage") or {}).get(size) or {}
     if found.get("share") is None:
         return MISSING
     value, low, high = (100 * found[key] for key in ("share", "ci_low", "ci_high"))
     return Cell(names.percent(value), names.interval(low, high), value, low, high)
-
-
-def _ablated(results: Results, vlm: str, axis: str) -> list[Row] | None:
-    """OC-VTP's rows that differ on one axis only; None if there is nothing to compare."""
-    if len(values(results, vlm, axis)) < 2:
-        return None
-    wanted = reference(results, vlm)
-    rows = [row for row in results.summary if row["vlm"] == vlm and row["method"] == PRUNED]
-    return [
-        row for row in rows if set(row["changes"]) <= {axis} and all(row[a] == wanted[a] for a in AXES if a != axis)
-    ]
 
 
 def budgets(rows: Iterable[Row]) -> list[tuple[float | None, float]]:
@@ -325,14 +166,15 @@ def budgets(rows: Iterable[Row]) -> list[tuple[float | None, float]]:
     return [(found[share], share) for share in sorted(found, reverse=True)]
 
 
-def _standing(rows: Sequence[Row]) -> list[Row]:
+def standing(rows: Sequence[Row]) -> list[Row]:
     """Rivals in the order in which they were asked for, then ours, as in the paper."""
     return [row for row in rows if not row["method"].startswith(PRUNED)] + sorted(
         (row for row in rows if row["method"].startswith(PRUNED)), key=lambda row: -len(row["method"])
     )
 
 
-def _score_cells(results: Results, row: Row, *, pruned: bool = True) -> list[Cell]:
+def score_cells(results: Results, row: Row, *, pruned: bool = True) -> list[Cell]:
+    """A cell for each benchmark, and the average."""
     cells = []
     for name in results.benchmarks:
         found = row["benchmarks"].get(name)
@@ -351,10 +193,11 @@ def _score_cells(results: Results, row: Row, *, pruned: bool = True) -> list[Cel
         )
     if not pruned:
         return [*cells, Cell("100%")]
-    return [*cells, _average_cell(row)]
+    return [*cells, average_cell(row)]
 
 
-def _average_cell(row: Row | None) -> Cell:
+def average_cell(row: Row | None) -> Cell:
+    """Average relative accuracy with its interval; a dash without one."""
     average = (row or {}).get("average") or {}
     value, low, high = (average.get(key) for key in ("relative", "ci_low", "ci_high"))
     if value is None:
@@ -373,15 +216,16 @@ def score_text(results: Results, benchmark: str, score: float) -> str:
     return f"{score:.1f}" if points <= 100 else f"{score:.0f}"
 
 
-def _embolden(lines: Sequence[Line]) -> list[Line]:
+def embolden(lines: Sequence[Line]) -> list[Line]:
     """The lines with the best of each column in bold, where it is best beyond doubt."""
     if len(lines) < 2:
         return list(lines)
-    columns = [_best_across(column) for column in zip(*(line.cells for line in lines), strict=True)]
+    columns = [best_across(column) for column in zip(*(line.cells for line in lines), strict=True)]
     return [Line(line.label, [column[index] for column in columns]) for index, line in enumerate(lines)]
 
 
-def _best_across(cells: Sequence[Cell]) -> list[Cell]:
+def best_across(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with the best in bold, where it is best beyond doubt."""
     known = [cell for cell in cells if cell.value is not None]
     if len(known) < 2:
         return list(cells)
@@ -391,12 +235,7 @@ def _best_across(cells: Sequence[Cell]) -> list[Cell]:
     return [Cell(c.top, c.bottom, c.value, c.low, c.high, bold=clear and c is best) for c in cells]
 
 
-def _slots_label(row: Row) -> str:
-    tokens, k = row["tokens"], row["top_k"]
-    return f"Top {k}" if tokens is None else f"{int(tokens) // k} Slots - Top {k}"
-
-
-def _setting_note(results: Results, vlm: str, but: str = "") -> str:
+def setting_note(results: Results, vlm: str, but: str = "") -> str:
     """What the fixed axes are, where the grid has several values on any of them."""
     if all(len(values(results, vlm, axis)) < 2 for axis in AXES):
         return ""

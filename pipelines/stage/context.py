@@ -26,6 +26,7 @@ from cluster.driver.explain import fault_of
 from cluster.host.machine import visible_gpus
 from cluster.task import Call
 from ocvtp.errors import BadInput, Corrupt
+from ocvtp.json_files import read_json
 from pipelines.params.load import load
 from pipelines.params.model import Demand, Params
 from pipelines.tasks.restored import restored
@@ -96,6 +97,14 @@ class Stage:
                 " (OCVTP_ROOT names the folder of the outputs, if it is another one)"
             )
         return found
+
+    def sampled_images(self) -> list[dict[str, str]]:
+        """What stage `sample` listed: id, path in the store and SHA-256 of each image; `Corrupt` if it is not that."""
+        path = self.input("data/sample/images.json", "sample")
+        images: list[dict[str, str]] = read_json(path)
+        if not isinstance(images, list) or not images or any({*image} != {"id", "path", "sha256"} for image in images):
+            raise Corrupt(f"{path} is not what stage sample writes: a list of objects with id, path and sha256")
+        return images
 
     def run(self, tasks: Sequence[Task]) -> Report:
         """Run what is missing; results that are damaged are set aside and made again.

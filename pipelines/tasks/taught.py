@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.answers.teacher import teacher_of
+from ocvtp.data.scenes import SceneSet, Style
 from ocvtp.errors import Incompatible
 from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.tokens.extract import ImageRecord
@@ -29,7 +30,7 @@ def taught(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
         vlm,
         config,
         records,
-        scenes_seed=about["scenes_seed"],
+        scenes=None if (scenes := about["scenes"]) is None else SceneSet(scenes["seed"], Style(**scenes["style"])),
         preprocessing=spec["tokens"]["meta"]["preprocessing"],
         prompts_file=_prompts(about["prompts"], inputs["prompts"]),
     )

@@ -208,80 +208,50 @@ def make_llava_next(seed: int = 0) -> TinyVLM:
     return TinyVLM(model, processor, None)
 
 
-def make_qwen2_5_vl(seed: int = 0) -> TinyVLM:
-    """16 to 40 tokens of 2 x 2 patches; windows of 2 x 2 tokens in all blocks but two."""
-    vision = {
-        "depth": 5,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "window_size": 56,
-        "fullatt_block_indexes": [2, 4],
-        "out_hidden_size": 32,
-    }
-    text = {
-        **{name: getattr(TEXT, name) for name in TEXT_OF_QWEN},
-        "vocab_size": len(QWEN_WORDS),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-    }
-    config = Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=QWEN_WORDS.index("<image>"),
-        video_token_id=QWEN_WORDS.index("<video>"),
-        vision_start_token_id=QWEN_WORDS.index("<vision>"),
-        vision_end_token_id=QWEN_WORDS.index("</vision>"),
+def qwen(made: Any, *, vision: dict[str, Any], text: dict[str, Any]) -> Any:
+    """A config of a Qwen: five blocks of 2 x 2 patches a token, M-RoPE, and what sets the generations apart."""
+    blocks = {"depth": 5, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14,
+              "spatial_merge_size": 2, "out_hidden_size": 32}  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], **text.pop("rope", {})}
+    shared = {**{name: getattr(TEXT, name) for name in TEXT_OF_QWEN}, "vocab_size": len(QWEN_WORDS)}
+    words = {"image_token_id": "<image>", "video_token_id": "<video>", "vision_start_token_id": "<vision>",
+             "vision_end_token_id": "</vision>"}  # fmt: skip
+    return made(
+        vision_config={**blocks, **vision},
+        text_config={**shared, "rope_parameters": rope, **text},
+        **{name: QWEN_WORDS.index(word) for name, word in words.items()},
     )
-    torch.manual_seed(seed)
-    model = ready(Qwen2_5_VLForConditionalGeneration(config), seed)
-    processor = Qwen2_5_VLProcessor(
+
+
+def qwen_processor(made: Any, video_processor: Any) -> Any:
+    """A processor of a Qwen: 16 to 40 tokens an image."""
+    return made(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 40}),
         tokenizer=tokenizer(QWEN_WORDS),
-        video_processor=Qwen2VLVideoProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 84 * 84}),
+        video_processor=video_processor,
     )
-    return TinyVLM(model, processor, None, " <vision> <image> </vision>")
+
+
+def make_qwen2_5_vl(seed: int = 0) -> TinyVLM:
+    """16 to 40 tokens of 2 x 2 patches; windows of 2 x 2 tokens in all blocks but two."""
+    config = qwen(Qwen2_5_VLConfig, vision={"window_size": 56, "fullatt_block_indexes": [2, 4]}, text={})
+    torch.manual_seed(seed)
+    model = ready(Qwen2_5_VLForConditionalGeneration(config), seed)
+    videos = Qwen2VLVideoProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 84 * 84})
+    return TinyVLM(model, qwen_processor(Qwen2_5_VLProcessor, videos), None, " <vision> <image> </vision>")
 
 
 def make_qwen3_vl(seed: int = 0) -> TinyVLM:
     """16 to 40 tokens of 2 x 2 patches; DeepStack adds what blocks 1 and 3 saw to the first two layers of four."""
-    vision = {
-        "depth": 5,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [1, 3],
-        "out_hidden_size": 32,
-    }
-    text = {
-        **{name: getattr(TEXT, name) for name in TEXT_OF_QWEN},
-        "vocab_size": len(QWEN_WORDS),
-        "head_dim": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1],
-                            "mrope_interleaved": True},
-    }  # fmt: skip
-    config = Qwen3VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=QWEN_WORDS.index("<image>"),
-        video_token_id=QWEN_WORDS.index("<video>"),
-        vision_start_token_id=QWEN_WORDS.index("<vision>"),
-        vision_end_token_id=QWEN_WORDS.index("</vision>"),
+    config = qwen(
+        Qwen3VLConfig,
+        vision={"num_position_embeddings": 64, "deepstack_visual_indexes": [1, 3]},
+        text={"head_dim": 8, "rope": {"mrope_interleaved": True}},
     )
     torch.manual_seed(seed)
     model = ready(Qwen3VLForConditionalGeneration(config), seed)
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 40}),
-        tokenizer=tokenizer(QWEN_WORDS),
-        video_processor=Qwen3VLVideoProcessor(
-            patch_size=14, size={"shortest_edge": 4 * 84 * 84, "longest_edge": 6 * 112 * 112}
-        ),
-    )
-    return TinyVLM(model, processor, None, " <vision> <image> </vision>")
+    videos = Qwen3VLVideoProcessor(patch_size=14, size={"shortest_edge": 4 * 84 * 84, "longest_edge": 6 * 112 * 112})
+    return TinyVLM(model, qwen_processor(Qwen3VLProcessor, videos), None, " <vision> <image> </vision>")
 
 
 def make_internvl(seed: int = 0) -> TinyVLM:

@@ -10,22 +10,20 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
+from small_params import SMALL, write_params
 
 from pipelines import efficiency, extract, measure, report, sample, train
 from pipelines import eval as evaluate
 from pipelines.stage import context
 
 pytestmark = pytest.mark.pipeline
-SMALL: dict[str, Any] = {
+TINY: dict[str, Any] = {
+    **SMALL,
     "method": ["vanilla", "oc-vtp"],
     "keep": [16],
-    "benchmark": ["pope"],
-    "seed": 0,
+    "mlflow": {},
     "sample": {"images": 20, "questions": 2},
-    "extract": {"shard_images": 16, "batch_size": 8},
     "train": {"steps": 2, "batch_size": 8, "eval_every": 2},
-    "evaluate": {"bootstrap": 200},
 }
 OTHERS = "has put out what other parameters, data or code asked for"
 
@@ -37,10 +35,7 @@ class Workspace:
         self.root, self.store, self._capsys = root, root / ".ocvtp/store", capsys
 
     def params(self, changes: dict[str, Any]) -> list[str]:
-        merged = {k: {**SMALL.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}
-        path = self.root / "params.yaml"
-        path.write_text(yaml.safe_dump({**SMALL, **merged}))
-        return ["--params", str(path)]
+        return write_params(self.root, changes, TINY)
 
     def run(self, module: ModuleType, **changes: Any) -> int:
         code = int(module.main(self.params({"mlflow": {"enabled": False}, **changes})))

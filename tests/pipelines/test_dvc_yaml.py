@@ -103,8 +103,7 @@ def test_every_dependency_is_there_or_comes_from_an_earlier_stage(name: str) -> 
 def test_outputs_are_not_in_git_but_for_the_metrics() -> None:
     outs = [out if Path(out).suffix else f"{out}/x" for stage in STAGES.values() for out in stage["outs"]]
     done = subprocess.run(["git", "check-ignore", *outs], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode > 1:
-        pytest.skip("not a git repository")
+    assert done.returncode == 0, done.stderr  # DVC itself needs the git repository
     assert done.stdout.split() == outs
     metrics = subprocess.run(["git", "check-ignore", "results/metrics.json"], cwd=ROOT, check=False)
     assert metrics.returncode == 1

@@ -11,12 +11,13 @@ from report_results import ABLATED, QUESTIONS, write_results
 from ocvtp.errors import BadInput, Corrupt
 from pipelines.report import main
 from pipelines.report_html import charts, names
+from pipelines.report_html.ablation_tables import ablations
 from pipelines.report_html.claims import findings
 from pipelines.report_html.data import Results, load
 from pipelines.report_html.headline import headline
 from pipelines.report_html.measures import measures_tables
 from pipelines.report_html.page import documents, render
-from pipelines.report_html.tables import ablations, chosen_rows, coverage_table, main_table, reference
+from pipelines.report_html.tables import chosen_rows, coverage_table, main_table, reference
 
 
 class Page(HTMLParser):

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
+from small_params import SMALL, write_params
 
 from cluster import Task, is_published
 from ocvtp import cli
@@ -23,17 +23,6 @@ from pipelines.stage import context as stage
 from pipelines.stage import outputs
 
 pytestmark = pytest.mark.pipeline
-SMALL: dict[str, Any] = {
-    "method": ["vanilla", "random", "oc-vtp"],
-    "keep": [48, 16],
-    "benchmark": ["pope"],
-    "seed": 0,
-    "sample": {"images": 40, "questions": 12},
-    "extract": {"shard_images": 16, "batch_size": 8},
-    "train": {"steps": 6, "batch_size": 8, "eval_every": 3},
-    "evaluate": {"bootstrap": 200},
-    "mlflow": {"enabled": False},
-}
 
 
 class Workspace:
@@ -46,11 +35,8 @@ class Workspace:
 
     def run(self, module: ModuleType, **changes: Any) -> int:
         """Run a stage; nested entries are merged into the small ones."""
-        params = {**SMALL, **{k: {**SMALL.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}}
-        path = self.root / "params.yaml"
-        path.write_text(yaml.safe_dump(params))
         self.ran = []
-        return int(module.main(["--params", str(path)]))
+        return int(module.main(write_params(self.root, changes)))
 
     def files(self, path: str) -> dict[str, str]:
         return dict(outputs.checksums(self.root / path))

@@ -11,7 +11,7 @@ from PIL import Image
 from ocvtp.answers import Prompt, Teacher, generic, read_prompts, scene_questions, teacher_of
 from ocvtp.answers.asking import digest
 from ocvtp.data.questions import POST_PROMPT, write_benchmarks
-from ocvtp.data.scenes import file_name, make_scene, write_scenes
+from ocvtp.data.scenes import SceneSet, Style, file_name, make_scene, write_scenes
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
 from ocvtp.pruner.training import answers
@@ -79,12 +79,13 @@ def test_images_with_fewer_tokens_than_slots_keep_what_they_have() -> None:
 
 
 def test_questions_are_about_the_training_scenes_alone(tmp_path: Path) -> None:
-    of = scene_questions(5, 6)
+    of = scene_questions(SceneSet(5), 6)
     asked = of(Path(file_name("train", 3)).stem)
     assert len(asked) == 6
     assert all(prompt.text.endswith(f"\n{POST_PROMPT}") and prompt.answer for prompt in asked)
-    assert asked == scene_questions(5, 6)("train-000003")
-    assert asked != scene_questions(6, 6)("train-000003")
+    assert asked == scene_questions(SceneSet(5), 6)("train-000003")
+    assert asked != scene_questions(SceneSet(6), 6)("train-000003")
+    assert asked != scene_questions(SceneSet(5, Style(small_share=1.0)), 6)("train-000003"), "other shapes are there"
     digit = make_scene(5, "train", 3).digit
     right = {p.answer for p in asked if p.text.startswith(("What number", "What is the number"))}
     assert right <= {digit}
@@ -128,7 +129,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenDataset, list
 @pytest.fixture(scope="module")
 def teacher(scenes: Any) -> Teacher:
     """Holds what it has seen through all trainings."""
-    return teacher_of(load("tiny-llava"), TrainConfig(**FAST), scenes[1], scenes_seed=0)
+    return teacher_of(load("tiny-llava"), TrainConfig(**FAST), scenes[1], scenes=SceneSet(0))
 
 
 def taught(scenes: Any, teacher: Teacher, folder: Path, **options: Any) -> tuple[Any, dict[str, bytes]]:
@@ -177,7 +178,9 @@ def test_a_killed_training_that_goes_on_ends_in_the_same_bytes(scenes: Any, teac
               trained_for=TrainedFor(weights=dataset.meta.weights, layer=-2))  # fmt: skip
     assert not (tmp_path / "cut/model.safetensors").exists()
     vlm = load("tiny-llava")
-    _, again = taught(scenes, teacher_of(vlm, config, records, scenes_seed=0), tmp_path / "cut", checkpoint_every=2)
+    _, again = taught(
+        scenes, teacher_of(vlm, config, records, scenes=SceneSet(0)), tmp_path / "cut", checkpoint_every=2
+    )
     assert again == whole
     asking = TrainConfig(**{**FAST, "prompts": ["What is the number?"]})
     with pytest.raises(Incompatible, match="another training"):  # by what is asked alone
@@ -199,7 +202,7 @@ def test_what_cannot_be_taught_is_refused_before_it_begins(scenes: Any, teacher:
     with pytest.raises(BadInput, match="of use with loss=answers only, loss is span"):
         begin(teacher, config=TrainConfig(loss="span", slots=[4]))
     with pytest.raises(BadInput, match="no prompts or pictures for 59 of 60 training images: train-000001"):
-        begin(teacher_of(vlm, config, records[:1], scenes_seed=0))
+        begin(teacher_of(vlm, config, records[:1], scenes=SceneSet(0)))
     with pytest.raises(BadInput, match="no synthetic scenes"):
         teacher_of(vlm, config, records)
     for given in ("sentences", [], [" "], 3):

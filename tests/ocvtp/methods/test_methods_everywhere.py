@@ -5,7 +5,7 @@ What they choose is compared with their descriptions in the tests of each; those
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -24,6 +24,13 @@ from ocvtp.vlms import family_of
 Picture = Callable[..., Image.Image]
 NEW = {"max_new_tokens": 5, "do_sample": False}
 BEFORE = sorted(name for name, entry in REGISTRY.items() if entry.acts == "before the LLM")
+REFUSED = {
+    ("qwen2_5_vl", "trim"): "trim needs",
+    ("qwen2_5_vl", "tome"): "tome merges tokens inside a CLIP tower",
+    ("llava_next", "tome"): "only 56 are tokens: set mm_patch_merge_type",
+}
+"""What a family cannot have, and why: TRIM wants a CLIP tower, ToMe images whose every patch is a token."""
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
 IN_BF16 = 2
 """Tokens of an image in which implementations of attention may differ in bfloat16: rounding decides between scores that
 are nearly equal. In float32 they do not differ."""
@@ -39,8 +46,14 @@ def images(picture_of: Picture) -> list[list[Image.Image]]:
     return [[picture_of(5 * row + i, *size) for i, size in enumerate(each)] for row, each in enumerate(sizes)]
 
 
+def on_each(methods: Iterable[str]) -> Any:
+    """Parameters `vlm` and `method`: each method on each family that can have it."""
+    pairs = [(family, method) for family in FAMILIES for method in methods if (family, method) not in REFUSED]
+    return pytest.mark.parametrize(("vlm", "method"), pairs, indirect=["vlm"])
+
+
 def prune(vlm: Any, method: str, keep: Any) -> Any:
-    """A handle; skips what is not defined for a family, which the method's own tests see refused."""
+    """A handle, with what each method needs."""
     facts = family_of(vlm.model).facts
     options: dict[str, Any] = {}
     if method == "oc-vtp":
@@ -49,18 +62,22 @@ def prune(vlm: Any, method: str, keep: Any) -> Any:
     elif method in ("oc-vtp-untrained", *CHOICES):
         options = {"layer": 2}
     elif method == "trim":
-        if not facts.cls:
-            pytest.skip("trim needs a CLIP tower")
         options = {
             "clip": make_clip(vlm), "clip_tokenizer": clip_tokenizer(), "tokenizer": vlm.processor.tokenizer
         }  # fmt: skip
-    elif method == "tome" and facts.grid is None:
-        pytest.skip("tome is for images of one shape")
     return ocvtp.prune(vlm.model, method, keep, **options)
 
 
+@pytest.mark.parametrize(("vlm", "method", "why"), [(*pair, why) for pair, why in REFUSED.items()], indirect=["vlm"])
+def test_what_a_family_cannot_have_is_refused(vlm: Any, method: str, why: str, picture_of: Picture) -> None:
+    """When it is asked for, or at the latest at the first image of a shape that it cannot have."""
+    inputs = vlm.prompt([[picture_of(0, 200, 80)]])
+    with pytest.raises(BadInput, match=why), ocvtp.prune(vlm.model, method, 0.5):
+        vlm.model(**inputs)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("method", BEFORE)
+@on_each(BEFORE)
 def test_keeping_everything_changes_nothing(vlm: Any, images: Any, method: str) -> None:
     model, inputs = vlm.model, vlm.prompt(images)
     logits, answer = model(**inputs).logits, model.generate(**inputs, **NEW)
@@ -72,7 +89,7 @@ def test_keeping_everything_changes_nothing(vlm: Any, images: Any, method: str) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", BEFORE)
+@on_each(BEFORE)
 def test_a_batch_is_what_its_rows_are_alone(vlm: Any, images: Any, method: str) -> None:
     model, inputs = vlm.model, vlm.prompt(images)
     length = inputs["input_ids"].shape[1]
@@ -114,7 +131,7 @@ def test_a_pruned_model_is_not_copied(vlm: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", sorted(set(REGISTRY) - {"vanilla"}))
+@on_each(sorted(set(REGISTRY) - {"vanilla"}))
 def test_implementations_of_attention_keep_the_same(vlm: Any, images: Any, method: str, dtype: torch.dtype) -> None:
     kept = {}
     names = ["sdpa", "eager"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ocvtp
+from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY, options_of
 from ocvtp.methods.fastv import FastV
 from ocvtp.methods.pyramiddrop import PyramidDrop
@@ -85,7 +86,9 @@ def test_what_stays_and_what_follows_is_as_in_plain_loops(
     length, depth = batch["input_ids"].shape[1], model.get_decoder().config.num_hidden_layers
     read: list[list[int]] = [[] for _ in range(depth)]
     if "image_grid_thw" in batch and "positions" in options:
-        pytest.skip("M-RoPE has no compact positions inside the LLM")
+        with pytest.raises(BadInput, match=r"positions='compact' cannot be had .* M-RoPE"):
+            ocvtp.prune(model, method, keep, **options)
+        return
     with ocvtp.prune(model, method, keep, **options) as handle:
         hooks = [
             layer.register_forward_pre_hook(

@@ -311,6 +311,9 @@ def test_decoding_by_hand_follows_generate(vlm: Any, batch: Any) -> None:
     assert torch.equal(uncached, expected)
 
 
+# Not Gemma 3, where transformers itself reads a second image otherwise after a cache than in one prompt; not OneVision,
+# which cuts an image into tiles by whether it is alone, as a later turn cannot tell.
+@pytest.mark.parametrize("vlm", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"], indirect=True)
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @torch.no_grad()
 def test_a_second_image_joins_a_conversation(vlm: Any, picture_of: Picture, positions: str) -> None:
@@ -326,10 +329,6 @@ def test_a_second_image_joins_a_conversation(vlm: Any, picture_of: Picture, posi
         for name in ("image_sizes", "image_grid_thw"):
             if name in inputs:
                 turn[name] = inputs[name][number : number + 1]
-        if vlm.model.config.model_type == "gemma3":
-            pytest.skip("transformers itself reads a second image otherwise after a cache than in one prompt")
-        if "batch_num_images" in inputs:  # an image that comes later is one of several all the same
-            pytest.skip("OneVision cuts an image into tiles by whether it is alone, which a later turn cannot tell")
         pixels = family.pixels_of(both, number)
         turns.append(turn | {"pixel_values": pixels if pixels.ndim == inputs["pixel_values"].ndim else pixels[None]})
     with prune(vlm, "random", KEEP, positions=positions) as handle:

@@ -152,10 +152,10 @@ def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("moving", [name for name in MARKS if name.startswith("qwen")], indirect=True)
 @torch.no_grad()
 def test_time_goes_on_as_in_the_whole_video(moving: Any, picture_of: Picture) -> None:
-    if moving.model.config.model_type == "llava_onevision":
-        pytest.skip("it has no axis of time")
+    """Of families whose positions have an axis of time."""
     inputs = prompts(moving, rows(moving, picture_of)[:1])
     whole = read(moving, lambda: moving.model(**inputs))[0]["position_ids"][-3:]
     with ocvtp.prune(moving.model, "random", 1) as handle:
