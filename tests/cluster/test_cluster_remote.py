@@ -104,9 +104,11 @@ def test_pushes_that_fail_are_named_and_made_up_for(
 
 
 HANGS = """
-import sys, time
+import signal, sys, time
 import fsspec
 from cluster.__main__ import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell started the tests in the background
 
 def hang(self, source, target, *rest, **named):
     open(sys.argv[1], "a").close()
