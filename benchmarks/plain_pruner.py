@@ -74,7 +74,7 @@ class Projection(nn.Module):
         return self.norm(self.project(x))
 
 
-class Positions(nn.Module):
+class PositionEmbedding(nn.Module):
     """A learnt table."""
 
     def __init__(self, count: int, width: int) -> None:
@@ -88,7 +88,7 @@ class RandomAR(nn.Module):
     def __init__(self, count: int, width: int, slot_width: int) -> None:
         super().__init__()
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
-        self.posit_embed = Positions(count, width)
+        self.posit_embed = PositionEmbedding(count, width)
         self.project1, self.project2 = Projection(width, width), Projection(slot_width, width)
         layer = nn.TransformerDecoderLayer(
             width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, bias=False

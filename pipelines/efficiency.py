@@ -16,7 +16,7 @@ from ocvtp.efficiency.shapes import VlmShape, shape_of
 from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
-from ocvtp.vlms import Entry, resolve
+from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.grid import VANILLA
 from pipelines.params.fitting import by_layer
 from pipelines.stage import command, outputs
@@ -43,7 +43,7 @@ def _rows(run: Stage) -> list[dict[str, Any]]:
     return [row for name in run.params.vlm for row in rows_of(run, resolve(name))]
 
 
-def rows_of(run: Stage, vlm: Entry) -> list[dict[str, Any]]:
+def rows_of(run: Stage, vlm: CatalogEntry) -> list[dict[str, Any]]:
     """One row for the unpruned model, and one for each method, budget and top_k."""
     from transformers import AutoConfig
 
@@ -59,7 +59,13 @@ def rows_of(run: Stage, vlm: Entry) -> list[dict[str, Any]]:
 
 
 def _row(
-    run: Stage, vlm: Entry, shape: VlmShape, whole: int, method: str, keep: Budget | None, top_k: int | None = None
+    run: Stage,
+    vlm: CatalogEntry,
+    shape: VlmShape,
+    whole: int,
+    method: str,
+    keep: Budget | None,
+    top_k: int | None = None,
 ) -> dict[str, Any] | None:
     """None where the method cannot keep so few tokens."""
     kept = whole if keep is None else keep.tokens(whole)
@@ -88,7 +94,7 @@ def _row(
     }
 
 
-def _pruner(run: Stage, vlm: Entry, whole: int, kept: int, top_k: int) -> int:
+def _pruner(run: Stage, vlm: CatalogEntry, whole: int, kept: int, top_k: int) -> int:
     """Of the pruner that params.yaml describes, with the slots that this budget takes."""
     config = run.params.train.pruner_config(vlm.width, vlm.grid)
     return pruner_flops(

@@ -19,7 +19,7 @@ from cluster import Task, is_published
 from cluster.task import canonical
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
-from ocvtp.vlms import Entry, resolve
+from ocvtp.vlms import CatalogEntry, resolve
 from pipelines import tracking
 from pipelines.grid import Cell, PrunerCell, vlm_folder
 from pipelines.inputs import Input, pruners, questions, wanted_settings, weights
@@ -69,7 +69,7 @@ def _task(
     run: Stage,
     setting: Cell,
     benchmark: str,
-    vlm: Entry,
+    vlm: CatalogEntry,
     trained: Mapping[PrunerCell, Input],
     data: Input | None,
 ) -> Task:
@@ -89,7 +89,7 @@ def _task(
     return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, inputs)
 
 
-def _of_setting(run: Stage, setting: Cell, vlm: Entry, pruner: Input | None) -> dict[str, Any]:
+def _of_setting(run: Stage, setting: Cell, vlm: CatalogEntry, pruner: Input | None) -> dict[str, Any]:
     """The part of a spec that all benchmarks share."""
     evaluate = run.params.evaluate
     # The count where all images have as many tokens, so that 0.333 and 48 of 144 are one and the same.

@@ -19,7 +19,7 @@ from cluster.driver.explain import fault_of
 from cluster.store import verdicts
 from cluster.store.publish import About
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
-from ocvtp.vlms import Entry, resolve
+from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.grid import layers as wanted_layers
 from pipelines.grid import vlm_folder
 from pipelines.stage import command, outputs
@@ -89,12 +89,12 @@ def _all_parts(run: Stage) -> dict[str, list[Part]]:
     return {vlm: _parts(run, resolve(vlm), images) for vlm in run.params.vlm}
 
 
-def _parts(run: Stage, vlm: Entry, images: Sequence[dict[str, str]]) -> list[Part]:
+def _parts(run: Stage, vlm: CatalogEntry, images: Sequence[dict[str, str]]) -> list[Part]:
     size = run.params.extract.shard_images
     return [_part(run, vlm, first, images[first : first + size]) for first in range(0, len(images), size)]
 
 
-def _part(run: Stage, vlm: Entry, first: int, images: Sequence[dict[str, str]]) -> Part:
+def _part(run: Stage, vlm: CatalogEntry, first: int, images: Sequence[dict[str, str]]) -> Part:
     extract = run.params.extract
     common = {
         "vlm": vlm.name,

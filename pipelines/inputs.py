@@ -12,7 +12,7 @@ from ocvtp.errors import BadInput
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
 from ocvtp.methods import REGISTRY
-from ocvtp.vlms import Entry
+from ocvtp.vlms import CatalogEntry
 from pipelines.grid import Cell, PrunerCell, settings
 from pipelines.params.fitting import unreachable
 from pipelines.params.model import Params
@@ -30,7 +30,7 @@ class Input:
     files: dict[str, str]
 
 
-def wanted_settings(params: Params, vlms: Mapping[str, Entry]) -> list[Cell]:
+def wanted_settings(params: Params, vlms: Mapping[str, CatalogEntry]) -> list[Cell]:
     """Of the grid, without those whose method cannot keep so few tokens there: tables have a dash for them."""
     kept = []
     for setting in settings(params, REGISTRY, {name: entry.tokens for name, entry in vlms.items()}):

@@ -21,7 +21,7 @@ from cluster import Task, is_published
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
 from ocvtp.methods import REGISTRY
-from ocvtp.vlms import Entry, resolve
+from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.grid import Cell, PrunerCell, vlm_folder
 from pipelines.inputs import Input, pruners, wanted_settings, weights
 from pipelines.stage import command, outputs
@@ -99,7 +99,9 @@ def _images(run: Stage) -> Images:
     )
 
 
-def _task(run: Stage, cells: Sequence[Cell], vlm: Entry, trained: Mapping[PrunerCell, Input], images: Images) -> Task:
+def _task(
+    run: Stage, cells: Sequence[Cell], vlm: CatalogEntry, trained: Mapping[PrunerCell, Input], images: Images
+) -> Task:
     """One method with all of its budgets and seeds."""
     first, extract = cells[0], run.params.extract
     pruner = trained[first.pruner] if first.pruner else None

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from ocvtp.methods.base import Entry, no_pruner, whole
-from ocvtp.methods.inside import Inside, Stage, Step, depth_of, listed, per_layer, scaled
+from ocvtp.methods.inside import Inside, PruneStage, Step, depth_of, listed, per_layer, scaled
 from ocvtp.vlms.family import Family
 
 _K = 2
@@ -31,7 +31,7 @@ class FastV(Inside):
         whole(self.name, options, "k", 1)
         k = options["k"]
         layers = scaled([_K], depth) if k is None else listed(self.name, "k", [k], 1, depth - 1)
-        super().__init__(depth, options["budget"], [Stage(layer - 1, layer) for layer in layers])
+        super().__init__(depth, options["budget"], [PruneStage(layer - 1, layer) for layer in layers])
 
     def steps(self, tokens: int, keep: int) -> list[Step]:  # noqa: D102 - as in Inside
         if self.budget == "reference":

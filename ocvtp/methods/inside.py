@@ -38,7 +38,7 @@ _AUTHORS_DEPTH = 32
 
 
 @dataclass(frozen=True)
-class Stage:
+class PruneStage:
     """Scored by the attention of layer `scored`; layer `pruned` is the first that reads the shorter prompt."""
 
     scored: int
@@ -85,7 +85,7 @@ class Inside(Method):
     reads_text: ClassVar[bool] = False
     """It has raters. Without them the one row of attention is that of the token which asks, the last of the prompt."""
 
-    def __init__(self, depth: int, budget: str, stages: Sequence[Stage]) -> None:
+    def __init__(self, depth: int, budget: str, stages: Sequence[PruneStage]) -> None:
         one_of(self.name, {"budget": budget}, "budget", BUDGETS)
         if not stages:
             raise BadInput(f"{self.name} drops tokens between layers, but the language model has {depth} of them")
@@ -140,7 +140,7 @@ class Inside(Method):
         )
 
 
-def counts(depth: int, tokens: int, stages: Sequence[Stage], steps: Sequence[Step]) -> list[int]:
+def counts(depth: int, tokens: int, stages: Sequence[PruneStage], steps: Sequence[Step]) -> list[int]:
     """Tokens of an image that each layer reads."""
     found = [tokens] * depth
     for stage, step in zip(stages, steps, strict=True):

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from ocvtp.methods.base import Entry, no_pruner
-from ocvtp.methods.inside import Inside, Stage, Step, counts, depth_of, fill, largest, listed, per_layer, scaled
+from ocvtp.methods.inside import Inside, PruneStage, Step, counts, depth_of, fill, largest, listed, per_layer, scaled
 from ocvtp.vlms.family import Family
 
 _LAYERS = (2, 8, 16)
@@ -34,7 +34,7 @@ class PyramidDrop(Inside):
         """`options`: as in `ENTRY`."""
         given = options["layers"]
         layers = scaled(_LAYERS, depth) if given is None else listed(self.name, "layers", given, 1, depth - 1)
-        super().__init__(depth, options["budget"], [Stage(layer, layer) for layer in layers])
+        super().__init__(depth, options["budget"], [PruneStage(layer, layer) for layer in layers])
 
     def steps(self, tokens: int, keep: int) -> list[Step]:  # noqa: D102 - as in Inside
         limit = keep * self.depth

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.methods.base import BEHAVIOURS, Entry, no_pruner, one_of
-from ocvtp.methods.inside import Inside, Stage, Step, counts, depth_of, fill, largest, listed, per_layer, scaled
+from ocvtp.methods.inside import Inside, PruneStage, Step, counts, depth_of, fill, largest, listed, per_layer, scaled
 from ocvtp.vlms.family import Family
 
 _LAYERS = (2, 6, 15)
@@ -64,7 +64,7 @@ class SparseVLM(Inside):
         )
         one_of(self.name, options, "behaviour", BEHAVIOURS)
         one_of(self.name, options, "recycle", (True, False))
-        super().__init__(depth, options["budget"], [Stage(layer - 1, layer) for layer in pruned])
+        super().__init__(depth, options["budget"], [PruneStage(layer - 1, layer) for layer in pruned])
         self._reference, self._recycle = options["behaviour"] == "reference", options["recycle"]
 
     # --- How many ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ MODES: Final = ("random", "fixed", "all")
 """How a decoder is to look at the tokens: as in training, the same way each time, or at all of them."""
 
 
-class Positions(nn.Module):
+class PositionEmbedding(nn.Module):
     """A learnt table [1, H * W, C] over the grid of the config.
 
     With `positions="grid"` another grid reads it between its entries (bilinear, both taken to cover the same image);
@@ -38,7 +38,7 @@ class Positions(nn.Module):
         nn.init.trunc_normal_(self.table, std=1.0)
 
     def forward(self, layout: TokenLayout) -> Tensor:
-        """Positions [B, N, C], or [1, N, C] if all images lie on one grid; anything where there is no token.
+        """PositionEmbedding [B, N, C], or [1, N, C] if all images lie on one grid; anything where there is no token.
 
         Raises:
             BadInput: a grid that a table without resampling does not have.
@@ -107,7 +107,7 @@ class RandomAR(Decoder):
         self.config = config
         self.project_tokens = NormedLinear(config.token_dim, config.token_dim)
         self.project_slots = NormedLinear(config.slot_dim, config.token_dim)
-        self.positions = Positions(config)
+        self.positions = PositionEmbedding(config)
         self.mask_token = nn.Parameter(torch.randn(1, 1, config.token_dim) / config.token_dim**0.5)
         self.transformer = Transformer(config)
 
@@ -157,7 +157,7 @@ class MixtureMLP(Decoder):
         super().__init__()
         hidden = config.decoder_ffn_dim
         self.project_slots = NormedLinear(config.slot_dim, config.token_dim)
-        self.positions = Positions(config)
+        self.positions = PositionEmbedding(config)
         sizes = [config.token_dim, hidden, hidden, hidden]
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden, config.token_dim + 1))
@@ -196,7 +196,7 @@ class OrderedAR(Decoder):
         super().__init__()
         self.project_tokens = NormedLinear(config.token_dim, config.token_dim)
         self.project_slots = NormedLinear(config.slot_dim, config.token_dim)
-        self.positions = Positions(config)
+        self.positions = PositionEmbedding(config)
         self.begin = nn.Parameter(torch.randn(self.orders, config.token_dim) / config.token_dim**0.5)
         self.transformer = Transformer(config)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods.inside import Inside, Scored, Stage, Step, counts
+from ocvtp.methods.inside import Inside, PruneStage, Scored, Step, counts
 from ocvtp.pruning import calls
 from ocvtp.pruning.attention import Read, attended, readable
 from ocvtp.pruning.prefix import Held, Prefix
@@ -167,7 +167,7 @@ class Shortening(Run):
             for span, steps in zip(spans, self._steps, strict=True)
         ]
 
-    def _stages(self, **wanted: int) -> list[tuple[int, Stage]]:
+    def _stages(self, **wanted: int) -> list[tuple[int, PruneStage]]:
         numbered = enumerate(self._method.stages)
         return [(i, stage) for i, stage in numbered if all(getattr(stage, n) == v for n, v in wanted.items())]
 

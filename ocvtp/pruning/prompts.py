@@ -18,7 +18,7 @@ from ocvtp.methods.inside import Step
 from ocvtp.pruning.attention import Rows
 from ocvtp.pruning.splice import Positions, Spliced, Spot
 
-Merge = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+MergeTokens = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Prompts:
         return all(step.kept == span.count and not step.merged for step, span in zip(steps, self.spans, strict=True))
 
     def shorter(
-        self, states_BSD: Tensor, scores_IN: Tensor, steps: Sequence[Step], merge: Merge, mode: Positions
+        self, states_BSD: Tensor, scores_IN: Tensor, steps: Sequence[Step], merge: MergeTokens, mode: Positions
     ) -> tuple["Prompts", Tensor]:
         """What goes on, and its hidden states.
 

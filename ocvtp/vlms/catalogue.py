@@ -21,13 +21,13 @@ from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Grid
 
 DATA_IN_SPECS = ("catalog.yaml",)
-"""Keys hold the entry of the VLM (`Entry.identity`), not the whole catalogue (`cluster.fingerprint`)."""
+"""Keys hold the entry of the VLM (`CatalogEntry.identity`), not the whole catalogue (`cluster.fingerprint`)."""
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What loading reads of a model; below the folder, only `additional_chat_templates/` is looked into."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """What is known of a VLM without loading its weights.
 
     Attributes:
@@ -106,7 +106,7 @@ def catalog() -> Mapping[str, Mapping[str, Any]]:
     return entries
 
 
-def resolve(name: str | Path, *, revision: str | None = None) -> Entry:
+def resolve(name: str | Path, *, revision: str | None = None) -> CatalogEntry:
     """Look a VLM up, by catalogue name or folder, without loading weights.
 
     Does without transformers, which takes seconds to import, where the config's file says all that is asked of it.
@@ -125,7 +125,7 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Entry:
     known = catalog().get(name, {})
     written, settings = _written(folder), known.get("settings", {})
     architecture = (written.get("architectures") or ["model without a named class"])[0]
-    return Entry(
+    return CatalogEntry(
         name=name,
         family=architecture,
         folder=folder,
@@ -216,13 +216,13 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str]:
 
 
 def weights_of(model: Any, *, read: bool) -> str | None:
-    """What tells a loaded model's weights from others, as `Entry.weights`; None if nobody can say.
+    """What tells a loaded model's weights from others, as `CatalogEntry.weights`; None if nobody can say.
 
     Args:
         model: of `ocvtp.vlms.load`, or any of transformers: its config knows the commit, or the folder.
         read: whether to read all the weights in that folder, once.
     """
-    entry: Entry | None = getattr(model, "ocvtp_entry", None)
+    entry: CatalogEntry | None = getattr(model, "ocvtp_entry", None)
     if entry is not None:
         return entry.weights
     commit, folder = getattr(model.config, "_commit_hash", None), Path(model.config.name_or_path or "/nowhere")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.catalogue import Entry, resolve
+from ocvtp.vlms.catalogue import CatalogEntry, resolve
 from ocvtp.vlms.families import family_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Grid, Images
@@ -26,7 +26,7 @@ from ocvtp.vlms.images import Grid, Images
 class VLM:
     """A loaded VLM."""
 
-    entry: Entry
+    entry: CatalogEntry
     model: Any
     processor: Any
     family: Family

@@ -12,7 +12,7 @@ from cluster.validation import Problems, nearest, read, show
 from ocvtp.errors import BadInput, OcvtpError
 from ocvtp.evaluation.benchmarks import benchmarks
 from ocvtp.methods import REGISTRY
-from ocvtp.vlms import Entry, resolve
+from ocvtp.vlms import CatalogEntry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
 from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Ablate, Change
 from pipelines.params.fitting import lacking, tokens_kept
@@ -60,7 +60,7 @@ def _methods(methods: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
     return methods
 
 
-def _fitting(params: Params, entries: Sequence[Entry], problems: Problems, *, named: bool) -> Params:
+def _fitting(params: Params, entries: Sequence[CatalogEntry], problems: Problems, *, named: bool) -> Params:
     """Methods that have no meaning on one of the VLMs: a problem where they are named, left out of `all`."""
     fitting = []
     for index, name in enumerate(params.method):
@@ -151,7 +151,7 @@ def _sample(params: Params, problems: Problems) -> None:
         problems.add("sample.style", "it is of scenes, but there are none: sample.source is coco, sample.questions 0")
 
 
-def _vlms(names: Sequence[str], problems: Problems) -> list[Entry]:
+def _vlms(names: Sequence[str], problems: Problems) -> list[CatalogEntry]:
     entries = []
     for index, name in enumerate(names):
         try:
@@ -161,7 +161,7 @@ def _vlms(names: Sequence[str], problems: Problems) -> list[Entry]:
     return entries
 
 
-def _layers(where: str, layers: Sequence[int], entry: Entry, problems: Problems) -> None:
+def _layers(where: str, layers: Sequence[int], entry: CatalogEntry, problems: Problems) -> None:
     seen: dict[int, int] = {}
     for index, layer in enumerate(layers):
         try:
@@ -174,7 +174,7 @@ def _layers(where: str, layers: Sequence[int], entry: Entry, problems: Problems)
         seen[resolved] = layer
 
 
-def _budgets(params: Params, entry: Entry, problems: Problems) -> None:
+def _budgets(params: Params, entry: CatalogEntry, problems: Problems) -> None:
     """Kept tokens, slots and top_k against the tokens of an image, where all images have the same."""
     whole, counts = entry.tokens, dict[int, str]()
     for index, keep in enumerate(params.keep):

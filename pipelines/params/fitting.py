@@ -7,10 +7,10 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import Entry as Method
 from ocvtp.methods import options_of
 from ocvtp.methods.budget import Budget
-from ocvtp.vlms import Entry
+from ocvtp.vlms import CatalogEntry
 
 
-def lacking(method: Method, vlm: Entry, options: Mapping[str, Any]) -> str | None:
+def lacking(method: Method, vlm: CatalogEntry, options: Mapping[str, Any]) -> str | None:
     """What the VLM lacks, as the rest of a sentence; None if nothing."""
     if "clip tower" in method.needs and not vlm.facts.cls:
         return f"needs a CLIP tower, and {vlm.name} has another"
@@ -22,7 +22,7 @@ def lacking(method: Method, vlm: Entry, options: Mapping[str, Any]) -> str | Non
     return None
 
 
-def by_layer(method: Method, vlm: Entry, whole: int, keep: int, options: Mapping[str, Any]) -> list[int]:
+def by_layer(method: Method, vlm: CatalogEntry, whole: int, keep: int, options: Mapping[str, Any]) -> list[int]:
     """Tokens of an image that each layer of the language model reads.
 
     Raises:
@@ -33,7 +33,7 @@ def by_layer(method: Method, vlm: Entry, whole: int, keep: int, options: Mapping
     return method.per_layer(whole, keep, vlm.llm_layers, options_of(method, options))
 
 
-def unreachable(method: Method, vlm: Entry, keep: int | None, options: Mapping[str, Any]) -> str | None:
+def unreachable(method: Method, vlm: CatalogEntry, keep: int | None, options: Mapping[str, Any]) -> str | None:
     """Why the method cannot keep so few tokens of each image; None if it can, or if that depends on the image."""
     if keep is None or vlm.tokens is None:
         return None

@@ -7,18 +7,18 @@ import pytest
 
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
-from ocvtp.vlms import Entry, resolve
+from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.inputs import wanted_settings
 from pipelines.params.fitting import by_layer, lacking, unreachable
 from pipelines.params.model import Params
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Entry:
+def tiny() -> CatalogEntry:
     return resolve("tiny-llava")
 
 
-def test_tokens_by_layer(tiny: Entry) -> None:
+def test_tokens_by_layer(tiny: CatalogEntry) -> None:
     assert tiny.llm_layers == 4
     assert by_layer(REGISTRY["random"], tiny, 144, 16, {}) == [16] * 4
     # One layer of the four reads all: (144 + 3 n) / 4 = 48.
@@ -26,7 +26,7 @@ def test_tokens_by_layer(tiny: Entry) -> None:
     assert by_layer(REGISTRY["fastv"], tiny, 144, 16, {"budget": "reference"}) == [144, 16, 16, 16]
 
 
-def test_what_cannot_be_reached_is_said_with_what_can(tiny: Entry) -> None:
+def test_what_cannot_be_reached_is_said_with_what_can(tiny: CatalogEntry) -> None:
     assert unreachable(REGISTRY["fastv"], tiny, 48, {}) is None
     why = unreachable(REGISTRY["fastv"], tiny, 32, {})
     assert why is not None
@@ -37,7 +37,7 @@ def test_what_cannot_be_reached_is_said_with_what_can(tiny: Entry) -> None:
     assert unreachable(REGISTRY["fastv"], varying, 1, {}) is None
 
 
-def test_what_a_method_needs(tiny: Entry) -> None:
+def test_what_a_method_needs(tiny: CatalogEntry) -> None:
     assert lacking(REGISTRY["tome"], tiny, {}) is None
     windows = replace(tiny, name="windows", facts=replace(tiny.facts, cls=False))
     assert lacking(REGISTRY["tome"], windows, {}) == "needs a CLIP tower, and windows has another"
@@ -46,7 +46,7 @@ def test_what_a_method_needs(tiny: Entry) -> None:
     assert lacking(REGISTRY["trim"], replace(tiny, name="llava-1.5-7b"), {}) is None
 
 
-def test_evaluate_leaves_out_what_cannot_be_reached(tiny: Entry, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluate_leaves_out_what_cannot_be_reached(tiny: CatalogEntry, caplog: pytest.LogCaptureFixture) -> None:
     grid = {"method": ("random", "fastv"), "keep": (Budget.parse(48), Budget.parse(16)), "seed": (0,)}
     with caplog.at_level(logging.WARNING):
         vanilla, *kept = wanted_settings(Params().model_copy(update=grid), {"tiny-llava": tiny})

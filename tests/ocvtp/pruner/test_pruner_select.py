@@ -341,10 +341,10 @@ def test_grids_must_fit(pruner):
 
 def test_positions_are_read_between_entries_elsewhere():
     """On its own grid the table itself; at twice the size the mean of neighbours, weighted 3 to 1."""
-    from ocvtp.pruner.decoder import Positions
+    from ocvtp.pruner.decoder import PositionEmbedding
     from ocvtp.pruner.layout import TokenLayout
 
-    positions = Positions(PrunerConfig(token_dim=4, grid=(2, 3)))
+    positions = PositionEmbedding(PrunerConfig(token_dim=4, grid=(2, 3)))
     table = positions.table[0].detach().view(2, 3, 4)
 
     def read(*grids):

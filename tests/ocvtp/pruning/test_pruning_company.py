@@ -17,7 +17,7 @@ import ocvtp
 from ocvtp import OCPruner
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import REGISTRY
-from ocvtp.methods.inside import Inside, Scored, Stage, Step
+from ocvtp.methods.inside import Inside, PruneStage, Scored, Step
 from ocvtp.pruner import PrunerConfig
 from ocvtp.pruning.options import Options
 from ocvtp.vlms.families import FAMILIES, family_of
@@ -241,7 +241,7 @@ class ByLength(Inside):
 @torch.no_grad()
 def test_a_method_inside_has_scores_of_its_own(llava: Any, picture_of: Picture) -> None:
     inputs = pair(llava, picture_of)
-    method = ByLength(4, "reference", [Stage(1, 2)])
+    method = ByLength(4, "reference", [PruneStage(1, 2)])
     states = llava.model(**inputs, output_hidden_states=True).hidden_states[1]
     entry = REGISTRY["fastv"]
     handle = ocvtp.pruning.handle.Handle(
