@@ -37,7 +37,7 @@ from ocvtp.vlms.images import Images
 
 def prune(
     model: Any,
-    method: str = "oc-vtp",
+    method: str = "css",
     keep: Keep | None = None,
     pruner: Any = None,
     *,
@@ -50,7 +50,8 @@ def prune(
 
     Args:
         model: a supported model of transformers (`ocvtp.vlms.families.FAMILIES`), on any device.
-        method: a name that `ocvtp methods` lists.
+        method: a name that `ocvtp methods` lists. By default the greedy column subset, which needs no training and was
+            ahead of what was trained (docs/findings.md).
         keep: tokens an image (int), a share of them in (0, 1], or a percentage such as "11.1%". Only `vanilla` needs
             none.
         pruner: for `oc-vtp`: an `OCPruner`, a folder, or an id on the hub.

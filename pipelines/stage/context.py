@@ -29,6 +29,7 @@ from ocvtp.errors import BadInput, Corrupt
 from ocvtp.json_files import read_json
 from pipelines.params.load import load
 from pipelines.params.model import Demand, Params
+from pipelines.stage.outputs import SAMPLE
 from pipelines.tasks.restored import restored
 
 log = logging.getLogger("pipelines")
@@ -100,7 +101,7 @@ class Stage:
 
     def sampled_images(self) -> list[dict[str, str]]:
         """What stage `sample` listed: id, path in the store and SHA-256 of each image; `Corrupt` if it is not that."""
-        path = self.input("data/sample/images.json", "sample")
+        path = self.input(f"{SAMPLE}/images.json", "sample")
         images: list[dict[str, str]] = read_json(path)
         if not isinstance(images, list) or not images or any({*image} != {"id", "path", "sha256"} for image in images):
             raise Corrupt(f"{path} is not what stage sample writes: a list of objects with id, path and sha256")

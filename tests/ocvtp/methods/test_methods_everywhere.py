@@ -68,6 +68,19 @@ def prune(vlm: Any, method: str, keep: Any) -> Any:
     return ocvtp.prune(vlm.model, method, keep, **options)
 
 
+@torch.no_grad()
+def test_by_default_it_is_the_column_subset(vlm: Any, images: Any) -> None:
+    inputs = vlm.prompt(images)
+    kept = []
+    for how in ((), ("css",)):
+        with ocvtp.prune(vlm.model, *how, keep=0.5) as handle:
+            vlm.model(**inputs)
+            kept.append(handle.last_kept)
+    assert kept[0] == kept[1]
+    with pytest.raises(BadInput, match="css"):
+        ocvtp.prune(vlm.model, keep=0.5, pruner="folder")
+
+
 @pytest.mark.parametrize(("vlm", "method", "why"), [(*pair, why) for pair, why in REFUSED.items()], indirect=["vlm"])
 def test_what_a_family_cannot_have_is_refused(vlm: Any, method: str, why: str, picture_of: Picture) -> None:
     """When it is asked for, or at the latest at the first image of a shape that it cannot have."""
