@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.answers import teacher_of
-from ocvtp.data.scenes import write_scenes
+from ocvtp.data.scenes import SceneSet, write_scenes
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruner.loss import LOSSES, WITHOUT_DECODER
 from ocvtp.pruner.seeding import derive, generator
@@ -89,7 +89,7 @@ def losses(images: int, seconds: float, device: torch.device) -> dict[str, Any]:
         vlm = load("tiny-llava", device=device)
         shards = extract_tokens(vlm, records, [LAYER, HANDED_ON], folder / "tokens")
         dataset, handed_on = (TokenDataset([shards[layer]]) for layer in (LAYER, HANDED_ON))
-        teacher = teacher_of(vlm, TrainConfig(loss="answers", slots=SLOTS), records, scenes_seed=0)
+        teacher = teacher_of(vlm, TrainConfig(loss="answers", slots=SLOTS), records, scenes=SceneSet(0))
         rivals = {loss: Training(loss, dataset, teacher, device) for loss in LOSSES}
         untrained = rivals["span"].quality(teacher, handed_on)  # which the teacher has then seen all of
         while (name_ := min(rivals, key=lambda one: rivals[one].seconds)) and rivals[name_].seconds < seconds:

@@ -250,7 +250,7 @@ def test_a_vlm_teaches_by_its_answers(work: Workspace, tmp_path: Path, capsys: p
     (task,) = work.ran
     about = task.spec["answers"]
     assert [image["id"] for image in about["images"]] == [image["id"] for image in work.json("data/sample/images.json")]
-    assert (about["vlm"], about["scenes_seed"], about["prompts"]) == ("tiny-llava", 0, None)
+    assert (about["vlm"], about["scenes"]["seed"], about["prompts"]) == ("tiny-llava", 0, None)
     assert set(about["model"]) >= {"revision", "files"}
     name = "models/tiny-llava/layer_9-answers-slots_16-seed_0"
     metrics = work.json(f"{name}/metrics.json")
