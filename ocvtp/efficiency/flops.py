@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape
+from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape, projector_parameters
 from ocvtp.errors import BadInput
 
 MAC = 2
@@ -144,7 +144,7 @@ def prefill_flops(
         projected = {"kept": by_layer[0], "tokens": image_tokens, "patches": patches}[shape.projects]
     return Prefill(
         tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers),
-        projector=MAC * projected * _projector(shape),
+        projector=MAC * projected * projector_parameters(shape),
         pruner=pruner,
         llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in by_layer)
         + _ranking(shape.llm, by_layer, text_tokens, text_asks=text_asks),
@@ -175,13 +175,6 @@ def _ranking(llm: LlmShape, by_layer: Sequence[int], text_tokens: int, *, text_a
 def kv_cache_bytes(llm: LlmShape, tokens: int | Sequence[int], *, bytes_per_number: int = 2) -> int:
     """Memory of the keys and values of `tokens` over all layers: one count, or one for each layer."""
     return 2 * llm.keys * sum(_each_layer("tokens", tokens, llm.layers)) * bytes_per_number
-
-
-def _projector(shape: VlmShape) -> int:
-    """Multiply-accumulates a token: LLaVA's C -> d -> d, or Qwen2.5-VL's 4C -> 4C -> d."""
-    features, width = shape.feature_width, shape.llm.width
-    hidden = width if shape.hidden is None else shape.hidden
-    return shape.projectors * (features * hidden + hidden * width if hidden else features * width)
 
 
 def _tiles(tower: TowerShape, image_tokens: int, tiles: int | None) -> int:

@@ -1,19 +1,19 @@
-"""What pruning saves in time: first token, later tokens, and the part before the language model, measured.
+"""What pruning saves in time: first token, later tokens, and each phase before the first one, measured.
 
 Cases are measured in turns, one run of each after the other, so that a machine that slows down slows all of
 them. Medians are given with quartiles. Times are not deterministic: nothing here is part of the pipeline's
 results.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from ocvtp.errors import BadInput
+from ocvtp.pruning.phases import PHASES, now, timed
 
 Case = Callable[[], AbstractContextManager[Any]]
 """Makes a context in which the model is pruned, such as `lambda: ocvtp.prune(model, ...)`."""
@@ -43,7 +43,9 @@ class Latency:
 
     Attributes:
         first_token: from the call of `generate` to the first token.
-        vision: the part of it before the language model starts: tower, projector, pruner.
+        vision: the part of it before the language model starts: tower, method, projector.
+        phases: each of `ocvtp.pruning.phases.PHASES` of a first token, from runs of their own: the device is waited for
+            between phases, so that their sum may exceed `first_token`.
         next_token: each further token.
         total: the whole answer.
         peak_memory_bytes: of the accelerator during the whole answer; None on a CPU, which does not count it.
@@ -51,6 +53,7 @@ class Latency:
 
     first_token: Spread
     vision: Spread
+    phases: dict[str, Spread]
     next_token: Spread | None
     total: Spread
     new_tokens: int
@@ -75,7 +78,7 @@ def measure(
     """Measure `model.generate(**inputs)` in every case, greedy, with exactly `new_tokens` new tokens.
 
     Args:
-        model: a VLM of transformers (`model.model.language_model` is its language model).
+        model: a VLM of a supported family.
         inputs: what its processor made, on the model's device.
         cases: a context for each case; None measures the model as it is, as `vanilla`.
         new_tokens: tokens of an answer; 1 measures the first token only.
@@ -89,13 +92,11 @@ def measure(
         if value < low:
             raise BadInput(f"{name} is {value}: at least {low} is needed")
     cases = cases or {"vanilla": nullcontext}
-    runs: dict[str, _Runs] = {name: _Runs([], [], [], []) for name in cases}
+    runs = {name: _Runs() for name in cases}
     for turn in range(warmup + repeats):
         for name, case in cases.items():
             with case():
-                result = _run(model, inputs, new_tokens)
-            if turn >= warmup:
-                runs[name].add(result)
+                _run(runs[name] if turn >= warmup else _Runs(), model, inputs, new_tokens)
     device = next(model.parameters()).device
     return {name: run.latency(new_tokens, str(device)) for name, run in runs.items()}
 
@@ -104,17 +105,10 @@ def measure(
 class _Runs:
     """Seconds and bytes of the measured runs of one case."""
 
-    first: list[float]
-    vision: list[float]
-    total: list[float]
-    memory: list[int]
-
-    def add(self, run: tuple[float, float, float, int | None]) -> None:
-        first, vision, total, memory = run
-        self.first.append(first)
-        self.vision.append(vision)
-        self.total.append(total)
-        self.memory += [] if memory is None else [memory]
+    first: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    phases: list[Mapping[str, float]] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
 
     def latency(self, new_tokens: int, device: str) -> Latency:
         steps = (
@@ -124,7 +118,8 @@ class _Runs:
         )
         return Latency(
             first_token=Spread.of(self.first),
-            vision=Spread.of(self.vision),
+            vision=Spread.of([sum(run[name] for name in ("tower", "method", "projector")) for run in self.phases]),
+            phases={name: Spread.of([run[name] for run in self.phases]) for name in PHASES},
             next_token=Spread.of(steps) if steps else None,
             total=Spread.of(self.total),
             new_tokens=new_tokens,
@@ -135,42 +130,24 @@ class _Runs:
 
 
 @torch.inference_mode()
-def _run(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float, float, int | None]:
+def _run(runs: _Runs, model: Any, inputs: Mapping[str, Any], new_tokens: int) -> None:
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    vision = first = 0.0
-    with _clock_at_language_model(model, device) as entered:
-        start = _now(device)
+
+    def seconds(tokens: int) -> float:
+        start = now(device)
+        _generate(model, inputs, tokens)
+        return now(device) - start
+
+    runs.first.append(seconds(1))
+    with timed(model, device) as phases:
         _generate(model, inputs, 1)
-        first = _now(device) - start
-        vision = (entered[0] if entered else start) - start
-    total = first
-    if new_tokens > 1:
-        start = _now(device)
-        _generate(model, inputs, new_tokens)
-        total = _now(device) - start
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return first, vision, total, memory
+    runs.phases.append(phases)
+    runs.total.append(seconds(new_tokens) if new_tokens > 1 else runs.first[-1])
+    if device.type == "cuda":
+        runs.memory.append(torch.cuda.max_memory_allocated(device))
 
 
 def _generate(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> None:
     model.generate(**inputs, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
-
-
-@contextmanager
-def _clock_at_language_model(model: Any, device: torch.device) -> Iterator[list[float]]:
-    """Collects the times at which the language model is entered."""
-    entered: list[float] = []
-    hook = model.model.language_model.register_forward_pre_hook(lambda *_: entered.append(_now(device)))
-    try:
-        yield entered
-    finally:
-        hook.remove()
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, after all that was asked of the device is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

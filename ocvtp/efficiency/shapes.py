@@ -105,6 +105,34 @@ def known_shape(name: str) -> VlmShape:
     return KNOWN[name]
 
 
+def parameters(shape: VlmShape) -> int:
+    """Of the matrices of a VLM, embeddings and head among them: what its memory is made of."""
+    llm = shape.llm
+    return (
+        llm_parameters(llm)
+        + 2 * llm.width * llm.vocabulary
+        + tower_parameters(shape.tower)
+        + projector_parameters(shape)
+    )
+
+
+def tower_parameters(tower: TowerShape) -> int:
+    """Of the matrices of all its layers."""
+    return tower.layers * tower.width * (4 * tower.width + tower.matrices * tower.mlp)
+
+
+def projector_parameters(shape: VlmShape) -> int:
+    """Of the matrices of all projectors: C -> d -> d, Qwen's 4C -> 4C -> d, or one matrix."""
+    features, width = shape.feature_width, shape.llm.width
+    hidden = width if shape.hidden is None else shape.hidden
+    return shape.projectors * (features * hidden + hidden * width if hidden else features * width)
+
+
+def llm_parameters(llm: LlmShape) -> int:
+    """Of the matrices of its layers, without embeddings and head."""
+    return llm.layers * llm.width * (2 * llm.queries + 2 * llm.keys + 3 * llm.mlp)
+
+
 def _tiles(config: Any, merge: int = 1) -> TowerShape:
     vision = config.vision_config
     if vision.model_type not in _CLS:

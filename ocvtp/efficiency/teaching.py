@@ -7,7 +7,7 @@ step, d width of the language model, m of its MLP, q and g its queries and keys 
 from dataclasses import asdict, dataclass
 
 from ocvtp.efficiency.flops import MAC, llm_layer_flops, prefill_flops, pruner_flops
-from ocvtp.efficiency.shapes import LlmShape, VlmShape
+from ocvtp.efficiency.shapes import LlmShape, VlmShape, parameters
 from ocvtp.errors import BadInput
 
 
@@ -93,16 +93,6 @@ def teaching(
         student_bytes=0 if samples else rows * length * llm.layers * _kept_bytes(llm, bytes_per_number),
         held_bytes=image_tokens * llm.width * bytes_per_number + 4 * places * llm.vocabulary,
     )
-
-
-def parameters(shape: VlmShape) -> int:
-    """Of the matrices of a VLM, embeddings and head among them: what its memory is made of."""
-    llm, tower = shape.llm, shape.tower
-    layer = llm.width * (2 * llm.queries + 2 * llm.keys + 3 * llm.mlp)
-    block = tower.width * (4 * tower.width + tower.matrices * tower.mlp)
-    hidden = shape.feature_width if tower.kind == "native" else llm.width
-    projector = shape.feature_width * hidden + hidden * llm.width
-    return llm.layers * layer + 2 * llm.width * llm.vocabulary + tower.layers * block + projector
 
 
 def _kept_bytes(llm: LlmShape, size: int) -> int:

@@ -100,6 +100,15 @@ class TowerFamily(Family):
     def facts_of(cls, config: Any) -> NoReturn:  # noqa: D102 - as in Family
         raise Incompatible("a tower's facts follow from its folder: ocvtp.inspection.towers.load")
 
+    @property
+    def tower(self) -> Any:  # noqa: D102
+        return self.model
+
+    @property
+    def projectors(self) -> list[Any]:
+        """None: there is nothing to project for."""
+        return []
+
     def grids_of(self, count: int) -> list[Grid]:
         """Rows and columns of tokens of some images."""
         assert self.facts.grid is not None  # noqa: S101

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.methods import Budget, Encoded, Kept, Method
+from ocvtp.pruning.phases import phase
 from ocvtp.pruning.videos import VideoBudget
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Layout, Placed
@@ -30,10 +31,11 @@ def choose(
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
     for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
-        with torch.no_grad():
+        with torch.no_grad(), phase("method"):
             kept = method.choose(encoded)
-        for member, (chosen, taken) in zip(encoded.members, _taken(kept, encoded), strict=True):
-            indices[member], values[member] = chosen, taken
+            taken = _taken(kept, encoded)
+        for member, (chosen, values_kV) in zip(encoded.members, taken, strict=True):
+            indices[member], values[member] = chosen, values_kV
     order = range(len(images))
     features = family.project([values[i] for i in order])
     return [family.place(images, i, indices[i], features[i]) for i in order]
@@ -71,7 +73,9 @@ def encode_groups(
 ) -> Iterator[Encoded]:
     """The images as the method sees them, in groups, after one pass of the tower, unless its `vision` is given."""
     keeps = _keeps(budget, videos or VideoBudget(budget), images, family.counts(images))
-    vision = method.encode(family, images, keeps) if vision is None else vision
+    if vision is None:
+        with phase("tower"):  # of methods that run it block by block, the tower knows nothing
+            vision = method.encode(family, images, keeps)
     for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
         yield Encoded(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)

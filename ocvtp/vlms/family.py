@@ -86,6 +86,16 @@ class Family(ABC):
         self.facts = self.facts_of(model.config)
 
     @property
+    @abstractmethod
+    def tower(self) -> Any:
+        """The vision model."""
+
+    @property
+    @abstractmethod
+    def projectors(self) -> list[Any]:
+        """The modules that make tokens of the language model of the tower's; they may lie in the tower."""
+
+    @property
     def added(self) -> int:
         """To what so many first layers of the language model make, vision features are added (DeepStack)."""
         return 0

@@ -126,6 +126,11 @@ class NativeFamily(Family):
         """The vision model."""
         return self.model.model.visual
 
+    @property
+    def projectors(self) -> list[Any]:
+        """The mergers, which lie in the tower: the last one, and DeepStack's."""
+        return [self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ())]
+
     def rotated(self, q_PHE: Tensor, k_PHE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys at their positions, by the function that stands beside the tower's attention."""
         import inspect

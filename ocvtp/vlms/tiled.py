@@ -149,6 +149,11 @@ class TiledFamily(Family):
         """The vision model."""
         return self.model.model.vision_tower
 
+    @property
+    def projectors(self) -> list[Any]:
+        """What makes tokens of the language model of the tower's."""
+        return [self.model.model.multi_modal_projector]
+
     @cached_property
     def eye(self) -> Tower:
         """The same with the names of its parts."""

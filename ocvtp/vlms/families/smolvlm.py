@@ -27,6 +27,10 @@ class SmolVLMFamily(TiledFamily):
         """The vision model."""
         return self.model.model.vision_model
 
+    @property
+    def projectors(self) -> list[Any]:  # noqa: D102 - as in TiledFamily
+        return [self.model.model.connector]
+
     def images(self, call: Mapping[str, Any]) -> Images | None:
         """The tiles for which a prompt has placeholders; without prompts, all."""
         pixels = call.get("pixel_values")

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ocvtp import cli
-from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape, known_shape
-from ocvtp.efficiency.teaching import parameters, teaching
+from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape, known_shape, parameters
+from ocvtp.efficiency.teaching import teaching
 from ocvtp.errors import BadInput
 
 LLM = LlmShape(width=128, layers=4, mlp=352, queries=128, keys=64, vocabulary=81)

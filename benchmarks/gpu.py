@@ -1,0 +1,292 @@
+"""All methods on large VLMs with random weights, phase by phase against the limits of the device, and the pruner.
+
+    python benchmarks/gpu.py                    # on an H100 or H200 at most eight minutes
+    python benchmarks/gpu.py --device cpu --quick   # small models, to see that it runs
+
+Weights are random and made on the device: time and memory do not depend on what they say. Methods take turns within a
+run, so that what else the machine does meets all of them. What does not fit into `--minutes` is named. Needs ocvtp,
+torch and transformers.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from machine import add_output, heading, machine, say
+from methods import text_tower
+from pruner import Size, choosing, training
+
+import ocvtp
+from ocvtp.efficiency import random_vlm
+from ocvtp.efficiency.flops import pruner_flops
+from ocvtp.efficiency.latency import Latency, measure
+from ocvtp.efficiency.roofline import Ceilings, distance, least
+from ocvtp.efficiency.shapes import VlmShape, shape_of
+from ocvtp.errors import OcvtpError
+from ocvtp.methods import REGISTRY, Budget
+from ocvtp.vlms.families import family_of
+
+BUDGETS = {
+    "llava-1.5-7b": (64, 128, 192),
+    "llava-next-7b": (160, 320, 640),
+    "qwen2.5-vl-7b": ("11.1%", "22.2%", "33.3%"),
+}
+"""Of the paper, the smallest first."""
+FEW = ("random", "css", "oc-vtp-untrained")
+"""Methods that are measured at all budgets and with long answers; the others at the smallest budget."""
+SKIPPED = ("vanilla", "oc-vtp")
+"""`oc-vtp` computes what `oc-vtp-untrained` does, with other weights."""
+TEXT, ANSWER = 32, 32
+KEYS = ("tower", "method", "projector", "prefill", "other", "first_token", "next_token")
+
+
+class Clock:
+    """What is left of the time."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+        self.left_out: list[str] = []
+
+    def has(self, seconds: float, what: str) -> bool:
+        """Whether there is time for something; what there is none for is noted."""
+        if time.monotonic() + seconds < self._end:
+            return True
+        self.left_out.append(f"{what}: no time")
+        return False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a table: methods and budgets that take turns."""
+
+    batch: int
+    new_tokens: int
+    methods: tuple[str, ...]
+    budgets: tuple[int | str, ...]
+
+
+def plans(budgets: tuple[int | str, ...], batch: int, *, quick: bool) -> Iterator[Plan]:
+    if quick:
+        yield Plan(batch, 3, (*FEW, "fastv"), budgets[:1])
+        return
+    every = tuple(name for name in REGISTRY if name not in SKIPPED)
+    yield Plan(1, 1, every, budgets[:1])
+    yield Plan(1, ANSWER, FEW, budgets[:1])
+    yield Plan(batch, 1, every, budgets[:1])
+    yield Plan(1, 1, FEW, budgets[1:])
+
+
+def tabled(
+    model: Any,
+    shape: VlmShape,
+    plan: Plan,
+    ceilings: Ceilings,
+    repeats: int,
+    options: dict[str, Any],
+    clock: Clock,
+    **sizes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Milliseconds of each case, and how far they are from the least."""
+    inputs = random_vlm.random_inputs(model, plan.batch, text_tokens=TEXT, **sizes)
+    cases: dict[str, Any] = {"vanilla": lambda: ocvtp.prune(model, "vanilla")}
+    budgets: dict[str, tuple[str, int | str]] = {"vanilla": ("vanilla", "100%")}
+    for keep in plan.budgets:
+        for name in plan.methods:
+            try:
+                with ocvtp.prune(model, name, keep, **options.get(name, {})):
+                    model.generate(**inputs, do_sample=False, max_new_tokens=1)
+            except (OcvtpError, torch.OutOfMemoryError) as error:
+                clock.left_out.append(f"{name}, keep {keep}, batch {plan.batch}: {error}")
+                continue
+            case = f"{name}, keep {keep}"
+            cases[case], budgets[case] = (
+                (lambda n=name, k=keep: ocvtp.prune(model, n, k, **options.get(n, {}))),
+                (name, keep),
+            )
+    times = measure(model, inputs, cases, new_tokens=plan.new_tokens, repeats=repeats, warmup=1)
+    whole = family_of(model).counts(family_of(model).images(inputs))[0]  # type: ignore[arg-type]
+    rows = []
+    for case, (name, keep) in budgets.items():
+        kept = whole if name == "vanilla" else Budget.parse(keep).tokens(whole)
+        row = _row(times[case], shape, ceilings, whole, kept, plan, name)
+        against = times[f"random, keep {keep}"] if f"random, keep {keep}" in times else times["vanilla"]
+        row["against_random"] = times[case].first_token.median / against.first_token.median
+        row["against_vanilla"] = times[case].total.median / times["vanilla"].total.median
+        rows.append(row)
+    return {"batch": plan.batch, "new_tokens": plan.new_tokens, "tokens": whole, "rows": rows}
+
+
+def _row(
+    took: Latency, shape: VlmShape, ceilings: Ceilings, whole: int, kept: int, plan: Plan, name: str
+) -> dict[str, Any]:
+    inside = name in REGISTRY and REGISTRY[name].acts == "inside the LLM"
+    pruner = pruner_flops(whole, shape.tower.width, kept) if name == "oc-vtp-untrained" else 0
+    limit = least(shape, ceilings, image_tokens=whole, kept=kept, text_tokens=TEXT, batch=plan.batch, method=pruner)
+    ms = {name: spread.median for name, spread in took.phases.items()}
+    ms |= {"first_token": took.first_token.median, "next_token": took.next_token and took.next_token.median}
+    return {
+        "method": name,
+        "kept": kept,
+        "ms": ms,
+        "total_ms": took.total.median,
+        "quartiles_of_first_token": [took.first_token.low, took.first_token.high],
+        "phases_over_first_token": sum(ms[phase] for phase in took.phases) / ms["first_token"],
+        # Inside the language model the layers read different counts: no closed form of the whole is compared.
+        "least_ms": None if inside else limit,
+        "distance": None if inside else distance(ms, limit),
+        "peak_memory_bytes": took.peak_memory_bytes,
+    }
+
+
+def vlm(name: str, ceilings: Ceilings, arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """All tables of one VLM, as far as time goes."""
+    model = _small(name, arguments.device) if arguments.quick else random_vlm.random_vlm(name, device=arguments.device)
+    shape = shape_of(model.config)
+    options = {} if model.config.model_type.startswith("qwen") else {"trim": text_tower(model)}
+    sizes = {"pixels": (112, 112)} if arguments.quick else {}
+    tables = []
+    for plan in plans(BUDGETS[name] if not arguments.quick else ("50%",), arguments.batch, quick=arguments.quick):
+        what = f"{name}, batch {plan.batch}, {plan.new_tokens} new tokens"
+        if clock.has(0 if arguments.quick else 25, what):
+            started = time.monotonic()
+            tables.append(tabled(model, shape, plan, ceilings, arguments.repeats, options, clock, **sizes))
+            print(f"{what}: {time.monotonic() - started:.0f} s", flush=True)
+    parameters = sum(each.numel() for each in model.parameters())
+    return {"vlm": name, "parameters": parameters, "dtype": str(model.dtype).removeprefix("torch."), "tables": tables}
+
+
+def _small(name: str, device: str) -> Any:
+    """The same kind of VLM with two layers, a fraction as wide."""
+    config = random_vlm.config_of(name)
+    text, vision = config.get_text_config(), config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 256, 256, 4
+    text.num_attention_heads = text.num_key_value_heads = 2
+    if hasattr(text, "layer_types"):
+        text.layer_types = text.layer_types[:4]
+    if hasattr(vision, "depth"):
+        vision.depth, vision.out_hidden_size, vision.hidden_size, vision.num_heads = 10, 256, 160, 2
+        vision.intermediate_size, vision.fullatt_block_indexes = 160, [3, 9]
+    else:
+        vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = (
+            11,
+            64,
+            64,
+            2,
+        )
+        vision.image_size = 84
+        config.image_grid_pinpoints = [[168, 168]]
+    torch.manual_seed(0)
+    return transformers.AutoModelForImageTextToText.from_config(config).eval().to(device)
+
+
+def pruner(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Training against the published loop, and choosing, at the paper's size."""
+    device = torch.device(arguments.device)
+    size = Size(8, 64, 8) if arguments.quick else Size()
+    samples, ours = (24, 12) if arguments.quick else (2400, 96)
+    sizes = [size] if arguments.quick else [size, replace(size, side=48, rows=60)]
+    return {
+        "training": training(size, device, samples, 12, ours),
+        "choosing": [choosing(one, device, 3 if arguments.quick else 10) for one in sizes],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [heading(found["machine"]), ""]
+    if "ceilings" in found:
+        lines.append(f"Ceilings, measured: {found['ceilings']['flops'] / 1e12:.1f} TFLOP/s in matrix products, "
+                     f"{found['ceilings']['bandwidth'] / 1e12:.3f} TB/s in copies")  # fmt: skip
+    for one in found["vlms"]:
+        lines += ["", f"## {one['vlm']}: {one['parameters'] / 1e9:.2f} G parameters, random, {one['dtype']}"]
+        for each in one["tables"]:
+            lines += _table(each)
+    if "pruner" in found:
+        lines += _pruner(found["pruner"])
+    lines += ["", *(f"left out: {each}" for each in found["left_out"])]
+    return "\n".join(lines)
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    keys = KEYS if found["new_tokens"] > 1 else KEYS[:-1]
+    names = " | ".join(keys).replace("_", " ")
+    lines = [
+        "",
+        f"Batch {found['batch']}, {found['tokens']} tokens an image, {found['new_tokens']} new tokens; milliseconds, "
+        "and in brackets times the least",
+        "",
+        f"| method | kept | {names} | against random | whole answer against vanilla | peak GB |",
+        f"|:--|--:|{'--:|' * (len(keys) + 3)}",
+    ]
+    for row in found["rows"]:
+        cells = []
+        for key in keys:
+            far = (row["distance"] or {}).get(key)
+            cells.append(f"{row['ms'][key]:.2f}" + (f" ({far:.1f})" if far else ""))
+        peak = "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.1f}"
+        lines.append(f"| {row['method']} | {row['kept']} | {' | '.join(cells)} | {row['against_random']:.3f}x | "
+                     f"{row['against_vanilla']:.3f}x | {peak} |")  # fmt: skip
+    return lines
+
+
+def _pruner(found: dict[str, Any]) -> list[str]:
+    train = found["training"]
+    rate = train["samples_per_second"]
+    lines = [
+        "",
+        "## The pruner",
+        "",
+        f"Training: the published loop {rate['plain']:.1f} samples/s, ocvtp {rate['ours']:.1f}: {train['ratio']:.1f}x.",
+        "",
+        "| choosing, ms an image | fp32, one by one | bf16, 32 at once | same tokens |",
+        "|:--|--:|--:|--:|",
+    ]
+    for one in found["choosing"]:
+        lines.append(f"| {one['tokens']} x {one['width']}, keep {one['keep']} | {one['fp32']['one_by_one_ms']:.3f} | "
+                     f"{one['bf16']['batch_ms']:.3f} | {100 * one['bf16']['same_tokens_as_fp32']:.1f} % |")  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
+    parser.add_argument("--models", nargs="*", choices=list(BUDGETS), default=list(BUDGETS), help="default: all")
+    parser.add_argument("--batch", type=int, default=8, help="of the second table (default: 8)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each case (default: 5)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which nothing new begins (default: 7.5)")
+    parser.add_argument("--skip-pruner", action="store_true", help="leave training and choosing of the pruner out")
+    parser.add_argument("--quick", action="store_true", help="small models, few runs, to see that it runs")
+    parser.add_argument("--markdown", type=Path, default=None, help="write the tables here, too")
+    add_output(parser)
+    arguments = parser.parse_args()
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no CUDA device was found: --device cpu --quick shows that the benchmark runs")
+    if arguments.quick:
+        arguments.repeats, arguments.batch = 1, 2
+    clock, vlms = Clock(arguments.minutes), list[dict[str, Any]]()
+    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    ceilings = Ceilings.measured(arguments.device, dtype)
+    found = {"machine": machine(arguments.device, transformers=transformers.__version__),
+             "ceilings": ceilings.as_dict(), "vlms": vlms, "left_out": clock.left_out}  # fmt: skip
+    if not arguments.skip_pruner:
+        found["pruner"] = pruner(arguments)
+    for name in arguments.models:
+        try:
+            vlms.append(vlm(name, ceilings, arguments, clock))
+        except torch.OutOfMemoryError as error:
+            clock.left_out.append(f"{name}: {error}")
+        if arguments.device != "cpu":
+            torch.cuda.empty_cache()
+        if arguments.out is not None:  # what is done is not lost if the rest takes too long
+            say(found, lambda _: "", arguments)
+    say(found, table, arguments)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(table(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""VLMs of the catalogue with random weights, made on the device: for measuring time and memory, which do not depend on
+what weights say, without fetching any.
+
+Letters: B prompts, I images.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape, known_shape
+from ocvtp.errors import BadInput
+from ocvtp.vlms.families import family_of
+
+_HEAD, _TOWER_HEAD = 128, 64
+"""Width of an attention head: of all language models in `shapes.KNOWN`, and of CLIP's towers."""
+_PHOTOGRAPH = 756, 1036
+"""Height and width in pixels of an image of a VLM that takes any size: 999 tokens of 28 x 28 pixels."""
+_FIRST_WORD = 5
+
+
+def config_of(name: str) -> Any:
+    """The transformers config of a VLM of the catalogue, from its shape.
+
+    Raises:
+        BadInput: a VLM whose shape `ocvtp.efficiency.shapes.KNOWN` does not have.
+    """
+    shape = known_shape(name)
+    kind = _kind(name)
+    from transformers import AutoConfig
+
+    made = _CONFIGS[kind](shape)
+    made["text_config"] |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **made)
+    if kind == "llava_next":
+        config.mm_patch_merge_type = "flat"  # 2880 tokens, as in all papers
+    return config
+
+
+def random_vlm(
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+) -> Any:
+    """A VLM of the catalogue with random weights, in evaluation mode.
+
+    Args:
+        name: `llava-1.5-7b`, `llava-next-7b`, `qwen2.5-vl-7b`, ... (`ocvtp.efficiency.shapes.KNOWN`).
+        device: where the weights are made.
+        dtype: of the weights; float32 on a CPU and bfloat16 elsewhere unless given.
+        seed: of the weights.
+
+    Raises:
+        BadInput: a VLM whose shape is not known.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    config, device = config_of(name), torch.device(device)
+    torch.manual_seed(seed)
+    with device:
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        )
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def random_inputs(
+    model: Any, batch: int = 1, *, text_tokens: int = 32, pixels: tuple[int, int] = _PHOTOGRAPH, seed: int = 0
+) -> dict[str, Tensor]:
+    """Arguments of `generate`: in each of B prompts one image of noise, and words without a meaning.
+
+    Args:
+        model: of a family that `random_vlm` makes.
+        batch: B.
+        text_tokens: of a prompt beside the image's.
+        pixels: height and width of an image, where the model takes any size.
+        seed: of noise and words.
+
+    Raises:
+        BadInput: another family, or fewer than two words.
+    """
+    kind = getattr(model.config, "model_type", "")
+    if kind not in _PIXELS:
+        raise BadInput(f"no random inputs for a {kind!r} model: only {', '.join(_PIXELS)} are made")
+    if text_tokens < 2:
+        raise BadInput(f"text_tokens is {text_tokens}: at least 2 are needed, one on each side of the image")
+    draws = torch.Generator().manual_seed(seed)
+    call = _PIXELS[kind](model.config, batch, draws, pixels)
+    family = family_of(model)
+    found = family.images(call)
+    assert found is not None  # noqa: S101 - just made
+    span = family.spans(found)[0]
+    placeholder = family.placeholder
+    words = torch.randint(_FIRST_WORD, min(placeholder, model.config.get_text_config().vocab_size),
+                          (batch, text_tokens), generator=draws)  # fmt: skip
+    ids_BL = torch.cat([words[:, :1], torch.full((batch, span), placeholder), words[:, 1:]], 1)
+    call |= {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
+    if "mm_token_type_ids" in family.column_inputs:
+        call["mm_token_type_ids"] = (ids_BL == placeholder).long()
+    call["pixel_values"] = call["pixel_values"].to(model.dtype)
+    return {name: value.to(model.device) for name, value in call.items()}
+
+
+# --- Configs ---------------------------------------------------------------------------------------------------------
+
+
+def _kind(name: str) -> str:
+    """Its `model_type`."""
+    for start, kind in _KINDS.items():
+        if name.startswith(start):
+            return kind
+    raise BadInput(f"no random weights for {name!r}: only for {', '.join(_KINDS)}")
+
+
+def _text(llm: LlmShape, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": llm.width,
+        "intermediate_size": llm.mlp,
+        "num_hidden_layers": llm.layers,
+        "num_attention_heads": llm.queries // _HEAD,
+        "num_key_value_heads": llm.keys // _HEAD,
+        "vocab_size": llm.vocabulary,
+        "max_position_embeddings": 32768,
+        **more,
+    }
+
+
+def _llava(shape: VlmShape) -> dict[str, Any]:
+    tower = shape.tower
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.width // _TOWER_HEAD,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch,
+    }
+    text = _text(shape.llm, model_type="llama")
+    return {"vision_config": vision, "text_config": text, "image_token_id": 32000,
+            "image_seq_length": tower.patches_per_tile}  # fmt: skip
+
+
+def _llava_next(shape: VlmShape) -> dict[str, Any]:
+    side = 2 * (shape.tower.image_size or 0)
+    return _llava(shape) | {"image_grid_pinpoints": [[side, side]]}
+
+
+def _native(tower: TowerShape, llm: LlmShape) -> dict[str, Any]:
+    return {
+        "depth": tower.layers,
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp,
+        "num_heads": 16,
+        "patch_size": tower.patch,
+        "spatial_merge_size": tower.merge,
+        "out_hidden_size": llm.width,
+    }
+
+
+def _mrope(interleaved: bool) -> dict[str, Any]:
+    section = {"mrope_section": [24, 20, 20], "mrope_interleaved": True} if interleaved else {
+        "mrope_section": [16, 24, 24]}  # fmt: skip
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **section}}
+
+
+def _qwen2_5(shape: VlmShape) -> dict[str, Any]:
+    return {"vision_config": _native(shape.tower, shape.llm), "text_config": _text(shape.llm, **_mrope(False))}
+
+
+def _qwen3(shape: VlmShape) -> dict[str, Any]:
+    tower, planes = shape.tower, shape.projectors - 1
+    third = tower.layers // (planes or 1)
+    deep = [third * plane + third - 1 for plane in range(planes)]
+    vision = _native(tower, shape.llm) | {"deepstack_visual_indexes": deep}
+    return {"vision_config": vision, "text_config": _text(shape.llm, head_dim=_HEAD, **_mrope(True))}
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+
+def _square(config: Any, batch: int, draws: torch.Generator, _: tuple[int, int]) -> dict[str, Tensor]:
+    side = config.vision_config.image_size
+    return {"pixel_values": torch.randn(batch, 3, side, side, generator=draws)}
+
+
+def _five_tiles(config: Any, batch: int, draws: torch.Generator, _: tuple[int, int]) -> dict[str, Tensor]:
+    side = config.vision_config.image_size
+    sizes = torch.tensor(config.image_grid_pinpoints[0]).expand(batch, 2)
+    return {"pixel_values": torch.randn(batch, 5, 3, side, side, generator=draws), "image_sizes": sizes}
+
+
+def _patches(config: Any, batch: int, draws: torch.Generator, pixels: tuple[int, int]) -> dict[str, Tensor]:
+    vision = config.vision_config
+    token = vision.patch_size * vision.spatial_merge_size
+    rows, columns = (round(side / token) * vision.spatial_merge_size for side in pixels)
+    numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    grid = torch.tensor([[1, rows, columns]]).expand(batch, 3)
+    return {"pixel_values": torch.randn(batch * rows * columns, numbers, generator=draws), "image_grid_thw": grid}
+
+
+_KINDS = {"llava-1.5": "llava", "llava-next": "llava_next", "qwen2.5-vl": "qwen2_5_vl", "qwen3-vl": "qwen3_vl"}
+_CONFIGS: Mapping[str, Callable[[VlmShape], dict[str, Any]]] = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_5_vl": _qwen2_5,
+    "qwen3_vl": _qwen3,
+}
+_PIXELS: Mapping[str, Callable[[Any, int, torch.Generator, tuple[int, int]], dict[str, Tensor]]] = {
+    "llava": _square,
+    "llava_next": _five_tiles,
+    "qwen2_5_vl": _patches,
+    "qwen3_vl": _patches,
+}
