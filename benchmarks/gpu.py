@@ -9,6 +9,7 @@ torch and transformers.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -70,11 +71,10 @@ class Plan:
     budgets: tuple[int | str, ...]
 
 
-def plans(budgets: tuple[int | str, ...], batch: int, *, quick: bool) -> Iterator[Plan]:
+def plans(budgets: tuple[int | str, ...], batch: int, every: tuple[str, ...], *, quick: bool) -> Iterator[Plan]:
     if quick:
         yield Plan(batch, 3, (*FEW, "fastv"), budgets[:1])
         return
-    every = tuple(name for name in REGISTRY if name not in SKIPPED)
     yield Plan(1, 1, every, budgets[:1])
     yield Plan(1, ANSWER, FEW, budgets[:1])
     yield Plan(batch, 1, every, budgets[:1])
@@ -100,7 +100,7 @@ def tabled(
             try:
                 with ocvtp.prune(model, name, keep, **options.get(name, {})):
                     model.generate(**inputs, do_sample=False, max_new_tokens=1)
-            except (OcvtpError, torch.OutOfMemoryError) as error:
+            except (OcvtpError, RuntimeError) as error:  # out of memory is one
                 clock.left_out.append(f"{name}, keep {keep}, batch {plan.batch}: {error}")
                 continue
             case = f"{name}, keep {keep}"
@@ -150,12 +150,17 @@ def vlm(name: str, ceilings: Ceilings, arguments: argparse.Namespace, clock: Clo
     options = {} if model.config.model_type.startswith("qwen") else {"trim": text_tower(model)}
     sizes = {"pixels": (112, 112)} if arguments.quick else {}
     tables = []
-    for plan in plans(BUDGETS[name] if not arguments.quick else ("50%",), arguments.batch, quick=arguments.quick):
+    for plan in plans(
+        BUDGETS[name] if not arguments.quick else ("50%",),
+        arguments.batch,
+        tuple(arguments.methods),
+        quick=arguments.quick,
+    ):
         what = f"{name}, batch {plan.batch}, {plan.new_tokens} new tokens"
         if clock.has(0 if arguments.quick else 25, what):
             started = time.monotonic()
             tables.append(tabled(model, shape, plan, ceilings, arguments.repeats, options, clock, **sizes))
-            print(f"{what}: {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     parameters = sum(each.numel() for each in model.parameters())
     return {"vlm": name, "parameters": parameters, "dtype": str(model.dtype).removeprefix("torch."), "tables": tables}
 
@@ -255,6 +260,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--models", nargs="*", choices=list(BUDGETS), default=list(BUDGETS), help="default: all")
+    every = [name for name in REGISTRY if name not in SKIPPED]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every, help="of the full tables (default: all)")
     parser.add_argument("--batch", type=int, default=8, help="of the second table (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, help="of each case (default: 5)")
     parser.add_argument("--minutes", type=float, default=7.5, help="after which nothing new begins (default: 7.5)")
@@ -272,8 +279,6 @@ def main() -> None:
     ceilings = Ceilings.measured(arguments.device, dtype)
     found = {"machine": machine(arguments.device, transformers=transformers.__version__),
              "ceilings": ceilings.as_dict(), "vlms": vlms, "left_out": clock.left_out}  # fmt: skip
-    if not arguments.skip_pruner:
-        found["pruner"] = pruner(arguments)
     for name in arguments.models:
         try:
             vlms.append(vlm(name, ceilings, arguments, clock))
@@ -283,6 +288,8 @@ def main() -> None:
             torch.cuda.empty_cache()
         if arguments.out is not None:  # what is done is not lost if the rest takes too long
             say(found, lambda _: "", arguments)
+    if not arguments.skip_pruner and clock.has(0 if arguments.quick else 90, "pruner"):
+        found["pruner"] = pruner(arguments)
     say(found, table, arguments)
     if arguments.markdown is not None:
         arguments.markdown.write_text(table(found) + "\n")

@@ -62,7 +62,7 @@ def text_tower(model: Any) -> dict[str, Any]:
                           num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=count - 1)  # fmt: skip
     torch.manual_seed(0)
     clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=width))
-    return {"clip": clip.eval().to(model.device), "clip_tokenizer": tokenizer, "tokenizer": tokenizer}
+    return {"clip": clip.eval().to(model.device, model.dtype), "clip_tokenizer": tokenizer, "tokenizer": tokenizer}
 
 
 def inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:

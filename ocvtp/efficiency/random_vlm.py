@@ -18,7 +18,6 @@ _HEAD, _TOWER_HEAD = 128, 64
 """Width of an attention head: of all language models in `shapes.KNOWN`, and of CLIP's towers."""
 _PHOTOGRAPH = 756, 1036
 """Height and width in pixels of an image of a VLM that takes any size: 999 tokens of 28 x 28 pixels."""
-_FIRST_WORD = 5
 
 
 def config_of(name: str) -> Any:
@@ -92,8 +91,10 @@ def random_inputs(
     assert found is not None  # noqa: S101 - just made
     span = family.spans(found)[0]
     placeholder = family.placeholder
-    words = torch.randint(_FIRST_WORD, min(placeholder, model.config.get_text_config().vocab_size),
-                          (batch, text_tokens), generator=draws)  # fmt: skip
+    vocabulary = model.config.get_text_config().vocab_size
+    words = torch.randint(vocabulary, (batch, text_tokens), generator=draws)
+    while bool((marks := family.stands_for(words)).any()):
+        words[marks] = (words[marks] + 1) % vocabulary
     ids_BL = torch.cat([words[:, :1], torch.full((batch, span), placeholder), words[:, 1:]], 1)
     call |= {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
     if "mm_token_type_ids" in family.column_inputs:

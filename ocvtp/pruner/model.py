@@ -22,6 +22,7 @@ from ocvtp.pruner.seeding import batch_noise, slot_noise
 from ocvtp.pruner.seeding import generator as seeded
 from ocvtp.pruner.select import Selection, choose, everything
 from ocvtp.pruner.slots import QUERY_MODULES, FromTokens, Projection, SlotAttention
+from ocvtp.replay import Replays
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class OCPruner(nn.Module):
         if isinstance(self.queries, FromTokens):  # so that a slot begins with attention for tokens like its own
             self.slot_attention.to_q.load_state_dict(self.slot_attention.to_k.state_dict())
         self.decoder: Decoder | None = None if config.decoder is None else DECODER_MODULES[config.decoder](config)
+        self._replays = Replays()
         self._noise_KD: Tensor
         self.register_buffer("_noise_KD", torch.empty(0, config.slot_dim), persistent=False)
 
@@ -184,8 +186,9 @@ class OCPruner(nn.Module):
             return everything(batch, count, mask_BN, tokens_BNC.device)
 
         num_slots = self._slots_for(keeps, slots, top_k, count)
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            _, attention_BKN, slot_mask_BK = self._aggregate(tokens_BNC, num_slots, queries, generator, mask_BN, seeds)
+        attention_BKN, slot_mask_BK = self._attention(
+            tokens_BNC, num_slots, queries, generator, mask_BN, seeds, bf16=bf16
+        )
         exist_B1 = torch.full((1, 1), count) if mask_BN is None else mask_BN.sum(1, keepdim=True)
         keep_B1 = torch.tensor(keeps)[:, None].to(exist_B1.device, non_blocking=True).minimum(exist_B1)
         if fill == "random":
@@ -260,15 +263,8 @@ class OCPruner(nn.Module):
         seeds: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Eq. 6: slots, attention, and which slots exist (None: all)."""
-        batch, count = tokens_BNC.shape[:2]
-        slots = checks.numbers("num_slots", num_slots, batch)
-        most = max(slots)
-        if most > count:
-            raise BadInput(f"num_slots is {most} for images of {count} tokens: at most one slot a token is possible")
-        self.queries.check(most)
-        slot_mask_BK = None
-        if min(slots) < most:
-            slot_mask_BK = (torch.arange(most) < torch.tensor(slots)[:, None]).to(tokens_BNC.device, non_blocking=True)
+        slots, slot_mask_BK = self._existing(tokens_BNC, num_slots)
+        batch, most = len(slots), max(slots)
         encoded_BND = self.project(tokens_BNC)
         if queries is None and isinstance(self.queries, FromTokens):
             queries_BKD = self.queries(tokens_BNC, encoded_BND, slots, mask_BN)
@@ -276,6 +272,54 @@ class OCPruner(nn.Module):
             queries_BKD = self._queries(batch, most, queries, generator, seeds)
         slots_BKD, attention_BKN = self.slot_attention(encoded_BND, queries_BKD, mask_BN, slot_mask_BK)
         return slots_BKD, attention_BKN, slot_mask_BK
+
+    def _existing(self, tokens_BNC: Tensor, num_slots: int | Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """Slots of each image, and which of a batch exist (None: all)."""
+        batch, count = tokens_BNC.shape[:2]
+        slots = checks.numbers("num_slots", num_slots, batch)
+        most = max(slots)
+        if most > count:
+            raise BadInput(f"num_slots is {most} for images of {count} tokens: at most one slot a token is possible")
+        self.queries.check(most)
+        if min(slots) == most:
+            return slots, None
+        exist_BK = torch.arange(most) < torch.tensor(slots)[:, None]
+        return slots, exist_BK.to(tokens_BNC.device, non_blocking=True)
+
+    def _attention(
+        self,
+        tokens_BNC: Tensor,
+        num_slots: int | Sequence[int],
+        queries: Tensor | None,
+        generator: torch.Generator | None,
+        mask_BN: Tensor | None,
+        seeds: Sequence[int] | None,
+        *,
+        bf16: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention, and which slots exist (None: all), without gradients; replayed where all images are alike."""
+
+        def precision() -> Any:
+            # Without its cache of weights, whose memory a recorded graph would outlive.
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
+
+        slots, slot_mask_BK = self._existing(tokens_BNC, num_slots)
+        of_tokens = queries is None and isinstance(self.queries, FromTokens)
+        if self.training or mask_BN is not None or slot_mask_BK is not None or of_tokens:
+            with precision():
+                return self._aggregate(tokens_BNC, num_slots, queries, generator, mask_BN, seeds)[1:]
+
+        def gathered(tokens_BNC: Tensor, queries_BKD: Tensor) -> Tensor:
+            with precision():
+                attention_BKN: Tensor = self.slot_attention(self.project(tokens_BNC), queries_BKD, None, None)[1]
+            return attention_BKN
+
+        with precision():
+            queries_BKD = self._queries(len(slots), slots[0], queries, generator, seeds)
+        places = tuple(
+            weight.data_ptr() for part in (self.project, self.slot_attention) for weight in part.parameters()
+        )
+        return self._replays((bf16, places), gathered, tokens_BNC, queries_BKD), None
 
     def _queries(
         self,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
+from ocvtp.replay import Replays
 
 TIE: Final = 1e-5
 """Scores that differ by less, relative to the best, are equal: the lower index is picked, whatever the batch and the
@@ -55,9 +56,27 @@ def choose(
     keeps = _keeps(keep, len(tokens))
     count = tokens.shape[1]
     width = min(max(keeps), count)
-    place_N = torch.arange(count, device=tokens.device)
     if min(keeps) >= count:
+        place_N = torch.arange(count, device=tokens.device)
         return _finish(torch.where(exists_BN, place_N, count), keeps, count)
+
+    def picks(tokens: Tensor, exists_BN: Tensor) -> Tensor:
+        return _picks(tokens, exists_BN, width, begin)
+
+    picks_BX = _REPLAYS((begin, width), picks, tokens, exists_BN)
+    return _finish(picks_BX, keeps, count)
+
+
+_REPLAYS: Final = Replays()
+"""A pick is a score of small kernels."""
+
+
+def _picks(
+    tokens: Tensor, exists_BN: Tensor, width: int, begin: Callable[[Tensor, Tensor, int], tuple[Tensor, Step]]
+) -> Tensor:
+    """The picks in their order, [B, X], N where an image has no token left."""
+    count = tokens.shape[1]
+    place_N = torch.arange(count, device=tokens.device)
     picks = []
     with torch.autocast(tokens.device.type, enabled=False):
         left_BN = exists_BN.clone()
@@ -72,7 +91,7 @@ def choose(
             left_BN = left_BN.scatter(1, pick_B[:, None], False)
             if number + 1 < width:
                 score_BN = step(pick_B, best_B1[:, 0] > 0)
-    return _finish(torch.stack(picks, 1), keeps, count)
+    return torch.stack(picks, 1)
 
 
 def centred(tokens_BNC: Tensor, exists_BN: Tensor) -> tuple[Tensor, Tensor]:

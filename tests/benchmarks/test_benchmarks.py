@@ -76,6 +76,21 @@ def test_methods() -> None:
     assert all(row["batch_2"]["ms"] > 0 for row in one["rows"])
 
 
+def test_the_gpu_benchmark_on_a_cpu() -> None:
+    arguments = ("--device", "cpu", "--skip-pruner", "--models", "llava-next-7b", "qwen2.5-vl-7b")
+    found = run("gpu.py", *arguments)
+    assert [one["vlm"] for one in found["vlms"]] == ["llava-next-7b", "qwen2.5-vl-7b"]
+    for one in found["vlms"]:
+        (table,) = one["tables"]
+        rows = {row["method"]: row for row in table["rows"]}
+        assert set(rows) == {"vanilla", "random", "css", "oc-vtp-untrained", "fastv"}
+        assert all(row["ms"]["tower"] > 0 and row["ms"]["prefill"] > 0 for row in rows.values())
+        assert rows["vanilla"]["ms"]["method"] == 0 < rows["css"]["ms"]["method"]
+        # Not below the limit but by what two measurements of a busy machine differ.
+        assert all(row["distance"]["first_token"] > 0.5 for row in rows.values() if row["distance"])
+        assert rows["css"]["kept"] == table["tokens"] // 2
+
+
 def test_the_fan_out() -> None:
     found = run("cluster.py", "--only", "local")
     assert [(row["executor"], row["tasks"]) for row in found["overhead"]] == [("local", 20)]
