@@ -28,6 +28,13 @@ def add(subparsers: Any, name: str, run: Run, summary: str, detail: str = "") ->
     return parser
 
 
+def add_vlm(parser: argparse.ArgumentParser, default: str) -> None:
+    """The VLM, by its place before all options or as `--vlm`; `args.vlm` is the one named last."""
+    what = f"a VLM of the catalogue, or a folder (default: {default})"
+    parser.add_argument("vlm", nargs="?", default=argparse.SUPPRESS, metavar="VLM", help=what)
+    parser.add_argument("--vlm", default=default, help=argparse.SUPPRESS)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The switch that prints figures for programs."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

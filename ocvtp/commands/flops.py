@@ -25,7 +25,7 @@ def add(subparsers: Any) -> None:
         subparsers, "flops", run, "count the operations of a prefill",
         "Closed forms; nothing is loaded or run. A multiply-accumulate counts as two operations.",
     )  # fmt: skip
-    parser.add_argument("--vlm", default="llava-1.5-7b", help="a VLM of the catalogue, or a folder with a config.json")
+    common.add_vlm(parser, "llava-1.5-7b")
     parser.add_argument("--keep", type=common.keep, nargs="+", default=None, metavar="N",
                         help="tokens kept, as counts or shares (default: 33.3%% 22.2%% 11.1%%)")  # fmt: skip
     parser.add_argument("--image-tokens", type=int, default=None, help="vision tokens of the unpruned image")

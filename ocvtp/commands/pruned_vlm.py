@@ -15,7 +15,7 @@ QUESTION = "What is in the image?"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The VLM, how it is pruned, and what it is asked."""
-    parser.add_argument("--vlm", default="tiny-llava", help="a VLM of the catalogue, or a folder (default: tiny-llava)")
+    common.add_vlm(parser, "tiny-llava")
     parser.add_argument("--methods", "--method", type=common.words, default=["random"], metavar="A,B",
                         help="pruning methods (`ocvtp methods` lists them; default: random)")  # fmt: skip
     parser.add_argument("--keep", type=common.keep, nargs="+", default=[0.111], metavar="N",
@@ -57,8 +57,8 @@ def inputs(vlm: Any, image: Image.Image, prompt: str) -> Any:
     return vlm.processor(text=[text], images=[image], return_tensors="pt").to(vlm.model.device)
 
 
-def pruned(vlm: Any, method: str, keep: int | float, pruner: str | None) -> AbstractContextManager[Any]:
-    """The model pruned by a method within a `with`; vanilla leaves it as it is.
+def pruned(model: Any, method: str, keep: int | float, pruner: str | None) -> AbstractContextManager[Any]:
+    """A model pruned by a method within a `with`; vanilla leaves it as it is.
 
     Raises:
         BadInput: `oc-vtp` without a trained pruner.
@@ -68,12 +68,12 @@ def pruned(vlm: Any, method: str, keep: int | float, pruner: str | None) -> Abst
     if method == "vanilla":
         return nullcontext()
     if method != "oc-vtp":
-        handle: AbstractContextManager[Any] = ocvtp.prune(vlm.model, method=method, keep=keep)
+        handle: AbstractContextManager[Any] = ocvtp.prune(model, method=method, keep=keep)
         return handle
     if pruner is None:
         raise BadInput(
             "oc-vtp needs a trained pruner: name its folder with --pruner, such as "
             "models/tiny-llava/layer_9-aw_mse-slots_16_32_48-seed_0 after `dvc repro`"
         )
-    trained: AbstractContextManager[Any] = ocvtp.prune(vlm.model, method=method, keep=keep, pruner=pruner)
+    trained: AbstractContextManager[Any] = ocvtp.prune(model, method=method, keep=keep, pruner=pruner)
     return trained

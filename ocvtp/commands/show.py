@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pruned(vlm: Any, method: str, keep: int | float, pruner: str | None, inputs: Any) -> tuple[list[int] | None, Any]:
     """Numbers of the kept tokens, and the attention of slots over all of them, if there are slots; None: all stay."""
-    with pruned_vlm.pruned(vlm, method, keep, pruner) as handle:
+    with pruned_vlm.pruned(vlm.model, method, keep, pruner) as handle:
         vlm.model.generate(**inputs, max_new_tokens=1, do_sample=False)
         if handle is None:
             return None, None

@@ -303,5 +303,45 @@ def test_latency_measures_every_case(tiny: list[tuple[str, object]], capsys: pyt
     assert list(found) == ["vanilla", "random, keep 48", "random, keep 16"]
     assert all(case["first_token"]["median"] > case["vision"]["median"] > 0 for case in found.values())
     assert tiny == [("random", 48), ("random", 16)] * 3
+    for case in found.values():
+        assert set(case["phases"]) == {"tower", "method", "projector", "prefill", "other"}
+        assert all(case["phases"][name]["median"] > 0 for name in ("tower", "projector", "prefill", "other"))
     assert cli.main(arguments) == 0
-    assert "of vanilla" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of vanilla" in printed
+    assert "Phases of a first token" in printed
+
+
+def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.tiny.model import make_model
+
+    torch.manual_seed(0)
+    asked: list[tuple[str, str]] = []
+
+    def random_vlm(name: str, *, device: str) -> object:
+        asked.append((name, device))
+        return make_model().eval()
+
+    monkeypatch.setattr("ocvtp.efficiency.random_vlm.random_vlm", random_vlm)
+    arguments = ["latency", "llava-1.5-7b", "--random-weights", "--device", "cpu", "--repeats", "1", "--warmup", "0"]
+    assert cli.main([*arguments, "--batch", "2", "--methods", "css", "--new-tokens", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert asked == [("llava-1.5-7b", "cpu")]
+    assert list(found["cases"]) == ["vanilla", "css, keep 0.111"]
+    assert found["cases"]["css, keep 0.111"]["phases"]["method"]["median"] > 0
+
+    assert cli.main(["latency", "--batch", "2"]) == 2
+    assert "--batch 2 is of --random-weights" in capsys.readouterr().err
+    assert cli.main(["latency", "--random-weights", "--image", "x.jpg"]) == 2
+    assert "leave one of the two out" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(["latency", "tiny-llava", "--random-weights", "--device", "cpu"]) == 2
+    assert "no shape is known for the VLM 'tiny-llava'" in capsys.readouterr().err
+
+
+def test_a_vlm_may_be_named_by_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["flops", "llava-1.5-7b", "--json"], ["flops", "--vlm", "llava-1.5-7b", "--json"]):
+        assert cli.main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["vlm"] == "llava-1.5-7b"
+    assert cli.main(["flops", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vlm"] == "llava-1.5-7b"
