@@ -31,8 +31,11 @@ repro: $(STAMP)  ## run the whole experiment (dvc repro)
 system:  # what Debian must provide for all tests; needs root
 	@scripts/system-packages
 
+# Two files at once, but for tests that wait for jobs, daemons and browsers, or measure.
+ALONE := tests/benchmarks tests/cluster tests/integration
 test: $(STAMP) system  ## run the tests
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile $(ALONE:%=--ignore=%)
+	pytest $(ALONE)
 
 nightly: $(STAMP) system  ## run the tests that take minutes each
 	pytest -m nightly

@@ -299,12 +299,18 @@ class Handle(calls.Uncopied):
         return [derive(self.seed, name) for name in names]  # not from batch, order or machine
 
 
+_NAMING = 1 << 16
+"""Numbers of a picture that are read for its name."""
+
+
 def _name_of(pixels: Tensor) -> str:
     """A name for a picture that the caller gave none, from its pixels.
 
-    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same.
+    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same. Of a large
+    picture every so many are read: all of five tiles would take longer than a good method.
     """
-    rounded = pixels.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
+    some = pixels.detach().flatten()[:: max(1, pixels.numel() // _NAMING)]
+    rounded = some.to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
     return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
 
 
