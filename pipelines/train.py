@@ -54,7 +54,17 @@ def plan(run: Stage) -> Plan:
 
 def _tasks(run: Stage) -> dict[PrunerCell, Task]:
     listings = {(vlm, layer): _tokens(run, vlm, layer) for vlm in run.params.vlm for layer in layers(run.params)}
-    return {cell: _task(run, cell, listings[cell.vlm, cell.layer]) for cell in pruner_cells(run.params)}
+    return {
+        cell: _task(run, cell, listings[cell.vlm, cell.layer], _handed_on(cell, listings))
+        for cell in pruner_cells(run.params)
+    }
+
+
+def _handed_on(cell: PrunerCell, listings: Mapping[tuple[str, int], dict[str, Any]]) -> dict[str, Any] | None:
+    """The layer that goes to the LLM, if its tokens are extracted: to be looked at in validation."""
+    layer = resolve(cell.vlm).feature_layer
+    found = (one for (vlm, _), one in listings.items() if vlm == cell.vlm and one["meta"]["tower_layer"] == layer)
+    return next(found, None)
 
 
 def _tokens(run: Stage, vlm: str, layer: int) -> dict[str, Any]:
@@ -70,23 +80,31 @@ def _tokens(run: Stage, vlm: str, layer: int) -> dict[str, Any]:
     return listing
 
 
-def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any]) -> Task:
+def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any], handed_on: Mapping[str, Any] | None) -> Task:
     meta = ShardMeta.from_dict(listing["meta"], f"the tokens of {cell.vlm}")
     train = run.params.train.changed(cell.changes)
-    shards = [{key: value for key, value in shard.items() if key != "path"} for shard in listing["shards"]]
     config = train.config(cell.loss, cell.slots, cell.seed)
     spec = {
-        "tokens": {**listing, "shards": shards},
+        "tokens": _unplaced(listing),
         "pruner": train.pruner_config(meta.width, meta.grid).to_dict(),
         "train": config.to_dict(),
     }
     inputs = {"shards": [shard["path"] for shard in listing["shards"]]}
+    if handed_on is not None:
+        spec["handed_on"] = _unplaced(handed_on)
+        inputs["handed_on"] = [shard["path"] for shard in handed_on["shards"]]
     call: Any = pruner
     if cell.loss == "answers":
         call = taught
         answers, more = _answers(run, cell.vlm, config)
         spec, inputs = {**spec, "answers": answers}, {**inputs, **more}
     return run.task("pruners", cell.folder, call, spec, run.params.cluster.resources.train, inputs)
+
+
+def _unplaced(listing: Mapping[str, Any]) -> dict[str, Any]:
+    """What a listing says, but for where shards are."""
+    shards = [{key: value for key, value in shard.items() if key != "path"} for shard in listing["shards"]]
+    return {**listing, "shards": shards}
 
 
 def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,6 +20,8 @@ def add(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("tokens", type=Path, help="a listing of stage extract: data/tokens/VLM/layer_9.json")
     parser.add_argument("out", type=Path, help="the folder for the pruner")
+    parser.add_argument("--handed-on", type=Path, default=None, metavar="LISTING", help="the same of the layer that "
+                        "goes to the LLM: validation then tells how well what is kept stands for it")  # fmt: skip
     parser.add_argument("--store", type=Path, default=Path(".ocvtp/store"), help="where the listed shards are "
                         "(default: .ocvtp/store)")  # fmt: skip
     parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="for loss=answers: the output of "
@@ -39,9 +41,11 @@ def run(args: argparse.Namespace) -> int:
     from ocvtp.tokens.loader import TokenDataset
 
     config = _made(TrainConfig, options)
-    if not args.tokens.is_file():
-        raise BadInput(f"{args.tokens} does not exist: `dvc repro extract` writes such listings to data/tokens")
+    for listing in filter(None, (args.tokens, args.handed_on)):
+        if not listing.is_file():
+            raise BadInput(f"{listing} does not exist: `dvc repro extract` writes such listings to data/tokens")
     dataset = TokenDataset.from_listing(args.tokens, args.store)
+    handed_on = None if args.handed_on is None else TokenDataset.from_listing(args.handed_on, args.store)
     meta = dataset.meta
     known = {"token_dim": meta.width, "behaviour": config.behaviour, **({"grid": meta.grid} if meta.grid else {})}
     pruner_config = _made(PrunerConfig, {**known, **pruner})
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         first = ranks.Ranks.current().first
         teacher = _teacher(config, meta, args.sample, args.store, device) if config.loss == "answers" else None
-        metrics = _train(pruner_config, config, dataset, args.out, device, about, teacher, shown=first)
+        metrics = _train(pruner_config, config, dataset, args.out, device, about, teacher, handed_on, shown=first)
     finally:
         ranks.end()
     if first:
@@ -86,7 +90,16 @@ def _teacher(config: Any, meta: Any, sample: Path, store: Path, device: Any) -> 
 
 
 def _train(
-    pruner: Any, config: Any, dataset: Any, out: Path, device: Any, about: Any, teacher: Any, *, shown: bool
+    pruner: Any,
+    config: Any,
+    dataset: Any,
+    out: Path,
+    device: Any,
+    about: Any,
+    teacher: Any,
+    handed_on: Any,
+    *,
+    shown: bool,
 ) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -116,6 +129,7 @@ def _train(
             device=device,
             trained_for=about,
             teacher=teacher,
+            handed_on=handed_on,
         )
 
 

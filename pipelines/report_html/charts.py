@@ -13,7 +13,7 @@ from pipelines.report_html.tables import PRUNED, chosen_rows
 
 _FIRST = ("loss", "val_loss", "val_mse", "distinct_picks", *names.RATIOS, "span_error", "prototype_error")
 _LAST = ("grad_norm",)
-_LEFT_OUT = ("step", "lr", "random_span_error")
+_LEFT_OUT = ("step", "lr", "random_span_error", "handed_on_span_error", "random_handed_on_span_error")
 
 
 def accuracy_svg(results: Results, vlm: str, form: figures.Format = "svg") -> bytes | None:

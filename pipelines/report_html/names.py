@@ -44,9 +44,13 @@ CURVES = {
     "distinct_picks": "distinct picks before filling",
     "kept_to_random": "variance left unexplained by kept tokens / by random ones",
     "span_error": "share of variance left unexplained by kept tokens",
+    "handed_on_to_random": "the same of the layer that goes to the LLM",
     "prototype_error": "cosine distance to the nearest kept token",
 }
-RATIOS = {"kept_to_random": ("span_error", "random_span_error")}
+RATIOS = {
+    "kept_to_random": ("span_error", "random_span_error"),
+    "handed_on_to_random": ("handed_on_span_error", "random_handed_on_span_error"),
+}
 """Curves that are ratios of two others."""
 
 

@@ -20,21 +20,25 @@ def pruner(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
 
 def trained(spec: dict[str, Any], folder: Path, inputs: dict[str, Any], teacher: Teacher | None = None) -> None:
     """The same, taught by a VLM where there is one."""
-    tokens = spec["tokens"]
-    meta = ShardMeta.from_dict(tokens["meta"], "the spec of the task")
-    shards = [{**shard, "path": path} for shard, path in zip(tokens["shards"], inputs["shards"], strict=True)]
-    dataset = TokenDataset.from_listing({**tokens, "shards": shards}, in_store(folder, "."))
+    meta = ShardMeta.from_dict(spec["tokens"]["meta"], "the spec of the task")
     train(
         PrunerConfig.from_dict(spec["pruner"]),
         TrainConfig.from_dict(spec["train"]),
-        dataset,
+        _dataset(spec["tokens"], inputs["shards"], folder),
         folder,
         resume=folder / "resume",
         progress=progress,
         device=device(),
         trained_for=trained_for(meta),
         teacher=teacher,
+        handed_on=_dataset(spec["handed_on"], inputs["handed_on"], folder) if "handed_on" in spec else None,
     )
+
+
+def _dataset(listing: dict[str, Any], paths: list[str], folder: Path) -> TokenDataset:
+    """The tokens of a layer, whose shards are at these places of the store."""
+    shards = [{**shard, "path": path} for shard, path in zip(listing["shards"], paths, strict=True)]
+    return TokenDataset.from_listing({**listing, "shards": shards}, in_store(folder, "."))
 
 
 def trained_for(meta: ShardMeta) -> TrainedFor:

@@ -31,13 +31,17 @@ class TokenSource(Protocol):
 
 
 class Batch(NamedTuple):
-    """Tokens of some images, in single precision, on the device; `names` are their ids, if the source has some."""
+    """Tokens of some images, in single precision, on the device.
+
+    `names` are their ids, if the source has some; `handed_on_BNV` the same tokens in the layer that goes to the LLM.
+    """
 
     indices: list[int]
     tokens_BNC: Tensor
     mask_BN: Tensor | None
     grids: list[Grid]
     names: list[str] | None = None
+    handed_on_BNV: Tensor | None = None
 
 
 def fetch(source: TokenSource, indices: Sequence[int], device: torch.device) -> Batch:

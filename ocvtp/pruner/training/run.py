@@ -28,7 +28,7 @@ from ocvtp.pruner.training.data import Batch, Order, TokenSource
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
 from ocvtp.pruner.training.train_config import TrainConfig
-from ocvtp.pruner.training.validate import REBUILDING, Row, evaluate, validate
+from ocvtp.pruner.training.validate import HANDED_ON, REBUILDING, Row, evaluate, validate
 
 __all__ = ["NotFinite", "Progress", "TokenSource", "TrainConfig", "compile_parts", "train"]
 
@@ -54,6 +54,7 @@ def train(
     device: torch.device | str = "cpu",
     trained_for: TrainedFor | None = None,
     teacher: Teacher | None = None,
+    handed_on: TokenSource | None = None,
 ) -> dict[str, Any]:
     """Train, and write the result into `folder`.
 
@@ -74,6 +75,8 @@ def train(
         device: where to compute.
         trained_for: what the tokens are of; loss, slots and seed are filled in.
         teacher: the VLM that teaches, for loss `answers`; it is asked about images by `dataset.image_ids`.
+        handed_on: the same images in the layer that goes to the LLM, for validation: how well what is kept of that
+            layer stands for all of it.
 
     Returns:
         What is in `metrics.json`.
@@ -81,13 +84,15 @@ def train(
     Raises:
         BadInput: a config without a decoder; more slots than tokens; loss `answers` without a teacher, or one without
             prompts for the images; a teacher with another loss.
-        Incompatible: tokens of another width than the pruner's; checkpoints of another training; a teacher of another
-            VLM than the tokens.
+        Incompatible: tokens of another width than the pruner's; `handed_on` of other images; checkpoints of another
+            training; a teacher of another VLM than the tokens.
         Corrupt: no checkpoint in `resume` is whole.
         NotFinite: more than `max_bad_steps` steps had a loss or gradient that is not finite. The checkpoint before them
             stays, `bad_batches.jsonl` names the images.
     """
-    run = _Run(pruner_config, train_config, dataset, torch.device(device), trained_for or TrainedFor(), teacher)
+    run = _Run(
+        pruner_config, train_config, dataset, torch.device(device), trained_for or TrainedFor(), teacher, handed_on
+    )
     run.resume(resume)
     if not run.state.stopped:
         run.steps(resume, folder, progress)
@@ -118,6 +123,7 @@ class _Run:
         device: torch.device,
         trained_for: TrainedFor,
         teacher: Teacher | None,
+        handed_on: TokenSource | None,
     ) -> None:
         if config.loss in WITHOUT_DECODER:
             pruner_config = replace(pruner_config, decoder=None)
@@ -125,7 +131,7 @@ class _Run:
             raise BadInput(
                 "a pruner without decoder is trained with loss=span or answers only: or decoder=random_ar, mlp or ar"
             )
-        self.config, self.dataset, self.device = config, dataset, device
+        self.config, self.dataset, self.device, self.handed_on = config, dataset, device, handed_on
         self.ranks = Ranks.current()
         images, self.held_out = dataset.split(config.validation_share, config.seed)
         self._check_tokens(pruner_config, images)
@@ -208,6 +214,7 @@ class _Run:
             "last_val_loss": last.get("val_loss"),
             "train_loss": self.state.last_loss,
             **{key: best.get(key) for key in ("distinct_picks", *REBUILDING)},
+            **({key: best.get(key) for key in HANDED_ON} if self.handed_on else {}),
             **({"kl": best.get("kl")} if self.teacher else {}),
             "bad_steps": self.state.bad_steps,
             "images": len(self.order.images),
@@ -268,7 +275,9 @@ class _Run:
 
     def _judge(self, batch: Batch | None) -> None:
         if self.config.validate_on == "held_out" or batch is None:
-            row = validate(self.kept, self.config, self.dataset, self.held_out, self.device, self.teacher)
+            row = validate(
+                self.kept, self.config, self.dataset, self.held_out, self.device, self.teacher, self.handed_on
+            )
         else:
             row = evaluate(self.kept, self.config, [batch], self.config.validation_slots, self.teacher)
         self.row |= row
@@ -309,6 +318,10 @@ class _Run:
     def _check_tokens(self, pruner_config: PrunerConfig, images: list[int]) -> None:
         tokens_BNC, _, _ = self.dataset.batch(images[:1])
         count, width = tokens_BNC.shape[1:]
+        if self.handed_on is not None:
+            ids = [getattr(source, "image_ids", len(source)) for source in (self.dataset, self.handed_on)]
+            if ids[0] != ids[1]:
+                raise Incompatible("handed_on has other images than the tokens to train on, or in another order")
         if width != pruner_config.token_dim:
             raise Incompatible(f"the tokens are {width} wide, the pruner's token_dim is {pruner_config.token_dim}")
         most = max(*self.config.slots, *self.config.validation_slots)

@@ -24,6 +24,8 @@ from ocvtp.pruner.training.train_config import TrainConfig
 Row = dict[str, float]
 REBUILDING: Final = ("span_error", "random_span_error", "prototype_error")
 """Of `ocvtp.pruner.rebuilding.Rebuilding`, in a row."""
+HANDED_ON: Final = ("handed_on_span_error", "random_handed_on_span_error")
+"""Likewise, where the tokens of the layer that goes to the LLM are there."""
 
 
 def training_loss(
@@ -93,16 +95,24 @@ def validate(
     images: Sequence[int],
     device: torch.device,
     teacher: Teacher | None = None,
+    handed_on: TokenSource | None = None,
 ) -> Row:
     """Losses, picks, and how well kept tokens stand for all, over held-out images.
 
     Returns:
         `val_loss`, `val_mse` (the plain error of the decoder, if there is one), `kl` (of `answers`, over all prompts
-        of an image), `distinct_picks` and `REBUILDING`
-        (with as many tokens kept as there are slots): means over images and over `validation_slots`.
+        of an image), `distinct_picks` and `REBUILDING`, and given `handed_on`, the same images in the layer that goes
+        to the LLM, `HANDED_ON` (with as many tokens kept as there are slots): means over images and over
+        `validation_slots`.
     """
     slots, size = config.validation_slots, config.batch_size
-    batches = (fetch(source, images[start : start + size], device) for start in range(0, len(images), size))
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    batches = (
+        fetch(source, part, device)._replace(
+            handed_on_BNV=None if handed_on is None else fetch(handed_on, part, device).tokens_BNC
+        )
+        for part in parts
+    )
     return evaluate(pruner, config, batches, slots, teacher)
 
 
@@ -149,12 +159,14 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 def _rebuilding(pruner: OCPruner, batch: Batch, keep: int) -> Row:
     """All tokens, where none would be dropped, leave nothing unexplained."""
+    wanted = REBUILDING if batch.handed_on_BNV is None else (*REBUILDING, *HANDED_ON)
     if keep >= batch.tokens_BNC.shape[1]:
-        return dict.fromkeys(REBUILDING, 0.0)
+        return dict.fromkeys(wanted, 0.0)
     seeds = range(len(batch.indices)) if _fresh(pruner) else None
     fill = "slot_mass" if pruner.config.fill == "attention" else None  # there is no attention of a tower here
-    found = rebuilding(pruner, batch.tokens_BNC, keep, mask=batch.mask_BN, seeds=seeds, check_values=False, fill=fill)
-    return {name: getattr(found, name) for name in REBUILDING}
+    found = rebuilding(pruner, batch.tokens_BNC, keep, handed_on=batch.handed_on_BNV, mask=batch.mask_BN, seeds=seeds,
+                       check_values=False, fill=fill)  # fmt: skip
+    return {name: getattr(found, name) for name in wanted}
 
 
 def _distinct(attention_BKN: Tensor) -> float:

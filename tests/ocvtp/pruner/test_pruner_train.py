@@ -70,7 +70,8 @@ def test_it_learns(tmp_path, loss):
     rows = [line.split(",") for line in found["curves.csv"].decode().splitlines()]
     header, first = rows[0], dict(zip(rows[0], rows[1], strict=True))
     assert header == ["step", "lr", "loss", "grad_norm", "val_loss", "val_mse", "distinct_picks", "span_error",
-                      "random_span_error", "prototype_error", "kl"]  # fmt: skip
+                      "random_span_error", "prototype_error", "kl", "handed_on_span_error",
+                      "random_handed_on_span_error"]  # fmt: skip
     assert first["step"] == "0"
     assert metrics["val_mse"] < 0.25 < 0.5 * float(first["val_mse"])
     assert 0.2 < metrics["span_error"] < 0.4  # random tokens: 0.32
@@ -398,6 +399,25 @@ def test_the_gauge_runs_forwards():
     tokens_BNC = Source(8).tokens.float()
     random = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:4] for i in range(8)])
     assert float(span_error(tokens_BNC, css(tokens_BNC, 4)).mean()) < 0.9 * float(span_error(tokens_BNC, random).mean())
+
+
+def test_validation_looks_at_the_layer_that_goes_on(tmp_path):
+    dataset, handed_on = Source(), Source()
+    handed_on.tokens = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(5)).half()
+    config = TrainConfig(**FAST, eval_slots=[4])
+    plain = train(PRUNER, config, dataset, tmp_path / "plain", resume=tmp_path / "r0")
+    metrics = train(PRUNER, config, dataset, tmp_path / "out", resume=tmp_path / "r1", handed_on=handed_on)
+    assert {key: value for key, value in metrics.items() if "handed_on" not in key} == plain
+    best = OCPruner.from_pretrained(tmp_path / "out")
+    held_out = dataset.split(0.2, 0)[1]
+    found = rebuilding(best, dataset.tokens[held_out].float(), 4, handed_on=handed_on.tokens[held_out].float())
+    assert metrics["handed_on_span_error"] == pytest.approx(found.handed_on_span_error, rel=1e-5)
+    assert metrics["random_handed_on_span_error"] == pytest.approx(found.random_handed_on_span_error, rel=1e-5)
+    header = (tmp_path / "out/curves.csv").read_text().splitlines()[0].split(",")
+    assert header[-2:] == ["handed_on_span_error", "random_handed_on_span_error"]
+    handed_on.image_ids = handed_on.image_ids[::-1]
+    with pytest.raises(Incompatible, match="handed_on has other images"):
+        train(PRUNER, config, dataset, tmp_path / "other", resume=tmp_path / "r2", handed_on=handed_on)
 
 
 def test_rebuilding_of_padded_images():
