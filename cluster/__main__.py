@@ -16,18 +16,16 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig
 from cluster.driver.board import STATES, clock, read_status
-from cluster.driver.explain import explain, forget_code, tasks_of
 from cluster.driver.lock import sweep_locks
+from cluster.driver.plan import explain, forget_code, tasks_of
 from cluster.driver.runner import tidy
 from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
-from cluster.results import Store
 from cluster.store.layout import put_aside, temporaries
-from cluster.store.lease import UNOWNED_PATIENCE, Watch
-from cluster.store.leftovers import files_in, remove_tree
+from cluster.store.lease import UNOWNED_PATIENCE, Watch, files_in, remove_tree
 from cluster.store.publish import MANIFEST, Manifest, drop, set_aside, verify
 from cluster.store.remote import Remote, transfer
 from cluster.store.verdicts import forget_absent
-from cluster.task import canonical, display
+from cluster.task import Store, canonical, display
 
 Said = tuple[int, Any, list[str]]
 """Exit code, what --json prints, and the lines for people."""

@@ -1,4 +1,8 @@
-"""The `cluster` section of the parameters: where work runs and how. Never what: no result depends on it."""
+"""Where work runs and how: the `cluster` section of the parameters, and profiles. Never what: no result depends on it.
+
+A profile says how to use a cluster, in a file of `cluster/ray/` or `cluster/slurm/`, or of one's own. `default.yaml` of
+each has every legal key, explained, with its default. A profile names those that differ.
+"""
 
 import os
 from collections.abc import Mapping
@@ -7,9 +11,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
-from cluster.executors import EXECUTORS
-from cluster.validation import Section, Text, nearest, settle, show
+from cluster.errors import BadConfig
+from cluster.validation import Section, Text, load_yaml, nearest, settle, show
 
+EXECUTORS: dict[str, str] = {
+    "local": "cluster.local.executor:LocalExecutor",
+    "ray": "cluster.ray.executor:RayExecutor",
+    "slurm": "cluster.slurm.executor:SlurmExecutor",
+}
+"""module:class of every executor of this version; imported when asked for: its packages are not needed before."""
 OnLocked = Literal["wait", "refuse"]
 
 
@@ -24,7 +34,7 @@ class ClusterConfig(Section):
     """The variables that put the store elsewhere, for messages."""
 
     executor: str = "local"
-    """Which machines do the work: a name of `cluster.executors`."""
+    """Which machines do the work: a key of `EXECUTORS`."""
     store: Path = Path(".cluster/store")
     """Folder of published results and logs."""
     profile: Text | None = None
@@ -85,3 +95,30 @@ class ClusterConfig(Section):
         if url is not None and "://" not in url:
             raise ValueError(f"{show(url)} is not the address of a folder, such as s3://bucket/results")
         return url
+
+
+class Profile(Section):
+    """The keys of a kind of profile."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def load(cls, name: str | None) -> Self:
+        """The profile of that name, or in the YAML file of that path; the defaults if None.
+
+        Raises:
+            BadConfig: no such file, one that is not YAML, or all unknown keys and impossible values in it.
+        """
+        if name is None:
+            return cls()
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+            files = (Path(__file__).parent / cls.kind).glob("*.yaml")
+            known = {file.stem: file for file in sorted(files) if file.stem != "cluster"}
+            if name not in known:
+                raise BadConfig(f"cluster.profile: there is no {cls.kind} profile {name!r}{nearest(name, known)}; "
+                                "a path of your own ends with .yaml")  # fmt: skip
+            path = known[name]
+        elif not path.is_file():
+            raise BadConfig(f"cluster.profile: there is no file {name}")
+        return settle(cls, load_yaml(path), str(path))

@@ -14,8 +14,6 @@ holds public names only. A string that is the dotted name of a first-party modul
 (lazy tables).
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util

@@ -3,8 +3,6 @@
 Workers do not import this module: pydantic takes longer to import than a short task to run.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import re

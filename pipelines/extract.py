@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster import ClusterError, CorruptResult, Task, adopt, drop, is_published, set_aside
-from cluster.driver.explain import fault_of
+from cluster.driver.plan import fault_of
 from cluster.store import verdicts
 from cluster.store.publish import About
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing

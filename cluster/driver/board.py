@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cluster.driver.report import Report
-from cluster.host.process import Process
-from cluster.store.layout import ATTEMPTS, STATUS
+from cluster.host import Process
+from cluster.store.layout import ATTEMPTS, STATUS, replace_text
 from cluster.task import display
 
 log = logging.getLogger(__name__)
@@ -194,9 +194,7 @@ class Journal:
             "now": [asdict(r) | {"seconds": round(now - r.started, 1)} for r in board.running.values()],
         }  # fmt: skip
         with self._forgiving():
-            fresh = self._folder / f"{STATUS}.new"
-            fresh.write_text(json.dumps(data, indent=1))
-            fresh.replace(self._folder / STATUS)
+            replace_text(self._folder / STATUS, json.dumps(data, indent=1))
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:

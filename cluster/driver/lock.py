@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from cluster.config import OnLocked
 from cluster.errors import Locked
-from cluster.host.process import Process
+from cluster.host import Process
 
 log = logging.getLogger(__name__)
 

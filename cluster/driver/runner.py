@@ -10,22 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from cluster.config import ClusterConfig
+from cluster.config import EXECUTORS, ClusterConfig
 from cluster.driver.board import Board, Journal, Running, View
-from cluster.driver.explain import record_code
 from cluster.driver.lock import run_lock
-from cluster.driver.plan import Planned, check_tasks, make_folders
+from cluster.driver.plan import Planned, check_tasks, make_folders, record_code
 from cluster.driver.report import Outcome, Report
 from cluster.driver.retry import ELSEWHERE, next_resources, pause
-from cluster.errors import Interrupted
-from cluster.executors import EXECUTORS, check_executor
+from cluster.errors import CannotRun, Interrupted
 from cluster.protocol import Cause, Context, Event, Executor, Job
-from cluster.results import Store
 from cluster.store.layout import new_attempt, temporaries
-from cluster.store.lease import Watch
-from cluster.store.leftovers import fence, has_progressed, sweep
+from cluster.store.lease import Watch, fence, has_progressed, sweep
 from cluster.store.publish import is_published
-from cluster.task import Resources, Task, display, resolve_call
+from cluster.task import Resources, Store, Task, display, resolve_call
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +57,8 @@ def run(
     """
     config = config or ClusterConfig.from_params()
     executor = config.executor if executor is None else executor
-    if isinstance(executor, str):
-        check_executor(executor)
+    if isinstance(executor, str) and executor not in EXECUTORS:
+        raise CannotRun(f"there is no executor {executor!r}: this version has {', '.join(EXECUTORS)}")
     tasks = list(tasks)
     make_folders(check_tasks(tasks))
     store = Store(config.store)

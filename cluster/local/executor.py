@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from cluster.host.machine import Machine, group_members, memory_of, oom_kills, visible_gpus
-from cluster.host.process import LINUX
+from cluster.host import LINUX, Machine, group_members, memory_of, oom_kills, visible_gpus
 from cluster.local.process import WorkerProcess
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.task import Resources

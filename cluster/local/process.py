@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.host.machine import group_members
+from cluster.host import group_members
 from cluster.protocol import Cause, Event, Job, Lines, encode
 from cluster.worker.environment import remove_if_empty, worker_environment, worker_path
 

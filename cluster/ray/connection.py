@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CannotRun
-from cluster.host.machine import GIB, Machine
+from cluster.host import GIB, Machine
 from cluster.protocol import Context
 from cluster.ray.profile import RayProfile
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CannotRun
-from cluster.host.machine import GIB
+from cluster.host import GIB
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.ray.connection import PACKAGE, connect

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cluster.host.machine import GIB
-from cluster.profiles import Profile
+from cluster.config import Profile
+from cluster.host import GIB
 from cluster.task import Resources
 from cluster.validation import Section, Text
 

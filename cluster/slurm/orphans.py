@@ -14,9 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.host.process import Process
+from cluster.host import Process
 from cluster.slurm import queue as slurm_queue
-from cluster.store.leftovers import fence
+from cluster.store.lease import fence
 
 log = logging.getLogger(__name__)
 

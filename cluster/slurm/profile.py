@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from cluster.profiles import Profile
+from cluster.config import Profile
 from cluster.task import Resources
 from cluster.validation import Text
 

@@ -1,7 +1,5 @@
 """File systems that fail for a moment, as shared ones do: what is tried again, and for how long."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import logging

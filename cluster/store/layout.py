@@ -6,8 +6,7 @@
 <parent>/.<name>.dropped-<random>/  a published folder that is being removed
 """
 
-from __future__ import annotations
-
+import contextlib
 import os
 import re
 import uuid
@@ -57,6 +56,18 @@ def temporaries(parent: Path, name: str | None = None) -> list[tuple[Path, str, 
 def put_aside(parent: Path) -> list[Path]:
     """Published folders in `parent` that were found corrupt, or whose removal was cut short."""
     return [parent / entry for entry in _names(parent) if _PUT_ASIDE.fullmatch(entry)]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that readers find all of it, or what was there before."""
+    fresh = path.with_name(f".{path.name}.{new_attempt()}")
+    try:
+        fresh.write_text(text)
+        fresh.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
 
 
 @patient

@@ -1,7 +1,5 @@
 """What became of a task: its result, and the attempts that every run of its store has noted."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

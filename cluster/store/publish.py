@@ -9,8 +9,6 @@ exist already. `verify` compares a published folder with its manifest, `set_asid
 `drop` removes one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -24,14 +22,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from cluster.errors import BadTask, CorruptResult, Fenced
 from cluster.store import verdicts
 from cluster.store.faults import GONE, patient, unavailable
-from cluster.store.layout import RESUME, aside, check_out, new_attempt
-from cluster.store.lease import Watch
-from cluster.store.leftovers import remove_tree
+from cluster.store.layout import RESUME, aside, check_out, new_attempt, temporaries
+from cluster.store.lease import Watch, remove_tree
 from cluster.store.workspace import Busy, Workspace
 
 log = logging.getLogger(__name__)
@@ -80,7 +77,7 @@ class Manifest:
         return json.dumps(data, sort_keys=True, indent=1) + "\n"
 
     @classmethod
-    def from_text(cls, text: bytes, place: str) -> Manifest:
+    def from_text(cls, text: bytes, place: str) -> Self:
         """What `to_text` wrote, found at `place`; `CorruptResult` if it is something else, or a path leads out."""
         try:
             data = json.loads(text)
@@ -96,7 +93,7 @@ class Manifest:
         return cls(about, files)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> Self:
         """Manifest of a published folder; `CorruptResult` if it has none, `StoreUnavailable` if it cannot be read."""
         path = Path(folder) / MANIFEST
         try:
@@ -355,12 +352,12 @@ def adopt(src_subfolder: Path, out: Path) -> Manifest:
     if not sums:
         raise BadTask(f"{owner} was published without files in {part!r}")
     about = replace(source.about, key=out.name, kind=out.parent.name, part=part)
-    watch, dead = Watch(), set[str]()
+    watch = Watch()
     while not is_published(out):
+        dead = [attempt for root, _, attempt in temporaries(out.parent, out.name) if watch.abandoned(root)]
         try:
             workspace = Workspace.claim(out, new_attempt(), supersedes=dead)
-        except Busy as busy:
-            dead.update(other.attempt for other in busy.others if other.expired(watch))
+        except Busy:
             time.sleep(0.05)
         else:
             publish_copy(workspace, about, sums, lambda path, target: _link(src / path, target))

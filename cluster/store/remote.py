@@ -5,8 +5,6 @@ whole; its files lie below `KIND/KEY/`. What is pulled is published here like an
 checksums of the manifest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections import deque

@@ -5,19 +5,16 @@ whole. A file that was changed since, or replaced under an old mtime, has anothe
 What a disk loses by itself does not show: `verify` without verdicts reads every byte.
 """
 
-from __future__ import annotations
-
-import contextlib
 import json
 import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.store import leftovers
+from cluster.store import lease
 from cluster.store.faults import patient
-from cluster.store.layout import VERDICTS, new_attempt
-from cluster.store.leftovers import Marks
+from cluster.store.layout import VERDICTS, replace_text
+from cluster.store.lease import Marks
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +24,7 @@ _TICK_NS = 20_000_000
 
 def marks(folder: Path) -> Marks:
     """Those of every file below `folder`; none if one was changed just now, since its next change might not show."""
-    found = patient(leftovers.marks)(folder)
+    found = patient(lease.marks)(folder)
     return [] if any(time.time_ns() - int(one[4]) <= _TICK_NS for one in found) else found
 
 
@@ -45,16 +42,11 @@ def recall(folder: Path) -> Marks:
 
 def remember(folder: Path, whole: Marks) -> None:
     """Keep what `recall` gives; a store that cannot be written to remembers nothing."""
-    path = _path(folder)
-    fresh = path.with_name(f".{path.name}.{new_attempt()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(whole))
-        fresh.replace(path)
+        _path(folder).parent.mkdir(parents=True, exist_ok=True)
+        replace_text(_path(folder), json.dumps(whole))
     except OSError as error:
         log.info("%s is not remembered to be whole: %s", folder, error)
-        with contextlib.suppress(OSError):
-            fresh.unlink()
 
 
 def remember_linked(read: Mapping[Path, Marks]) -> None:

@@ -4,48 +4,40 @@ An attempt is fenced by renaming its folder: from then on none of its paths exis
 inside that folder, so it fails from then on: fencing needs no check that could come too late.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from cluster.errors import Fenced, StoreUnavailable
-from cluster.host.process import Process
+from cluster.host import Process
 from cluster.store.faults import GONE, patient
 from cluster.store.layout import RESULT, RESUME, new_attempt, temporaries, temporary
-from cluster.store.lease import UNOWNED_PATIENCE, Owner, Watch, create_owner, read_owner, replace_owner
-from cluster.store.leftovers import discard, files_in, remove, remove_empty, resume_of, signature
+from cluster.store.lease import (
+    Owner,
+    create_owner,
+    discard,
+    files_in,
+    read_owner,
+    remove,
+    remove_empty,
+    replace_owner,
+    resume_of,
+    signature,
+)
 
 log = logging.getLogger(__name__)
 
 DECISION = 1.0  # seconds to wait for another claim of the same instant
 
 
-@dataclass(frozen=True)
-class Other:
-    """Another attempt at the same result, as seen by one that wants to start."""
-
-    attempt: str
-    beat: int  # at least 1: at work; less: it has not decided yet
-    patience: float  # seconds without a beat after which it may be fenced; 0: it is known to live
-
-    def expired(self, watch: Watch) -> bool:
-        """Whether it may be fenced, by what `watch` has seen of its beat."""
-        return self.patience > 0 and watch.expired(self.attempt, self.beat, self.patience)
-
-
 class Busy(Exception):
     """Others are at work on the same result, or may be."""
-
-    def __init__(self, others: list[Other]) -> None:
-        super().__init__(f"{len(others)} other attempt(s) at work")
-        self.others = others
 
 
 class Workspace:
@@ -61,7 +53,7 @@ class Workspace:
 
     @classmethod
     @patient
-    def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Workspace:
+    def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Self:
         """Fence dead attempts, and those in `supersedes`, and take over their `resume/`. Of several, one gets it.
 
         Raises:
@@ -110,24 +102,22 @@ class Workspace:
             stale, others = self._look(supersedes)
             if not others:
                 return stale
-            if any(one.beat > 0 or one.attempt < self.attempt for one in others) or time.monotonic() > deadline:
-                raise Busy(others)
+            gives_way = any(beat > 0 or attempt < self.attempt for attempt, beat in others.items())
+            if gives_way or time.monotonic() > deadline:
+                raise Busy(f"{len(others)} other attempt(s) at work")
             time.sleep(0.01)
 
-    def _look(self, supersedes: Collection[str]) -> tuple[list[Path], list[Other]]:
-        """The folders of attempts that are over, and the attempts that are not, or may not be."""
-        stale, others = [], []
+    def _look(self, supersedes: Collection[str]) -> tuple[list[Path], dict[str, int]]:
+        """The folders of attempts that are over, and the beats of those that are not, or may not be."""
+        stale, others = list[Path](), dict[str, int]()
         for root, _, attempt in temporaries(self.out.parent, self.out.name):
             if attempt == self.attempt:
                 continue
             owner = read_owner(root)
-            alive = None if owner is None else owner.alive()
-            if attempt in supersedes or alive is False:
+            if attempt in supersedes or (owner is not None and owner.alive() is False):
                 stale.append(root)
-            elif owner is not None:
-                others.append(Other(attempt, owner.beat, 0.0 if alive else owner.lease))
-            elif not remove_empty(root):
-                others.append(Other(attempt, -1, UNOWNED_PATIENCE))
+            elif owner is not None or not remove_empty(root):
+                others[attempt] = -1 if owner is None else owner.beat
         return stale, others
 
     def beat(self) -> bool:

@@ -3,8 +3,6 @@
 Run as a script, without any import of this package: it must be small and start at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

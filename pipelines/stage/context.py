@@ -22,8 +22,8 @@ from cluster import (
     set_aside,
     verify,
 )
-from cluster.driver.explain import fault_of
-from cluster.host.machine import visible_gpus
+from cluster.driver.plan import fault_of
+from cluster.host import visible_gpus
 from cluster.task import Call
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.json_files import read_json

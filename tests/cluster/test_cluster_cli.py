@@ -19,7 +19,7 @@ from cluster.__main__ import main
 from cluster.driver import board as board_module
 from cluster.driver.board import Board, Running, View, clock, summary
 from cluster.driver.lock import run_lock
-from cluster.host.process import Process
+from cluster.host import Process
 from cluster.store.layout import aside, new_attempt
 from cluster.store.workspace import Workspace
 

@@ -23,7 +23,7 @@ from cluster_helpers import alive, descendants, is_worker, job_of, kill, results
 
 from cluster import ClusterConfig, Interrupted, Locked, Store, run, verify
 from cluster.driver.lock import run_lock
-from cluster.host.process import Process
+from cluster.host import Process
 from cluster.local.executor import LocalExecutor
 from cluster.protocol import Context, Event, Executor
 from cluster.store.layout import new_attempt

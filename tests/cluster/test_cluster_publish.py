@@ -23,8 +23,7 @@ from cluster import Cause, CorruptResult, Store, StoreUnavailable, Task, adopt, 
 from cluster.protocol import Event
 from cluster.store import faults
 from cluster.store.layout import new_attempt
-from cluster.store.lease import Watch
-from cluster.store.leftovers import sweep
+from cluster.store.lease import Watch, sweep
 from cluster.store.publish import About
 from cluster.store.publish import publish as publish_workspace
 from cluster.store.workspace import Workspace

@@ -13,7 +13,7 @@ import pytest
 from cluster import BadConfig, BadTask, CannotRun, Cause, ClusterConfig, Resources, Store, Task, run
 from cluster import fingerprint as code
 from cluster.driver.retry import next_resources, pause
-from cluster.host.machine import Machine, parse_gpus
+from cluster.host import Machine, parse_gpus
 
 MORE = Resources(memory_gb=4.0)
 
