@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from cluster.errors import BadTask
@@ -70,7 +69,7 @@ def source_of(name: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
-        return None
+        spec = None
     if spec is None:
         return None
     if spec.submodule_search_locations:
@@ -203,23 +202,17 @@ def _closure(root: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def parts(call_or_module: Callable[..., Any] | ModuleType | str) -> dict[str, str]:
+def parts(code: Callable[..., Any] | str) -> dict[str, str]:
     """All that a fingerprint covers: modules, and files of data as `module:path`, each with its digest."""
-    if isinstance(call_or_module, str):
-        name = call_or_module
-    elif isinstance(call_or_module, ModuleType):
-        name = call_or_module.__name__
-    else:
-        name = module_name(call_or_module)
-    return dict(_closure(name))
+    return dict(_closure(code if isinstance(code, str) else module_name(code)))
 
 
-def fingerprint(call_or_module: Callable[..., Any] | ModuleType | str) -> str:
-    """Hash (32 hex digits) of the code behind a call or module, which is read once a process.
+def fingerprint(code: Callable[..., Any] | str) -> str:
+    """Hash (32 hex digits) of the code behind a call, or a module of that name, which is read once a process.
 
     `BadTask` if there is no source, a syntax error in it, or a declaration that is not a literal.
     """
-    text = "".join(f"{name}\0{digest}\0" for name, digest in parts(call_or_module).items())
+    text = "".join(f"{name}\0{digest}\0" for name, digest in parts(code).items())
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask
-from cluster.store.layout import CODE, LOCKS, LOGS, VERDICTS
-from cluster.store.lookup import Lookup, lookup
+from cluster.store.layout import ATTEMPTS, CODE, LOCKS, LOGS, VERDICTS, temporaries
+from cluster.store.lease import read_owner
 from cluster.store.publish import is_published
 
 _OWN = (LOGS, LOCKS, VERDICTS, CODE)
@@ -21,6 +21,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 Call = Callable[..., object]
 """`call(spec, folder)`, or `call(spec, folder, inputs)` of a task with inputs."""
+Status = Literal["published", "running", "failed", "missing"]
+"""Running: an attempt holds its lease, on whatever machine; failed: the last attempt did not publish."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,19 @@ def task_key(call: str, spec: Mapping[str, Any], code: str) -> str:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """What is known of a task: its result, and the attempts that every run of its store has noted."""
+
+    status: Status
+    folder: Path
+    """Of the result, once it is published."""
+    attempts: tuple[dict[str, Any], ...]
+    """Those that ended, oldest first, as the journals of the runs have them: time, attempt, cause, detail, node, ..."""
+    log: Path | None
+    """Of the last attempt that ended."""
+
+
+@dataclass(frozen=True)
 class Task:
     """One unit of work: `call(spec, folder)` writes its result into `folder`, then published as `out`.
 
@@ -117,7 +132,19 @@ class Task:
 
     def lookup(self) -> Lookup:
         """What became of it: status, folder of the result, attempts and the last log."""
-        return lookup(self.out, self.key)
+        out, found = self.out, []
+        for path in sorted((out.parent.parent / LOGS).glob(f"*/{ATTEMPTS}")):
+            lines = [line for line in path.read_text().splitlines() if self.key in line and line.endswith("}")]  # whole
+            found += [(note, path.parent / note.get("log", "")) for note in map(json.loads, lines)]
+        found = sorted((one for one in found if one[0]["key"] == self.key), key=lambda one: one[0]["time"])
+        owners = [read_owner(root) for root, _, _ in temporaries(out.parent, out.name)]
+        status: Status = "failed" if found else "missing"
+        if is_published(out):
+            status = "published"
+        elif any(owner is not None and owner.alive() is not False for owner in owners):
+            status = "running"
+        logs = [log for _, log in found if log.is_file()]
+        return Lookup(status, out, tuple(note for note, _ in found), logs[-1] if logs else None)
 
 
 @dataclass(frozen=True)

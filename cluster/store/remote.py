@@ -5,12 +5,9 @@ whole; its files lie below `KIND/KEY/`. What is pulled is published here like an
 checksums of the manifest.
 """
 
-import contextlib
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import SimpleQueue
 
 from cluster.errors import CannotRun, CorruptResult
 from cluster.store.layout import new_attempt
@@ -70,34 +67,25 @@ class Remote:
         manifest = Manifest.from_text(self._fs.cat_file(f"{place}.json"), f"{place}.json")
         if manifest.about.key != out.name:
             raise CorruptResult(f"{place}.json is the manifest of {manifest.about.key}")
-        workspace = Workspace.claim(out, new_attempt())
-        publish_copy(
-            workspace,
-            manifest.about,
-            manifest.sums,
-            lambda path, target: self._fs.get_file(f"{place}/{path}", str(target)),
-        )
+
+        def fetch(path: str, target: Path) -> None:
+            self._fs.get_file(f"{place}/{path}", str(target))
+
+        publish_copy(Workspace.claim(out, new_attempt()), manifest.about, manifest.sums, fetch)
 
 
-def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tuple[Path, Exception | None]]:
+def transfer(outs: Collection[Path], one: Callable[[Path], None]) -> Iterator[tuple[Path, Exception | None]]:
     """Push or pull results, several at a time, and say of each how it ended.
 
-    Its threads are daemons, and no pool: when the caller is interrupted nothing waits for a transfer that hangs.
+    The threads of this pool are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
     """
-    waiting, ended = deque(outs), SimpleQueue[tuple[Path, Exception | None]]()
 
-    def work() -> None:
-        with contextlib.suppress(IndexError):  # none is waiting
-            while True:
-                out, error = waiting.popleft(), None
-                try:
-                    one(out)
-                except Exception as raised:  # whatever a client raises: the others go on
-                    error = raised
-                ended.put((out, error))
+    def attempt(out: Path) -> tuple[Path, Exception | None]:
+        try:
+            one(out)
+        except Exception as error:  # whatever a client raises: the others go on
+            return out, error
+        return out, None
 
-    count = len(waiting)
-    for _ in range(min(count, AT_ONCE)):
-        threading.Thread(target=work, name="transfer", daemon=True).start()
-    for _ in range(count):
-        yield ended.get()
+    with ThreadPool(max(1, min(len(outs), AT_ONCE))) as pool:
+        yield from pool.imap_unordered(attempt, outs)
