@@ -27,7 +27,7 @@ from cluster.worker.attempt import progress
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
-    from cluster.driver.report import Outcome, Report
+    from cluster.driver.board import Outcome, Report
     from cluster.driver.runner import run
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "Task", "TasksFailed", "adopt", "drop", "is_published", "progress", "run", "set_aside", "verify",
 ]  # fmt: skip
 
-_OF_DRIVERS = {"ClusterConfig": "config", "Outcome": "driver.report", "Report": "driver.report", "run": "driver.runner"}
+_OF_DRIVERS = {"ClusterConfig": "config", "Outcome": "driver.board", "Report": "driver.board", "run": "driver.runner"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The state of a run: what people see of it, and the files that let others see it too.
+"""The state of a run and what became of it: what people see of it, and the files that let others see it too.
 
 On a terminal that is one live view, elsewhere sparse plain lines.
 """
@@ -6,6 +6,7 @@ On a terminal that is one live view, elsewhere sparse plain lines.
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,10 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cluster.driver.report import Report
+from cluster.errors import TasksFailed
 from cluster.host import Process
+from cluster.protocol import Cause
 from cluster.store.layout import ATTEMPTS, STATUS, replace_text
-from cluster.task import display
+from cluster.task import Task, display
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,70 @@ PERIOD = 1.0  # seconds between two status files
 SILENCE = 60.0  # seconds
 PLAIN_PERIOD = 30.0  # seconds between two lines where there is no terminal
 MOST_ROWS = 12
+TAIL_LINES, TAIL_BYTES = 6, 8192
+MOST_DESCRIBED = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one task."""
+
+    task: Task
+    cause: Cause
+    """How the last attempt ended: `done` unless the task failed."""
+    attempts: int
+    """How many attempts there were; 0 for a task that was published before or never began."""
+    log: Path | None
+    """Output of the last attempt."""
+    detail: str = ""
+    """The last attempt's end in one line."""
+    history: tuple[Cause, ...] = ()
+    """How every attempt ended."""
+
+    def lines(self) -> Iterator[str]:
+        """How it failed: cause, attempts, last log lines, where the log is."""
+        tries = f"{self.attempts} attempt{'s' * (self.attempts != 1)}"
+        yield f"  {display(self.task.name)}: {self.cause} after {tries}: {self.detail}"
+        if self.log is None:
+            return
+        with contextlib.suppress(OSError), self.log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            said = file.read().decode("utf-8", "replace").splitlines()
+            yield from [f"      | {line.rstrip()}" for line in said if line.strip()][-TAIL_LINES:]
+        yield f"      log: {self.log}"
+
+
+@dataclass
+class Report:
+    """What became of the tasks of a run."""
+
+    done: list[Outcome] = field(default_factory=list)
+    """Run and published now."""
+    skipped: list[Outcome] = field(default_factory=list)
+    """Published before."""
+    failed: list[Outcome] = field(default_factory=list)
+    cancelled: list[Outcome] = field(default_factory=list)
+    """Given up because another one failed (`fail_fast`)."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every result is there."""
+        return not self.failed and not self.cancelled
+
+    def raise_if_failed(self) -> None:
+        """Raise `TasksFailed`, with a table of what failed, unless every result is there."""
+        if not self.ok:
+            raise TasksFailed(self.table())
+
+    def table(self) -> str:
+        """The failures as text."""
+        total = len(self.done) + len(self.skipped) + len(self.failed) + len(self.cancelled)
+        given_up = f", {len(self.cancelled)} were given up (fail_fast)" if self.cancelled else ""
+        lines = [f"{len(self.failed)} of {total} tasks failed{given_up}"]
+        lines += [line for outcome in self.failed[:MOST_DESCRIBED] for line in outcome.lines()]
+        if rest := [display(outcome.task.name) for outcome in self.failed[MOST_DESCRIBED:]]:
+            lines.append(f"  and {len(rest)} more: {', '.join(rest)}")
+        return "\n".join(lines)
 
 
 @dataclass

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import cast
 
 from cluster.config import EXECUTORS, ClusterConfig
-from cluster.driver.board import Board, Journal, Running, View
+from cluster.driver.board import Board, Journal, Outcome, Report, Running, View
 from cluster.driver.lock import run_lock
 from cluster.driver.plan import Planned, check_tasks, make_folders, record_code
-from cluster.driver.report import Outcome, Report
 from cluster.driver.retry import ELSEWHERE, next_resources, pause
 from cluster.errors import CannotRun, Interrupted
 from cluster.protocol import Cause, Context, Event, Executor, Job
+from cluster.store.faults import appears
 from cluster.store.layout import new_attempt, temporaries
 from cluster.store.lease import Watch, fence, has_progressed, sweep
 from cluster.store.publish import is_published
@@ -225,11 +225,8 @@ class _Run:
             return Cause.DONE, "" if cause is Cause.DONE else f"{cause} after it had published"
         if cause is not Cause.DONE:
             return cause, event.detail
-        deadline = time.monotonic() + VISIBLE_WITHIN
-        while time.monotonic() < deadline:
-            time.sleep(0.1)
-            if is_published(job.out):
-                return Cause.DONE, ""
+        if appears(lambda: is_published(job.out), VISIBLE_WITHIN):
+            return Cause.DONE, ""
         return Cause.LOST, f"it said that it published, but {job.out} cannot be seen from here"
 
     def _look_at_others(self, ready: list[_Entry]) -> None:
@@ -280,12 +277,7 @@ class _Run:
         deadline = time.monotonic() + CANCEL_LIMIT
         while self._flying and time.monotonic() < deadline:
             for event in self._executor.poll(POLL):
-                if event.kind == "ended" and event.job in self._flying:
-                    entry, job = self._flying.pop(event.job)
-                    self._board.end(job.id)
-                    if is_published(job.out):
-                        self._report.done.append(entry.outcome(Cause.DONE))
-                    fence(job.out, job.id)
+                self._handle(event)
         for _, job in self._flying.values():
             self._board.end(job.id)
             fence(job.out, job.id)

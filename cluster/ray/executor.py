@@ -19,8 +19,7 @@ from cluster.errors import CannotRun
 from cluster.host import GIB
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job
-from cluster.ray.connection import PACKAGE, connect
-from cluster.ray.profile import Node, RayProfile, misfit
+from cluster.ray.profile import PACKAGE, Node, RayProfile, connect, misfit
 from cluster.ray.worker import code_path, remote_function
 from cluster.task import Resources, Task, display
 

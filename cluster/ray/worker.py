@@ -8,7 +8,6 @@ import os
 import site
 import socket
 import sysconfig
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 
 from cluster.local.executor import Allotted
 from cluster.protocol import Cause, Event, Job
+from cluster.store.faults import appears
 from cluster.worker.environment import worker_path
 
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show the folder of logs
+_executors: dict[Path, Allotted] = {}  # what runs attempts in this process: one, of the run with these logs
 
 
 def code_path() -> list[str]:
@@ -70,13 +71,6 @@ def remote_function() -> Callable[..., Iterator[Any]]:
     return start
 
 
-class _Here:
-    """What this process keeps between attempts of a run."""
-
-    executor: Allotted | None = None
-    logs: Path | None = None
-
-
 def attempt(as_json: Mapping[str, Any], setup: Mapping[str, Any]) -> Iterator[Event]:
     """Run one attempt to its end, yielding its news; the last is of kind "ended".
 
@@ -85,29 +79,23 @@ def attempt(as_json: Mapping[str, Any], setup: Mapping[str, Any]) -> Iterator[Ev
         setup: the `folder` to work in, variables (`environment`), and those by which the store is moved (`moved_by`).
     """
     job = Job.from_json(as_json)
-    logs, deadline = job.log.parent, time.monotonic() + VISIBLE_WITHIN
-    while not logs.is_dir():
-        if time.monotonic() > deadline:
-            problem = (
-                f"node {socket.gethostname()} does not see {logs}: the store must lie on a file system that all nodes "
-                f"share, under the same path ({setup['moved_by']} names it)"
-            )
-            yield Event(job.id, "ended", Cause.EXCEPTION, problem)
-            return
-        time.sleep(0.2)
-    executor = _executor(logs, setup)
-    yield from executor.attempt(job)
-    if job.resources.gpus:  # CUDA keeps memory on a GPU as long as its process lives, and Ray gives the GPU away now
-        executor.release()
-
-
-def _executor(logs: Path, setup: Mapping[str, Any]) -> Allotted:
-    """What runs attempts in this process."""
-    if _Here.executor is None or _Here.logs != logs:
-        if _Here.executor is not None:
-            _Here.executor.close()
+    logs = job.log.parent
+    if not appears(logs.is_dir, VISIBLE_WITHIN):
+        problem = (
+            f"node {socket.gethostname()} does not see {logs}: the store must lie on a file system that all nodes "
+            f"share, under the same path ({setup['moved_by']} names it)"
+        )
+        yield Event(job.id, "ended", Cause.EXCEPTION, problem)
+        return
+    if logs not in _executors:
+        for executor in _executors.values():
+            executor.close()
+        _executors.clear()
         os.environ.update(setup["environment"])
         if Path(setup["folder"]).is_dir():
             os.chdir(setup["folder"])
-        _Here.executor, _Here.logs = Allotted(logs), logs
-    return _Here.executor
+        _executors[logs] = Allotted(logs)
+    executor = _executors[logs]
+    yield from executor.attempt(job)
+    if job.resources.gpus:  # CUDA keeps memory on a GPU as long as its process lives, and Ray gives the GPU away now
+        executor.release()

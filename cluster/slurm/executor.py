@@ -20,7 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.errors import CannotRun
+import submitit
+
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
 from cluster.slurm import queue as slurm_queue
@@ -71,11 +72,6 @@ class SlurmExecutor(Executor):
 
     def __init__(self, context: Context) -> None:
         super().__init__()
-        try:
-            import submitit
-        except ImportError as error:
-            raise CannotRun("submitit is not installed: `pip install submitit`") from error
-        self._submitit = submitit
         self._profile = SlurmProfile.load(context.config.profile)
         self._logs, self._folder = context.logs, context.logs / FOLDER
         self._name = f"{context.config.application}-{context.run_id}"
@@ -111,19 +107,14 @@ class SlurmExecutor(Executor):
         self._queues.clear()
         self.cancel([attempt for job in self._jobs.values() for attempt in job.attempts])
         deadline = time.monotonic() + CLOSE_LIMIT
-        while time.monotonic() < deadline and (left := self._left()):
-            slurm_queue.cancel(left)  # again: sbatch may have queued some without saying so
-            self.poll(1.0)
-        self._jobs.clear()
-        remove_empty_logs(self._logs)
-
-    def _left(self) -> set[str]:
-        """Jobs of this run in the queue, also such as have told the end of all their attempts."""
-        try:
-            return {one for one, state in slurm_queue.queue(name=self._name).items() if state.alive}
+        try:  # also such jobs as have told the end of all their attempts, or that sbatch queued without saying so
+            while (left := slurm_queue.alive(name=self._name)) and time.monotonic() < deadline:
+                slurm_queue.cancel(left)
+                self.poll(1.0)
         except ControllerUnreachable as error:
             log.warning("%s", error)
-            return set()
+        self._jobs.clear()
+        remove_empty_logs(self._logs)
 
     def _shape(self, job: Job) -> _Shape:
         return job.resources, job.avoid, job.call
@@ -186,7 +177,7 @@ class SlurmExecutor(Executor):
         if self._profile.tasks_per_job == "auto":
             allowance = min(allowance, ALLOWANCE)
         parameters = self._elsewhere(asked, avoid).parameters(replace(asked, minutes=asked.minutes + allowance / 60))
-        executor = self._submitit.SlurmExecutor(folder=self._folder / "submitit")
+        executor = submitit.SlurmExecutor(folder=self._folder / "submitit")
         # The job script says where our code is, and what srun does not take from sbatch.
         values = {"PYTHONPATH": os.pathsep.join(worker_path()), "SRUN_CPUS_PER_TASK": str(asked.cpus)}
         setup = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
@@ -203,8 +194,6 @@ class SlurmExecutor(Executor):
             attempts, events = {job.id: job for job in pack}, events_file(self._folder, pack)
             own_log = Path(handle.paths.stderr)
             self._jobs[handle.job_id] = _SlurmJob(handle.job_id, attempts, shape, events, own_log)
-            for job in pack:
-                self._ledger.note(handle.job_id, job.id, job.out)
         return True
 
     def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> SlurmProfile:

@@ -1,6 +1,6 @@
 """Jobs that a driver left behind when it was killed: the next run on the same store cancels them, and fences them.
 
-Each run notes in its folder of logs who drives it, and which job runs which attempt. Jobs are named after their run.
+Each run notes in its folder of logs who drives it, and what its arrays of jobs are to do. Jobs are named after the run.
 Whether a driver on another login node is dead, the time of its file tells, which it renews.
 """
 
@@ -10,17 +10,17 @@ import json
 import logging
 import os
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.host import Process
 from cluster.slurm import queue as slurm_queue
+from cluster.store.faults import appears
 from cluster.store.lease import fence
 
 log = logging.getLogger(__name__)
 
-FOLDER, DRIVER, ATTEMPTS = "slurm", "driver.json", "attempts.jsonl"
+FOLDER, DRIVER = "slurm", "driver.json"
 SILENCE = 300.0  # seconds without a sign of life of a driver on another host after which it counts as dead
 LIMIT = 30.0  # seconds that cancelled jobs have to leave the queue
 _NAME = re.compile(r".+-(?P<run>\d{8}-\d{6}-[0-9a-f]{8})")  # as the executor names the jobs of a run
@@ -42,11 +42,6 @@ class Ledger:
         with contextlib.suppress(OSError):
             os.utime(self.folder / DRIVER)
 
-    def note(self, job: str, attempt: str, out: Path) -> None:
-        """Say which job runs an attempt."""
-        with (self.folder / ATTEMPTS).open("a") as file:
-            file.write(json.dumps({"job": job, "attempt": attempt, "out": str(out)}) + "\n")
-
     def abandoned(self, now: float) -> bool:
         """Whether its driver is dead at a time by the clock of the file system.
 
@@ -62,39 +57,28 @@ class Ledger:
         """When its driver last gave a sign of life, by the clock of the file system."""
         return (self.folder / DRIVER).stat().st_mtime
 
-    def fence(self, jobs: set[str]) -> None:
-        """Fence the attempts of these jobs."""
-        notes = self.folder / ATTEMPTS
-        for line in notes.read_text().splitlines() if notes.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # its driver was killed while it wrote the line
-                found = json.loads(line)
-                if found["job"] in jobs:
-                    fence(Path(found["out"]), str(found["attempt"]))
+    def fence(self) -> None:
+        """Fence all its attempts; those that have ended do not mind."""
+        for array in self.folder.glob("*.array"):
+            with contextlib.suppress(ValueError):  # its driver was killed while it wrote the file: nothing runs
+                for job in (job for line in array.read_text().splitlines() for job in json.loads(line)["jobs"]):
+                    fence(Path(job["out"]), job["id"])
 
 
 def reap(own: Ledger) -> None:
     """Cancel jobs of runs on the store of this one, which begins now, whose drivers are dead; fence their attempts."""
-    logs, now = own.folder.parent.parent, own.seen()
-    ledgers: dict[str, Ledger] = {}
-    orphans: set[str] = set()
-    for job, name in _alive().items():
+    logs, now, user = own.folder.parent.parent, own.seen(), getpass.getuser()
+    jobs: dict[Ledger, set[str]] = {}
+    for job, name in slurm_queue.alive(user=user).items():
         if match := _NAME.fullmatch(name):
-            ledger = ledgers.setdefault(match["run"], Ledger(logs / match["run"] / FOLDER))
-            orphans |= {job} if ledger.abandoned(now) else set()
+            jobs.setdefault(Ledger(logs / match["run"] / FOLDER), set()).add(job)
+    dead = [ledger for ledger in jobs if ledger.abandoned(now)]
+    orphans = {job for ledger in dead for job in jobs[ledger]}
     if not orphans:
         return
     log.warning("cancelling %d SLURM jobs that a killed driver left behind", len(orphans))
     slurm_queue.cancel(orphans)
-    deadline = time.monotonic() + LIMIT
-    while orphans & _alive().keys():
-        if time.monotonic() > deadline:
-            log.warning("some cancelled SLURM jobs have not left the queue; they can publish nothing")
-            break
-        time.sleep(0.5)
-    for ledger in ledgers.values():
-        ledger.fence(orphans)
-
-
-def _alive() -> dict[str, str]:
-    """The names of this user's jobs, by their ids."""
-    return {one: state.name for one, state in slurm_queue.queue(user=getpass.getuser()).items() if state.alive}
+    if not appears(lambda: not orphans & slurm_queue.alive(user=user).keys(), LIMIT):
+        log.warning("some cancelled SLURM jobs have not left the queue; they can publish nothing")
+    for ledger in dead:
+        ledger.fence()

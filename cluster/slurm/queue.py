@@ -94,6 +94,11 @@ def queue(**only: str) -> dict[str, State]:
     return {identity: State(*rest) for identity, *rest in (line.split("|", 4) for line in lines)}
 
 
+def alive(**only: str) -> dict[str, str]:
+    """The names of jobs that may still do something, by their ids; only those of a `name` or a `user`."""
+    return {one: state.name for one, state in queue(**only).items() if state.alive}
+
+
 def accounted(ids: Collection[str]) -> dict[str, State]:
     """What the accounting says of jobs that the queue has forgotten."""
     command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList"]

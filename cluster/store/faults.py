@@ -57,3 +57,13 @@ def patient(action: Callable[P, R]) -> Callable[P, R]:
         raise AssertionError("it returned or raised")
 
     return tried
+
+
+def appears(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether it comes true in so much time, which shared file systems take to show what another machine did."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
