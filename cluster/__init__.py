@@ -21,7 +21,8 @@ from cluster.errors import (
     TasksFailed,
 )
 from cluster.protocol import Cause
-from cluster.store.publish import Manifest, adopt, drop, is_published, set_aside, verify
+from cluster.store.layout import is_published
+from cluster.store.publish import Manifest, adopt, drop, set_aside, verify
 from cluster.task import Resources, Store, Task
 from cluster.worker.attempt import progress
 

@@ -18,11 +18,10 @@ from cluster.config import ClusterConfig
 from cluster.driver.board import STATES, clock, read_status
 from cluster.driver.lock import sweep_locks
 from cluster.driver.plan import explain, forget_code, tasks_of
-from cluster.driver.runner import tidy
 from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
-from cluster.store.layout import put_aside, temporaries
-from cluster.store.lease import UNOWNED_PATIENCE, Watch, files_in, remove_tree
-from cluster.store.publish import MANIFEST, Manifest, drop, set_aside, verify
+from cluster.store.layout import MANIFEST, files_in, put_aside, temporaries
+from cluster.store.lease import UNOWNED_PATIENCE, Watch, remove_tree, sweep
+from cluster.store.publish import Manifest, drop, set_aside, verify
 from cluster.store.remote import Remote, transfer
 from cluster.store.verdicts import forget_absent
 from cluster.task import Store, canonical, display
@@ -165,7 +164,7 @@ def _sweep(store: Store, options: argparse.Namespace) -> list[Path]:
     """Remove what dead attempts left; those of other machines are watched for a while."""
     watch, removed, deadline = Watch(), list[Path](), time.monotonic() + options.wait
     while True:
-        removed += [path for kind in store.kinds() for path in tidy(kind, watch, resume_too=options.resume)]
+        removed += [path for kind in store.kinds() for path in sweep(kind, watch, resume_too=options.resume)]
         if time.monotonic() >= deadline or not any(temporaries(kind) for kind in store.kinds()):
             return removed
         time.sleep(min(0.5, options.wait))

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask
-from cluster.store.layout import ATTEMPTS, CODE, LOCKS, LOGS, VERDICTS, temporaries
+from cluster.store.layout import ATTEMPTS, CODE, LOCKS, LOGS, VERDICTS, is_published, temporaries
 from cluster.store.lease import read_owner
-from cluster.store.publish import is_published
 
 _OWN = (LOGS, LOCKS, VERDICTS, CODE)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -20,8 +20,8 @@ from cluster import fingerprint as code_module
 from cluster.errors import BadTask, CorruptResult
 from cluster.store import verdicts
 from cluster.store.faults import GONE
-from cluster.store.layout import CODE, check_out, replace_text
-from cluster.store.publish import About, Manifest, is_published
+from cluster.store.layout import CODE, check_out, is_published, replace_text
+from cluster.store.publish import About, Manifest
 from cluster.task import Store, Task, canonical, display, resolve_call
 
 log = logging.getLogger(__name__)

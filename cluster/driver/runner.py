@@ -18,9 +18,8 @@ from cluster.driver.retry import ELSEWHERE, next_resources, pause
 from cluster.errors import CannotRun, Interrupted
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.store.faults import appears
-from cluster.store.layout import new_attempt, temporaries
+from cluster.store.layout import is_published, new_attempt, temporaries
 from cluster.store.lease import Watch, fence, has_progressed, sweep
-from cluster.store.publish import is_published
 from cluster.task import Resources, Store, Task, display, resolve_call
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def run(
         missing = [one for one in planned if not one.published]
         folders, watch = {one.out.parent for one in planned}, Watch()
         for folder in folders:
-            tidy(folder, watch)
+            sweep(folder, watch)
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
         if not missing:
             log.info("%s: all %d tasks were published before", label or "run", len(planned))
@@ -81,7 +80,7 @@ def run(
             board = Board(label, run_id, len(planned), report)
             _Run([_Entry(one, one.task.resources) for one in missing], board, made, context, watch, fail_fast).go(check)
         for folder in folders:
-            tidy(folder, watch)
+            sweep(folder, watch)
         return report
 
 
@@ -105,12 +104,6 @@ def _signals_noted() -> Iterator[Callable[[], None]]:
         for number, handler in before.items():
             # None: a handler that was not set from Python cannot be restored from Python either
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def tidy(folder: Path, watch: Watch, *, resume_too: bool = False) -> list[Path]:
-    """Remove what dead attempts left in a folder of results; what a next one can resume from only if `resume_too`."""
-    published = {name for _, name, _ in temporaries(folder) if is_published(folder / name)}
-    return sweep(folder, watch, published=published, resume_too=resume_too)
 
 
 @dataclass(eq=False)
@@ -157,6 +150,7 @@ class _Run:
         """Run all tasks to their end, or until `check` raises."""
         state = "failed"
         try:
+            self._journal.write()  # who drives this run, before anything of it runs
             with self._view.shown():
                 while self._waiting or self._flying:
                     check()

@@ -16,7 +16,7 @@ from cluster.worker.environment import remove_if_empty, worker_environment, work
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from cluster.local.worker import main; main(*map(int, sys.argv[2:]))"
+    "from cluster.local.worker import main; main(int(sys.argv[2]))"
 )
 
 
@@ -37,7 +37,7 @@ class WorkerProcess:
         with theirs, log.open("ab") as output:
             handle = theirs.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(worker_path()), str(handle), str(os.getpid())],
+                [sys.executable, "-c", _START, json.dumps(worker_path()), str(handle)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

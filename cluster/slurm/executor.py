@@ -25,7 +25,7 @@ import submitit
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
 from cluster.slurm import queue as slurm_queue
-from cluster.slurm.orphans import FOLDER, Ledger, reap
+from cluster.slurm.orphans import FOLDER, reap
 from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import CAUSES, ControllerUnreachable, State
 from cluster.slurm.worker import events_file, run_jobs, write_array
@@ -86,9 +86,8 @@ class SlurmExecutor(Executor):
         settings = slurm_queue.settings()
         self._accounting = settings.get("AccountingStorageType", "").endswith("slurmdbd")
         self._wave = self._longest_array = max(1, int(settings.get("MaxArraySize", "1001")))
-        self._ledger = Ledger(self._folder)
-        self._ledger.open()
-        reap(self._ledger)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        reap(self._logs.parent, self._folder.stat().st_mtime)
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node with GPUs or without, less what each job has beside its task."""
@@ -249,7 +248,6 @@ class SlurmExecutor(Executor):
         if now - self._looked < self._profile.poll_seconds:
             return
         self._looked = now
-        self._ledger.renew()
         if not self._jobs:
             return
         try:

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.local.executor import Allotted
-from cluster.local.worker import STOPPED_BY
 from cluster.protocol import Cause, Event, Job, encode
 from cluster.store.faults import appears
+from cluster.worker.attempt import STOPPED_BY
 
 PERIOD = 2.0  # seconds between two lines of progress: many jobs write to one file system
 VISIBLE_WITHIN = 60.0  # seconds a shared file system may take to show the file of an array

@@ -9,6 +9,7 @@
 import contextlib
 import os
 import re
+import stat
 import uuid
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from typing import Literal
 from cluster.errors import BadTask
 from cluster.store.faults import GONE, patient
 
+MANIFEST = "manifest.json"
 LOGS, LOCKS, VERDICTS, CODE = "logs", "locks", "verdicts", "code"  # folders of the store that hold no results
 STATUS, ATTEMPTS = "status.json", "attempts.jsonl"  # of a run, in its folder of the logs
 RESULT, RESUME = "result", "resume"
@@ -35,6 +37,14 @@ def check_out(out: Path) -> None:
         raise BadTask(f"{str(out)!r} is not the path of a folder to publish")
     if len(os.fsencode(out.name)) > _LONGEST_NAME:
         raise BadTask(f"the folder name of {out} is longer than {_LONGEST_NAME} bytes: use a shorter one")
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a result is there: one look-up. `verify` reads every byte."""
+    try:
+        return stat.S_ISREG(patient(os.stat)(Path(folder) / MANIFEST).st_mode)
+    except GONE:
+        return False
 
 
 def temporary(out: Path, attempt: str) -> Path:
@@ -68,6 +78,22 @@ def replace_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             fresh.unlink()
         raise
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All that is below `folder` and is no folder, sorted. Links, to folders too, are not followed.
+
+    Raises `OSError`, where `Path.rglob` would leave out in silence what it cannot read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for root, folders, names in os.walk(folder, onerror=fail):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        found += [Path(root, name) for name in names + links]
+    return sorted(found)
 
 
 @patient

@@ -12,13 +12,21 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cluster.host import Process
 from cluster.store.faults import GONE, patient
-from cluster.store.layout import RESULT, RESUME, new_attempt, replace_text, temporaries, temporary
+from cluster.store.layout import (
+    RESULT,
+    RESUME,
+    files_in,
+    is_published,
+    new_attempt,
+    replace_text,
+    temporaries,
+    temporary,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,20 +96,16 @@ class Watch:
         return self.expired(root.name, owner.beat, owner.lease) if alive is None else not alive
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Every regular file below `folder`, sorted; none if there is no such folder."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
 def resume_of(root: Path) -> Path | None:
     """The `resume/` of an attempt, if it holds a file."""
-    return next((found for found in (root / RESULT / RESUME, root / RESUME) if files_in(found)), None)
+    places = (root / RESULT / RESUME, root / RESUME)
+    return next((found for found in places if found.is_dir() and files_in(found)), None)
 
 
 def marks(folder: Path) -> Marks:
     """What changes whenever a file below `folder` is added, changed or replaced, and in its ctime if it is linked."""
     found: Marks = []
-    for path in files_in(folder):
+    for path in files_in(folder) if folder.is_dir() else ():
         with contextlib.suppress(*GONE):
             stat, name = path.lstat(), path.relative_to(folder).as_posix()
             found.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns])
@@ -172,16 +176,16 @@ def remove(root: Path) -> None:
 
 
 @patient
-def sweep(parent: Path, watch: Watch, *, published: Collection[str] = (), resume_too: bool = False) -> list[Path]:
+def sweep(parent: Path, watch: Watch, *, resume_too: bool = False) -> list[Path]:
     """Remove the temporaries in `parent` that nobody works in, and say which those were.
 
     `watch` remembers beats between calls: owners on other hosts are judged by the second call or later. A `resume/`
-    that holds something is spared, but for targets that are `published`, or if it is to be dropped too.
+    that holds something is spared, but for targets that are published, or if it is to be dropped too.
     """
     removed = []
     for root, name, _ in temporaries(parent):
         if not remove_empty(root):
-            is_useful = not resume_too and name not in published and resume_of(root) is not None
+            is_useful = not (resume_too or is_published(parent / name)) and resume_of(root) is not None
             if not watch.abandoned(root) or is_useful:
                 continue
             remove(root)

@@ -27,13 +27,12 @@ from typing import Any, Self
 from cluster.errors import BadTask, CorruptResult, Fenced
 from cluster.store import verdicts
 from cluster.store.faults import GONE, patient, unavailable
-from cluster.store.layout import RESUME, aside, check_out, new_attempt, temporaries
+from cluster.store.layout import MANIFEST, RESUME, aside, check_out, files_in, is_published, new_attempt, temporaries
 from cluster.store.lease import Watch, remove_tree
 from cluster.store.workspace import Busy, Workspace
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 FSYNC_THREADS = 16
 
@@ -103,14 +102,6 @@ class Manifest:
         return cls.from_text(text, str(path))
 
 
-def is_published(folder: Path) -> bool:
-    """Whether a result is there: one look-up. `verify` reads every byte."""
-    try:
-        return stat.S_ISREG(patient(os.stat)(Path(folder) / MANIFEST).st_mode)
-    except GONE:
-        return False
-
-
 def verify(folder: Path, *, remembered: bool = False) -> Manifest:
     """Compare every file of a published folder with its manifest; others are ignored, with a warning.
 
@@ -139,7 +130,8 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
             raise CorruptResult(f"{path} is missing, its manifest lists it") from error
     if seen:
         verdicts.remember(folder, seen)
-    strays = {*_files(folder)} - {*manifest.sums, MANIFEST}
+    there = {path.relative_to(folder).as_posix() for path in patient(files_in)(folder)}
+    strays = there - {*manifest.sums, MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
     return manifest
@@ -149,20 +141,6 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fail(error: OSError) -> None:
-    raise error  # without it, os.walk leaves out in silence what it cannot read
-
-
-@patient
-def _files(folder: Path) -> list[str]:
-    """Path, with `/`, of every file in `folder`, sorted. Links are files, those to folders too: none is followed."""
-    found = []
-    for root, folders, names in os.walk(folder, onerror=_fail):
-        links = [name for name in folders if Path(root, name).is_symlink()]
-        found += [Path(root, name).relative_to(folder).as_posix() for name in names + links]
-    return sorted(found)
 
 
 def _fsync(path: Path) -> None:
@@ -177,8 +155,8 @@ def _fsync(path: Path) -> None:
 def _seal(folder: Path, about: About) -> Manifest:
     """Write the manifest of `folder`, and force all that is in it to disk."""
     files = []
-    for name in _files(folder):
-        path = folder / name
+    for path in patient(files_in)(folder):
+        name = path.relative_to(folder).as_posix()
         if name == MANIFEST:
             raise BadTask(f"the call wrote a file named {MANIFEST}: that name is the store's, use another")
         if not stat.S_ISREG(path.lstat().st_mode):

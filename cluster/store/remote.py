@@ -10,8 +10,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from cluster.errors import CannotRun, CorruptResult
-from cluster.store.layout import new_attempt
-from cluster.store.publish import MANIFEST, Manifest, publish_copy
+from cluster.store.layout import MANIFEST, new_attempt
+from cluster.store.publish import Manifest, publish_copy
 from cluster.store.workspace import Workspace
 
 AT_ONCE = 8  # transfers

@@ -17,12 +17,11 @@ from typing import Self
 from cluster.errors import Fenced, StoreUnavailable
 from cluster.host import Process
 from cluster.store.faults import GONE, patient
-from cluster.store.layout import RESULT, RESUME, new_attempt, temporaries, temporary
+from cluster.store.layout import RESULT, RESUME, files_in, new_attempt, temporaries, temporary
 from cluster.store.lease import (
     Owner,
     create_owner,
     discard,
-    files_in,
     read_owner,
     remove,
     remove_empty,
@@ -181,7 +180,7 @@ def _take_over(stale: list[Path], workspace: Workspace) -> None:
             fenced.append(target)
     resumes = [found for root in fenced if (found := resume_of(root)) is not None]
     if resumes:
-        fullest = max(resumes, key=lambda found: sum(file.stat().st_size for file in files_in(found)))
+        fullest = max(resumes, key=lambda found: sum(file.lstat().st_size for file in files_in(found)))
         fullest.rename(workspace.folder / RESUME)
     for root in fenced:
         remove(root)

@@ -7,19 +7,24 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 
 from cluster.errors import BadTask, Fenced, Stopped, StoreUnavailable
 from cluster.fingerprint import fingerprint
 from cluster.protocol import Cause, Event, Job
-from cluster.store.publish import About, is_published, publish
+from cluster.store.layout import is_published
+from cluster.store.publish import About, publish
 from cluster.store.workspace import Busy, Workspace
 from cluster.task import Call, resolve_call
 
 log = logging.getLogger(__name__)
 
 PROGRESS_PERIOD = 0.2  # seconds between two reports of progress
+STOPPED_BY = {
+    signal.SIGTERM: (Cause.PREEMPTED, "told to give way, by SIGTERM"),
+    signal.SIGUSR2: (Cause.TIMEOUT, "told that its time is up, by SIGUSR2"),
+}
 
 Report = Callable[[Event], None]
 
@@ -32,23 +37,25 @@ class _Current:
     """When progress was last reported."""
     stop: tuple[Cause, str] | None = None
     """Why it is to stop, since somebody said so."""
+    busy = False
+    """Whether it is at one, from before its claim until after its publication."""
 
 
-def stopped_by(causes: Mapping[signal.Signals, tuple[Cause, str]], *, idle: Callable[[], bool] | None = None) -> None:
-    """Have these signals stop the task of this process, and end its children and, if it is at none, itself as ever.
+def obey_signals() -> None:
+    """Have signals stop the task of this process, and end its children and, if it is at none, itself as ever.
 
     The task stops when it next says how far it is.
     """
     owner = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner or (idle is not None and idle()):
+        if os.getpid() != owner or not _Current.busy:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         else:
-            _Current.stop = _Current.stop or causes[signal.Signals(number)]
+            _Current.stop = _Current.stop or STOPPED_BY[signal.Signals(number)]
 
-    for number in causes:
+    for number in STOPPED_BY:
         signal.signal(number, note)
 
 
@@ -81,7 +88,7 @@ def perform(job: Job, report: Report) -> Event:
 
     No half result is published, and nothing is left beside the target but a `resume/` with content.
     """
-    workspace = None
+    workspace, _Current.busy = None, True
     try:
         if is_published(job.out):
             return _ended(job, Cause.BUSY, "published by another run")
@@ -109,6 +116,7 @@ def perform(job: Job, report: Report) -> Event:
         if workspace is not None:
             with contextlib.suppress(OSError, StoreUnavailable):  # the driver, or the next attempt, cleans up
                 workspace.discard()
+        _Current.busy = False
 
 
 def _load(job: Job) -> Call:

@@ -109,7 +109,7 @@ def test_killed_at_every_step_it_is_published_whole_or_not_at_all(store: Store, 
         assert len(left) <= 1, "one temporary folder at most"
         ended = publish(task)
         assert ended.cause in (Cause.DONE, Cause.BUSY), ended.detail  # busy: it was published before the end
-        sweep(kind, Watch(), published={task.out.name})
+        sweep(kind, Watch())
         assert tree(task.out) == tree(calm.out)
         assert strays(stopped().root) == []
         kills = number
@@ -137,7 +137,7 @@ def test_failing_at_every_step_it_leaves_nothing_and_says_why(tmp_path: Path) ->
             assert os.strerror(errno.ENOSPC) in cause
             assert publish(task).cause is Cause.DONE
         if task.out.parent.exists():
-            sweep(task.out.parent, Watch(), published={task.out.name})
+            sweep(task.out.parent, Watch())
             assert strays(tmp_path / "stores" / str(failures)) == []
         failures = number
     assert failures > 25
@@ -171,7 +171,7 @@ def test_one_hiccup_at_any_step_ends_nothing(tmp_path: Path, code: int) -> None:
         store = Store(tmp_path / "stores" / str(hiccups))
         causes.append(said.read_text())
         assert tree(square(store).out) == tree(calm.out)
-        sweep(square(store).out.parent, Watch(), published={square(store).out.name})
+        sweep(square(store).out.parent, Watch())
         assert strays(store.root) == []
         hiccups = number
     assert hiccups > 25

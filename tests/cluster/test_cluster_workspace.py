@@ -383,8 +383,10 @@ def test_sweeping_takes_the_dead_and_spares_the_living_and_what_can_be_resumed(
     assert sweep(out.parent, watch) == [unowned]
     left = sorted(path for path in out.parent.iterdir() if path != living.root)
     assert len(left) == 1, "that of `other`, with its resume/"
-    assert sweep(out.parent, watch, published={"other"}) == left
-    assert list(out.parent.iterdir()) == [living.root]
+    (published := out.with_name("other")).mkdir()
+    (published / "manifest.json").touch()
+    assert sweep(out.parent, watch) == left, "it is published: nothing resumes"
+    assert sorted(out.parent.iterdir()) == sorted([living.root, published])
 
 
 def test_progress_is_a_change_in_resume(out: Path) -> None:

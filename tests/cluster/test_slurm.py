@@ -21,11 +21,12 @@ from slurm_cluster import ServerInfo
 
 from cluster import ClusterConfig, Report, Resources, Store, run
 from cluster.errors import BadConfig, CannotRun
+from cluster.host import Process
 from cluster.protocol import Cause, Context, Event, Job, encode
 from cluster.slurm import executor as slurm_executor
 from cluster.slurm import queue as slurm_queue
 from cluster.slurm.executor import SlurmExecutor, _SlurmJob
-from cluster.slurm.orphans import SILENCE, Ledger
+from cluster.slurm.orphans import SILENCE, abandoned
 from cluster.slurm.profile import SlurmProfile
 from cluster.slurm.queue import State, takes_later
 from cluster.slurm.worker import events_file
@@ -315,20 +316,21 @@ def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
 
 
 def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> None:
-    ledger = Ledger(store.logs / "run" / "slurm")
-    ledger.open()
-    now = ledger.seen()
-    assert not ledger.abandoned(now + 10 * SILENCE)  # it is us
-    driver = ledger.folder / "driver.json"
-    driver.write_text(json.dumps(json.loads(driver.read_text()) | {"started": "1"}))
-    assert ledger.abandoned(now)
-    driver.write_text(json.dumps(json.loads(driver.read_text()) | {"domain": "another host"}))
-    assert not ledger.abandoned(now + SILENCE / 2)
-    assert ledger.abandoned(now + 2 * SILENCE)
-    os.utime(driver, (now - 2 * SILENCE,) * 2)
-    assert ledger.abandoned(now)
-    ledger.renew()
-    assert not ledger.abandoned(now)
+    run = store.logs / "run"
+    status = run / "status.json"
+    run.mkdir(parents=True)
+    status.write_text(json.dumps({"process": Process.me().to_json()}))
+    now = status.stat().st_mtime
+    assert not abandoned(run, now + 10 * SILENCE)  # it is us
+    status.write_text(json.dumps({"process": Process.me().to_json() | {"started": "1"}}))
+    assert abandoned(run, now)
+    status.write_text(json.dumps({"process": Process.me().to_json() | {"domain": "another host"}}))
+    assert not abandoned(run, now + SILENCE / 2)
+    assert abandoned(run, now + 2 * SILENCE)
+    os.utime(status, (now - 2 * SILENCE,) * 2)
+    assert abandoned(run, now)
+    status.unlink()
+    assert not abandoned(run, now), "nobody can say"
 
 
 def test_two_drivers_share_the_work_and_leave_each_others_jobs_alone(
