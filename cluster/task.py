@@ -1,9 +1,9 @@
 """Tasks, each a module-level function and the JSON that determines its result, and the store they publish to."""
 
 import hashlib
-import importlib
 import json
 import math
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -211,10 +211,9 @@ class Store:
 
 def resolve_call(name: str) -> Call:
     """The function that `module:function` names; `BadTask` if there is none that can be imported."""
-    module, _, function = name.partition(":")
     try:
-        call = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        call = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise BadTask(f"cannot import {name}: {error}") from error
     if not callable(call):
         raise BadTask(f"{name} is a {type(call).__name__}, not a function")

@@ -48,6 +48,6 @@ def test_cluster_stays_small() -> None:
 
 
 def test_workers_do_without_pydantic() -> None:
-    workers = "cluster.local.worker, cluster.slurm.worker, cluster.worker.attempt"
+    workers = "cluster.slurm.worker, cluster.worker.attempt"
     code = f"import sys, {workers}; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,8 @@ class Board:
 
 
 def clock(seconds: float | None) -> str:
-    """`h:mm:ss`, or `m:ss` under an hour."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    """`h:mm:ss`, with days before it."""
+    return "-" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def summary(board: Board) -> str:

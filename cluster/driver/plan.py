@@ -203,8 +203,6 @@ def tasks_of(name: str) -> list[Task]:
     Raises:
         BadTask: there is no such function, it takes arguments, or it returns something else than tasks.
     """
-    if not all(name.partition(":")):
-        raise BadTask(f"{name!r} is not MODULE:FUNCTION, such as experiment:tasks")
     function = resolve_call(name)
     try:
         inspect.signature(function).bind()

@@ -16,7 +16,7 @@ from cluster.worker.environment import remove_if_empty, worker_environment, work
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from cluster.local.worker import main; main(int(sys.argv[2]))"
+    "from cluster.worker.attempt import serve; serve(int(sys.argv[2]))"
 )
 
 

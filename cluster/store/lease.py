@@ -162,11 +162,9 @@ def remove_tree(path: Path) -> None:
 
 def remove_empty(root: Path) -> bool:
     """Remove `root` if nothing at all is in it; True if it is gone."""
-    try:
+    with contextlib.suppress(OSError):
         root.rmdir()
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)
-    return True
+    return not root.exists()
 
 
 def remove(root: Path) -> None:

@@ -1,10 +1,22 @@
-"""One attempt, in the process that does the work: claim, call, publish. The same on every executor."""
+"""The process that does the work: one attempt after another, each claimed, called and published. The same everywhere.
+
+So heavy imports happen once. It speaks with its driver through a socket, and leads a process group of its own, so that
+Ctrl-C in a terminal reaches the driver alone. SIGTERM, which a machine about to be taken away sends to all, and
+SIGUSR2, which says that time is up, stop the task where it next says how far it is. It dies with its driver, and takes
+its children along: the driver's guardian kills the group. (Not `PR_SET_PDEATHSIG`: that comes when the *thread* ends
+that started the worker.)
+"""
 
 import contextlib
+import faulthandler
+import json
 import logging
 import os
 import re
 import signal
+import socket
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -12,11 +24,12 @@ from types import FrameType
 
 from cluster.errors import BadTask, Fenced, Stopped, StoreUnavailable
 from cluster.fingerprint import fingerprint
-from cluster.protocol import Cause, Event, Job
+from cluster.protocol import Cause, Event, Job, encode
 from cluster.store.layout import is_published
 from cluster.store.publish import About, publish
 from cluster.store.workspace import Busy, Workspace
 from cluster.task import Call, resolve_call
+from cluster.worker.environment import output_to
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +54,35 @@ class _Current:
     """Whether it is at one, from before its claim until after its publication."""
 
 
-def obey_signals() -> None:
-    """Have signals stop the task of this process, and end its children and, if it is at none, itself as ever.
+def serve(handle: int) -> None:
+    """Make the attempts that come as lines on a socket, until its other end is shut; tell news on it."""
+    channel, owner = socket.socket(fileno=handle), os.getpid()
+    channel.set_inheritable(False)
+    lock = threading.Lock()  # a task may report progress from several threads
 
-    The task stops when it next says how far it is.
-    """
-    owner = os.getpid()
+    def report(event: Event) -> None:
+        with lock:
+            channel.sendall(encode(event))
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner or not _Current.busy:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner or not _Current.busy:  # a child, or at none: it ends as ever
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         else:
             _Current.stop = _Current.stop or STOPPED_BY[signal.Signals(number)]
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in STOPPED_BY:
-        signal.signal(number, note)
+        signal.signal(number, stop)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    report(Event("", "ready"))
+    for line in channel.makefile("rb"):
+        job = Job.from_json(json.loads(line))
+        report(Event(job.id, "started"))
+        with output_to(job.log):
+            ended = perform(job, report)
+        report(ended)
 
 
 def progress(done: float, total: float, note: str = "") -> None:

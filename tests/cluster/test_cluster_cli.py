@@ -59,7 +59,7 @@ def test_status_tells_running_ended_and_killed_runs_apart(full: Store, capsys: p
     assert main(["status", "--store", str(full.root), "--all"]) == 0
     text = capsys.readouterr().out
     me = f"on {Process.me()}: 3 done (0:"
-    for words in (f"8 squares running {me}", f"9 squares killed {me}", "squares done on", "abc 1:01, 1 of 2 step 7"):
+    for words in (f"8 squares running {me}", f"9 squares killed {me}", "squares done on", "abc 0:01:01, 1 of 2 step 7"):
         assert words in text
 
 
@@ -73,7 +73,7 @@ def test_status_says_how_long_a_driver_elsewhere_is_silent(full: Store, capsys: 
     assert main(["status", "--store", str(full.root)]) == 0
     text = capsys.readouterr().out
     assert "squares silent on login7" in text
-    assert "no sign of life for 10:0" in text
+    assert "no sign of life for 0:10:0" in text
 
 
 def test_the_store_is_the_one_of_the_environment_or_of_this_folder(
@@ -123,7 +123,7 @@ def test_clean_drops_what_was_set_aside_by_its_age(full: Store, capsys: pytest.C
         text = capsys.readouterr().out
         assert words in text
         assert len(list(kind.iterdir())) == left
-        assert text.count("set aside 0:0") == 3
+        assert text.count("set aside 0:00:0") == 3
 
 
 def test_clean_drops_results_only_if_told_which_are_in_use(
@@ -158,7 +158,7 @@ def test_results_are_listed_with_what_made_them(full: Store, capsys: pytest.Capt
     assert 0 <= one["age_seconds"] < 600
     assert main(["results", "--store", str(full.root)]) == 0
     text = capsys.readouterr().out
-    assert f"square/{one['key']} 0.0 MB 0:0" in text
+    assert f"square/{one['key']} 0.0 MB 0:00:0" in text
     assert f"cluster_jobs:square x={one['spec']['x']}" in text
     assert f"3 results, 0.0 MB, in {full.root}" in text
 
@@ -207,11 +207,11 @@ def test_rates_and_time_left_add_up(tmp_path: Path) -> None:
     assert board.gpu_hours == pytest.approx(1.0, rel=1e-3)
     # 3.5 tasks in 60 s, 4.5 to go
     assert board.seconds_left == pytest.approx(60 / 3.5 * 4.5, rel=1e-3)
-    for part in ("4 waiting", "1 running", "2 done", "1 failed", "3 a minute", "1 GPU hours", "(1:00, 1:17 left)"):
+    for part in ("4 waiting", "1 running", "2 done", "1 failed", "3 a minute", "1 GPU hours", "(0:01:00, 0:01:17 left)"):
         assert part in summary(board)
     board.end("a")
     assert board.gpu_hours == pytest.approx(1.0, rel=1e-3)
-    assert [clock(s) for s in (None, 0, 59.6, 3600)] == ["-", "0:00", "1:00", "1:00:00"]
+    assert [clock(s) for s in (None, 0, 59.6, 90000)] == ["-", "0:00:00", "0:01:00", "1 day, 1:00:00"]
 
 
 def test_the_live_view_shows_each_running_task(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
