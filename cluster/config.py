@@ -26,33 +26,22 @@ OnLocked = Literal["wait", "refuse"]
 class ClusterConfig(Section):
     """How to run tasks. An application names itself, and what its tasks need to see, in a subclass."""
 
+    # The names of jobs begin with it and, in capitals, those of the environment variables that override entries.
     application: ClassVar[str] = "cluster"
-    """Begins the names of jobs and, in capitals, of the environment variables that override entries."""
+    # How variables begin, beside the application's own, that tasks on other machines see too.
     passed_on: ClassVar[tuple[str, ...]] = ()
-    """How variables begin, beside the application's own, that tasks on other machines see too."""
-    moved_by: ClassVar[str] = "CLUSTER_STORE"
-    """The variables that put the store elsewhere, for messages."""
+    moved_by: ClassVar[str] = "CLUSTER_STORE"  # the variables that put the store elsewhere, for messages
 
-    executor: str = "local"
-    """Which machines do the work: a key of `EXECUTORS`."""
-    store: Path = Path(".cluster/store")
-    """Folder of published results and logs."""
-    profile: Text | None = None
-    """How to use a Ray or SLURM cluster: a file of `cluster/ray/` or `cluster/slurm/`, or a path."""
-    workers: Annotated[int, Field(ge=1)] | None = None
-    """Cores to hand out on this machine; all it has if null."""
-    memory_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory to hand out on this machine; all it has if null."""
-    remote: str | None = None
-    """Where `push` and `pull` keep published results besides, such as s3://bucket/results."""
-    on_locked: OnLocked = "wait"
-    """What a second run with the same label does."""
-    tries: int = Field(default=3, ge=1)
-    """Attempts of a task whose worker crashes or is lost."""
-    preemptions: int = Field(default=10, ge=1)
-    """Attempts of a task that is preempted, or runs out of time after having made progress."""
+    executor: str = "local"  # which machines do the work: a key of `EXECUTORS`
+    store: Path = Path(".cluster/store")  # folder of published results and logs
+    profile: Text | None = None  # of a Ray or SLURM cluster: a file of `cluster/ray/` or `cluster/slurm/`, or a path
+    workers: Annotated[int, Field(ge=1)] | None = None  # cores to hand out on this machine; all it has if null
+    memory_gb: Annotated[float, Field(gt=0)] | None = None  # likewise
+    on_locked: OnLocked = "wait"  # what a second run with the same label does
+    tries: int = Field(default=3, ge=1)  # attempts of a task whose worker crashes or is lost
+    preemptions: int = Field(default=10, ge=1)  # of one that is preempted, or out of time after having made progress
+    # A machine that cannot be reached and shows no sign of life for so long has lost its tasks.
     lease_seconds: float = Field(default=60.0, gt=0)
-    """A machine that cannot be reached and shows no sign of life for so long has lost its tasks."""
 
     @classmethod
     def from_params(cls, section: Mapping[str, Any] | None = None) -> Self:
@@ -88,13 +77,6 @@ class ClusterConfig(Section):
         if not isinstance(value, str | Path) or not str(value):
             raise ValueError(f"{show(value)} is not the path of a folder")
         return Path(value)
-
-    @field_validator("remote")
-    @classmethod
-    def _address(cls, url: str | None) -> str | None:
-        if url is not None and "://" not in url:
-            raise ValueError(f"{show(url)} is not the address of a folder, such as s3://bucket/results")
-        return url
 
 
 class Profile(Section):

@@ -15,6 +15,7 @@ holds public names only. A string that is the dotted name of a first-party modul
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import re
@@ -108,18 +109,12 @@ def normal_form(node: object) -> str:
 def _declared(tree: ast.Module, name: str, kind: type, wanted: str) -> Any:
     """The literal that a module assigns to `name`; None if it does not."""
     for node in tree.body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign):
-            continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if name not in (getattr(target, "id", None) for target in targets):
-            continue
-        try:
-            value = ast.literal_eval(node.value or "None")
-        except ValueError:
-            value = None
-        if isinstance(value, kind):
-            return value
-        raise BadTask(f"line {node.lineno}: {name} must be a literal {wanted}")
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, ast.Assign | ast.AnnAssign) and name in (getattr(one, "id", None) for one in targets):
+            with contextlib.suppress(ValueError):
+                if isinstance(value := ast.literal_eval(node.value or "None"), kind):
+                    return value
+            raise BadTask(f"line {node.lineno}: {name} must be a literal {wanted}")
     return None
 
 

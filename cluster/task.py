@@ -80,12 +80,9 @@ class Lookup:
     """What is known of a task: its result, and the attempts that every run of its store has noted."""
 
     status: Status
-    folder: Path
-    """Of the result, once it is published."""
-    attempts: tuple[dict[str, Any], ...]
-    """Those that ended, oldest first, as the journals of the runs have them: time, attempt, cause, detail, node, ..."""
-    log: Path | None
-    """Of the last attempt that ended."""
+    folder: Path  # of the result, once it is published
+    attempts: tuple[dict[str, Any], ...]  # that ended, oldest first: time, attempt, cause, detail, node, ...
+    log: Path | None  # of the last attempt that ended
 
 
 @dataclass(frozen=True)

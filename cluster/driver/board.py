@@ -40,16 +40,11 @@ class Outcome:
     """What became of one task."""
 
     task: Task
-    cause: Cause
-    """How the last attempt ended: `done` unless the task failed."""
-    attempts: int
-    """How many attempts there were; 0 for a task that was published before or never began."""
-    log: Path | None
-    """Output of the last attempt."""
-    detail: str = ""
-    """The last attempt's end in one line."""
-    history: tuple[Cause, ...] = ()
-    """How every attempt ended."""
+    cause: Cause  # how the last attempt ended: `done` unless the task failed
+    attempts: int  # how many there were; 0 for a task that was published before or never began
+    log: Path | None  # output of the last attempt
+    detail: str = ""  # the last attempt's end in one line
+    history: tuple[Cause, ...] = ()  # how every attempt ended
 
     def lines(self) -> Iterator[str]:
         """How it failed: cause, attempts, last log lines, where the log is."""
@@ -68,13 +63,10 @@ class Outcome:
 class Report:
     """What became of the tasks of a run."""
 
-    done: list[Outcome] = field(default_factory=list)
-    """Run and published now."""
-    skipped: list[Outcome] = field(default_factory=list)
-    """Published before."""
+    done: list[Outcome] = field(default_factory=list)  # run and published now
+    skipped: list[Outcome] = field(default_factory=list)  # published before
     failed: list[Outcome] = field(default_factory=list)
-    cancelled: list[Outcome] = field(default_factory=list)
-    """Given up because another one failed (`fail_fast`)."""
+    cancelled: list[Outcome] = field(default_factory=list)  # given up because another one failed (`fail_fast`)
 
     @property
     def ok(self) -> bool:

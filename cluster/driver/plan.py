@@ -19,8 +19,7 @@ from typing import Any
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask, CorruptResult
 from cluster.store import verdicts
-from cluster.store.faults import GONE
-from cluster.store.layout import CODE, check_out, is_published, replace_text
+from cluster.store.layout import CODE, GONE, check_out, is_published, replace_text
 from cluster.store.publish import About, Manifest
 from cluster.task import Store, Task, canonical, display, resolve_call
 
@@ -73,9 +72,7 @@ def check_tasks(tasks: Iterable[Task]) -> list[Planned]:
     around = {folder for parent in parents.values() for folder in (parent, *parent.parents)}
     for out, one in planned.items():
         if out in around:
-            raise BadTask(
-                f"task {one.task.name!r} publishes {out}, inside which another task publishes: keep them apart"
-            )
+            raise BadTask(f"task {one.task.name!r} publishes {out}, inside which another one does: keep them apart")
         if one.published and out.name != one.task.key and (key := Manifest.read(out).about.key) != one.task.key:
             raise BadTask(
                 f"task {one.task.name!r}: {out} holds the result {key} of another task, call, spec or code "
@@ -85,11 +82,9 @@ def check_tasks(tasks: Iterable[Task]) -> list[Planned]:
 
 
 def _log_name(task: Task, taken: set[str]) -> str:
-    base = name = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", task.name).lstrip(".")[:LONGEST_LOG_NAME] or "task"
-    number = 1
-    while name in taken:
-        number += 1
-        name = f"{base}-{task.key[:8]}" if number == 2 else f"{base}-{task.key[:8]}-{number}"
+    name = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", task.name).lstrip(".")[:LONGEST_LOG_NAME] or "task"
+    if name in taken:
+        name = f"{name}-{task.key[:8]}-{len(taken)}"
     taken.add(name)
     return name
 
@@ -99,10 +94,10 @@ def make_folders(planned: Iterable[Planned]) -> None:
     for folder in sorted({one.out.parent for one in planned if not one.published}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError("no permission to write there")
         except OSError as error:
-            raise BadTask(f"cannot make the folder {folder}: {error}") from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise BadTask(f"the folder {folder} cannot be written")
+            raise BadTask(f"cannot publish in the folder {folder}: {error}") from error
 
 
 @dataclass
@@ -111,10 +106,8 @@ class Kind:
 
     kind: str
     published: int = 0
-    run: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the tasks that would run, by reason."""
-    faults: list[str] = field(default_factory=list)
-    """What is wrong with results: damaged, or touched since they were found whole, so that a run reads them first."""
+    run: dict[str, list[str]] = field(default_factory=dict)  # names of the tasks that would run, by reason
+    faults: list[str] = field(default_factory=list)  # of results: damaged, or touched, so that a run reads them first
 
     def lines(self) -> Iterator[str]:
         """The same for people."""
@@ -237,10 +230,10 @@ def _grouped(tasks: Sequence[Task], there: Sequence[tuple[dict[str, Any], str]],
             else:  # items of a list together
                 values = changes.setdefault(re.sub(r"\[\d+\]", "[]", path), {})
                 values[f"{_short(theirs.get(path))} -> {_short(ours.get(path))}"] = None
-        names, values_of = groups.setdefault(tuple(changes), ([], {}))
+        names, values_of = groups.setdefault(tuple(changes), ([], changes))
         names.append(task.name)
         for path, values in changes.items():
-            values_of.setdefault(path, {}).update(values)
+            values_of[path].update(values)
     return {
         "; ".join(f"{path}: {_some([*values])}" if values else path for path, values in values_of.items()): names
         for names, values_of in groups.values()
@@ -277,22 +270,14 @@ def _nearest(old: Sequence[dict[str, str]], new: Sequence[dict[str, str]]) -> li
 
 
 def _changed_code(store: Store, old: str, task: Task) -> str:
-    """Which modules and files of data changed between two digests of code."""
-
-    def behind(code: str) -> dict[str, str] | None:
-        if code == code_module.fingerprint(task.call):
-            return code_module.parts(task.call)
-        try:
-            found: dict[str, str] = json.loads((store.root / CODE / f"{code}.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        return found
-
+    """Which modules and files of data changed since a digest of code."""
     if not (_DIGEST.fullmatch(old) and _DIGEST.fullmatch(task.code)):
         return f"code: version {_short(old)} -> {_short(task.code)}"
-    before, after = behind(old), behind(task.code)
-    if before is None or after is None:
+    try:
+        before: dict[str, str] = json.loads((store.root / CODE / f"{old}.json").read_bytes())
+    except (OSError, ValueError):
         return UNKNOWN_CODE
+    after = code_module.parts(task.call)
     changed = sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
     new, gone = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
     return f"code: {_some([*changed, *(f'new {name}' for name in new), *(f'gone {name}' for name in gone)])}"

@@ -1,24 +1,30 @@
-"""`run`: plan, start, follow, retry and report. All policy is here and in `cluster.driver.retry`."""
+"""`run`: plan, start, follow, retry and report. All policy is here, the same for every executor.
+
+An attempt that ended badly is followed by another one, by its cause:
+crashed, lost, node    again, `tries` attempts in all, on another node if there is one
+preempted              again, `preemptions` attempts
+timeout                again only if the attempt left something new to resume from, `preemptions` attempts
+oom                    once more, with twice the memory (or what there is)
+exception, cancelled   never: again would end the same
+"""
 
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from cluster.config import EXECUTORS, ClusterConfig
 from cluster.driver.board import Board, Journal, Outcome, Report, Running, View
 from cluster.driver.lock import run_lock
 from cluster.driver.plan import Planned, check_tasks, make_folders, record_code
-from cluster.driver.retry import ELSEWHERE, next_resources, pause
 from cluster.errors import CannotRun, Interrupted
 from cluster.protocol import Cause, Context, Event, Executor, Job
-from cluster.store.faults import appears
-from cluster.store.layout import is_published, new_attempt, temporaries
+from cluster.store.layout import appears, is_published, new_attempt, temporaries
 from cluster.store.lease import Watch, fence, has_progressed, sweep
 from cluster.task import Resources, Store, Task, display, resolve_call
 
@@ -29,6 +35,9 @@ LOOK_PAUSE = 0.5  # seconds until we look again whether another run has finished
 LOOK_LONGEST = 10.0
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show what another machine published
 CANCEL_LIMIT = 30.0  # seconds an executor may take to end what was cancelled
+MORE_MEMORY = 2.0
+ELSEWHERE = (Cause.CRASHED, Cause.LOST, Cause.NODE)  # the node may be to blame
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds
 
 
 def run(
@@ -84,6 +93,35 @@ def run(
         return report
 
 
+def next_resources(
+    causes: Sequence[Cause],
+    last: Resources,
+    *,
+    tries: int,
+    preemptions: int,
+    progressed: bool = False,
+    memory_limit_gb: float | None = None,
+) -> Resources | None:
+    """What to give the next attempt, by how each one so far ended and what the last had; None if there is to be none.
+
+    `progressed`: the last one left something new in its `resume/`. `memory_limit_gb`: the most that one can get.
+    """
+    cause = causes[-1]
+    limits = {**dict.fromkeys(ELSEWHERE, tries), Cause.PREEMPTED: preemptions, Cause.OOM: 2}
+    if causes.count(cause) >= (preemptions if cause is Cause.TIMEOUT and progressed else limits.get(cause, 1)):
+        return None
+    if cause is not Cause.OOM:
+        return last
+    memory = min(last.memory_gb * MORE_MEMORY, memory_limit_gb or float("inf"))
+    return replace(last, memory_gb=memory) if memory > last.memory_gb else None
+
+
+def pause(failures: int, attempt: str) -> float:
+    """Seconds to wait before the next attempt: doubling, with a jitter drawn from the attempt's name."""
+    jitter = 0.75 + 0.5 * int(attempt[:4], 16) / 0xFFFF
+    return min(FIRST_PAUSE * 2.0 ** max(failures - 1, 0), LONGEST_PAUSE) * jitter
+
+
 @contextmanager
 def _signals_noted() -> Iterator[Callable[[], None]]:
     """Note SIGINT and SIGTERM instead of being ended by them; yields what raises `Interrupted` if one has come.
@@ -91,13 +129,17 @@ def _signals_noted() -> Iterator[Callable[[], None]]:
     So cleaning up is never itself interrupted. Only the main thread can do that: in others, signals keep their effect.
     """
     seen: list[int] = []
+    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+
+    def arm() -> dict[int, Any]:
+        return {number: signal.signal(number, lambda number, _: seen.append(number)) for number in caught}
 
     def check() -> None:
+        arm()  # again: `ray.init` sets handlers of its own
         if seen:
             raise Interrupted(seen[0])
 
-    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in caught}
+    before = arm()
     try:
         yield check
     finally:

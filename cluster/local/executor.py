@@ -15,7 +15,7 @@ from cluster.host import LINUX, Machine, group_members, memory_of, oom_kills, vi
 from cluster.local.process import WorkerProcess
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.task import Resources
-from cluster.worker.environment import remove_if_empty
+from cluster.worker.attempt import remove_if_empty
 from cluster.worker.guardian import Guardian
 
 log = logging.getLogger(__name__)

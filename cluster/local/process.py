@@ -1,4 +1,4 @@
-"""The driver's side of one local worker: start it, send it jobs, read its news, kill it and its children."""
+"""The driver's side of one worker process: start it, send it jobs, read its news, kill it and its children."""
 
 import contextlib
 import json
@@ -8,16 +8,38 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.fingerprint import dotted_name
 from cluster.host import group_members
-from cluster.protocol import Cause, Event, Job, Lines, encode
-from cluster.worker.environment import remove_if_empty, worker_environment, worker_path
+from cluster.protocol import Cause, Event, EventStream, Job, encode
+from cluster.worker.attempt import remove_if_empty
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from cluster.worker.attempt import serve; serve(int(sys.argv[2]))"
 )
+_THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB", "BLIS")
+
+
+def worker_environment(threads: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Environment of a worker: threads as the task asked, so that results do not depend on the machine."""
+    limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADS}
+    fixed = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONUNBUFFERED": "1"}
+    return {"PYTHONHASHSEED": "0", **os.environ, **limits, **fixed}
+
+
+def worker_path() -> list[str]:
+    """Our `sys.path`, with a script's folder inside a package replaced by the parent of the package."""
+    path: dict[str, None] = {}
+    for entry in sys.path:
+        folder = Path(entry or ".").absolute()
+        if (folder / "__init__.py").exists():
+            folder = folder.resolve()
+            folder = folder.parents[len(dotted_name(folder / "__init__.py").split(".")) - 2]
+        path[str(folder)] = None
+    return list(path)
 
 
 class WorkerProcess:
@@ -32,7 +54,7 @@ class WorkerProcess:
         self.stopping: float | None = None  # since when it knows that its job's time is up
         self.oom_kills = 0  # of the machine when the job began
         self.killed: tuple[Cause, str] | None = None
-        self._lines, self._outbox = Lines(Event.from_json), b""
+        self._stream, self._outbox = EventStream(), b""
         self.channel, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             handle = theirs.fileno()
@@ -70,7 +92,7 @@ class WorkerProcess:
         events: list[Event] = []
         with contextlib.suppress(OSError):  # there is no more, or its worker died
             while data := self.channel.recv(1 << 16):
-                events.extend(self._lines.feed(data))
+                events.extend(self._stream.feed(data))
         return events
 
     def kill(self, cause: Cause, detail: str = "") -> None:

@@ -3,14 +3,11 @@
 That may be a given cluster, the one of this machine, or a private one.
 """
 
-import contextlib
 import logging
 import os
 import re
-import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,8 +108,7 @@ def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | Non
         if not Path(profile.working_dir).is_dir():
             raise CannotRun(f"the working dir {profile.working_dir} is not a folder")
         root, runtime_env = str(Path(profile.working_dir).absolute()), {"working_dir": profile.working_dir}
-    with _own_signal_handlers():
-        _init(ray, context, address, runtime_env)
+    _init(ray, context, address, runtime_env)
     return ray, True, root
 
 
@@ -136,16 +132,3 @@ def _init(ray: Any, context: Context, address: str, runtime_env: dict[str, Any] 
         include_dashboard=False,
         **options,
     )
-
-
-@contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Restore the handlers that `ray.init` replaces: how signals end a run is decided by `run`."""
-    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if main and handler is not None:
-                signal.signal(number, handler)

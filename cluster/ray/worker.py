@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.local.executor import Allotted
+from cluster.local.process import worker_path
 from cluster.protocol import Cause, Event, Job
-from cluster.store.faults import appears
-from cluster.worker.environment import worker_path
+from cluster.store.layout import appears
 
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show the folder of logs
 _executors: dict[Path, Allotted] = {}  # what runs attempts in this process: one, of the run with these logs

@@ -23,14 +23,13 @@ from pathlib import Path
 import submitit
 
 from cluster.local.executor import remove_empty_logs
-from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
+from cluster.local.process import worker_path
+from cluster.protocol import Cause, Context, Event, EventStream, Executor, Job
 from cluster.slurm import queue as slurm_queue
-from cluster.slurm.orphans import FOLDER, reap
 from cluster.slurm.profile import SlurmProfile
-from cluster.slurm.queue import CAUSES, ControllerUnreachable, State
+from cluster.slurm.queue import CAUSES, FOLDER, ControllerUnreachable, State
 from cluster.slurm.worker import events_file, run_jobs, write_array
 from cluster.task import Resources
-from cluster.worker.environment import worker_path
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class _SlurmJob:
     shape: _Shape
     events: Path
     log: Path  # of srun, and of the process that starts the attempts
-    lines: Lines[Event] = field(default_factory=lambda: Lines(Event.from_json))
+    stream: EventStream = field(default_factory=EventStream)
     read: int = 0  # bytes of its events
     gone: float | None = None  # when it was first seen to have ended, or not seen any more
     last: str = ""  # state, for messages
@@ -87,7 +86,7 @@ class SlurmExecutor(Executor):
         self._accounting = settings.get("AccountingStorageType", "").endswith("slurmdbd")
         self._wave = self._longest_array = max(1, int(settings.get("MaxArraySize", "1001")))
         self._folder.mkdir(parents=True, exist_ok=True)
-        reap(self._logs.parent, self._folder.stat().st_mtime)
+        slurm_queue.reap(self._logs.parent, self._folder.stat().st_mtime)
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node with GPUs or without, less what each job has beside its task."""
@@ -234,7 +233,7 @@ class SlurmExecutor(Executor):
                 file.seek(job.read)
                 data = file.read()
             job.read += len(data)
-            for event in job.lines.feed(data):
+            for event in job.stream.feed(data):
                 if event.job in job.attempts:
                     job.node = event.node or job.node
                     if event.kind == "ended":

@@ -16,7 +16,7 @@ from types import FrameType
 
 from cluster.local.executor import Allotted
 from cluster.protocol import Cause, Event, Job, encode
-from cluster.store.faults import appears
+from cluster.store.layout import appears
 from cluster.worker.attempt import STOPPED_BY
 
 PERIOD = 2.0  # seconds between two lines of progress: many jobs write to one file system

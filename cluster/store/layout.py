@@ -1,4 +1,6 @@
-"""Names beside a target, the one place that knows them.
+"""What lies where in a store, and looking at file systems that fail for a moment, or are late, as shared ones do.
+
+Names beside a target, which are known here alone:
 
 <parent>/<name>                     the published folder
 <parent>/.<name>.tmp-<attempt>/     one attempt: owner.json, result/ (what the call writes), resume/
@@ -7,15 +9,21 @@
 """
 
 import contextlib
+import errno
+import functools
+import logging
 import os
 import re
 import stat
+import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
-from cluster.errors import BadTask
-from cluster.store.faults import GONE, patient
+from cluster.errors import BadTask, StoreUnavailable
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LOGS, LOCKS, VERDICTS, CODE = "logs", "locks", "verdicts", "code"  # folders of the store that hold no results
@@ -24,6 +32,61 @@ RESULT, RESUME = "result", "resume"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<attempt>[0-9a-f]{32})", re.DOTALL)
 _PUT_ASIDE = re.compile(r"\..+\.(corrupt|dropped)(-[0-9a-f]{8})?", re.DOTALL)
 _LONGEST_NAME = 180  # bytes of a folder name, so that the names beside it stay within the usual 255
+PAUSES = (0.1, 0.5, 2.0, 5.0)  # seconds before the second, third, ... try
+GONE = (FileNotFoundError, NotADirectoryError)
+"""What says that a file is not there; every other error says nothing about it."""
+_TRANSIENT = frozenset(
+    getattr(errno, name, errno.EIO)  # not every system has them all
+    for name in "EIO ESTALE EAGAIN EBUSY EINTR ETIMEDOUT EREMOTEIO EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"
+    " ECONNREFUSED ECONNRESET ECONNABORTED ENOTCONN ESHUTDOWN ENOBUFS ENOMEM ENFILE EMFILE".split()
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextlib.contextmanager
+def unavailable(what: str) -> Iterator[None]:
+    """Raise `StoreUnavailable`, which begins with `what`, for an error that might be gone in a moment."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _TRANSIENT:
+            raise StoreUnavailable(f"{what}: {error}") from error
+        raise
+
+
+def patient(action: Callable[P, R]) -> Callable[P, R]:
+    """Try an action that may be repeated again, with back-off, while the file system fails for a moment.
+
+    Raises `StoreUnavailable` if it fails for longer, and at once any `OSError` that waiting does not mend.
+    """
+
+    @functools.wraps(action)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> R:
+        for pause in PAUSES:
+            try:
+                return action(*args, **kwargs)
+            except OSError as error:
+                if error.errno not in _TRANSIENT:
+                    raise
+                log.warning("%s; again in %g s", error, pause)
+            time.sleep(pause)
+        with unavailable(f"the file system of the store failed {len(PAUSES) + 1} times"):
+            return action(*args, **kwargs)
+        raise AssertionError("it returned or raised")
+
+    return tried
+
+
+def appears(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether it comes true in so much time, which shared file systems take to show what another machine did."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def new_attempt() -> str:

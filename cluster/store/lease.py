@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cluster.host import Process
-from cluster.store.faults import GONE, patient
 from cluster.store.layout import (
+    GONE,
     RESULT,
     RESUME,
     files_in,
     is_published,
     new_attempt,
+    patient,
     replace_text,
     temporaries,
     temporary,

@@ -26,8 +26,19 @@ from typing import Any, Self
 
 from cluster.errors import BadTask, CorruptResult, Fenced
 from cluster.store import verdicts
-from cluster.store.faults import GONE, patient, unavailable
-from cluster.store.layout import MANIFEST, RESUME, aside, check_out, files_in, is_published, new_attempt, temporaries
+from cluster.store.layout import (
+    GONE,
+    MANIFEST,
+    RESUME,
+    aside,
+    check_out,
+    files_in,
+    is_published,
+    new_attempt,
+    patient,
+    temporaries,
+    unavailable,
+)
 from cluster.store.lease import Watch, remove_tree
 from cluster.store.workspace import Busy, Workspace
 

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.store import lease
-from cluster.store.faults import patient
-from cluster.store.layout import VERDICTS, replace_text
+from cluster.store.layout import VERDICTS, patient, replace_text
 from cluster.store.lease import Marks
 
 log = logging.getLogger(__name__)

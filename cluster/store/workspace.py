@@ -16,8 +16,7 @@ from typing import Self
 
 from cluster.errors import Fenced, StoreUnavailable
 from cluster.host import Process
-from cluster.store.faults import GONE, patient
-from cluster.store.layout import RESULT, RESUME, files_in, new_attempt, temporaries, temporary
+from cluster.store.layout import GONE, RESULT, RESUME, files_in, new_attempt, patient, temporaries, temporary
 from cluster.store.lease import (
     Owner,
     create_owner,

@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 from cluster.errors import BadTask, Fenced, Stopped, StoreUnavailable
@@ -29,7 +30,6 @@ from cluster.store.layout import is_published
 from cluster.store.publish import About, publish
 from cluster.store.workspace import Busy, Workspace
 from cluster.task import Call, resolve_call
-from cluster.worker.environment import output_to
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,9 @@ class _Current:
     """The attempt this process is at, for `progress`."""
 
     attempt: tuple[Job, Workspace, Report] | None = None
-    told = 0.0
-    """When progress was last reported."""
-    stop: tuple[Cause, str] | None = None
-    """Why it is to stop, since somebody said so."""
-    busy = False
-    """Whether it is at one, from before its claim until after its publication."""
+    told = 0.0  # when progress was last reported
+    stop: tuple[Cause, str] | None = None  # why it is to stop, since somebody said so
+    busy = False  # whether it is at one, from before its claim until after its publication
 
 
 def serve(handle: int) -> None:
@@ -160,3 +157,36 @@ def _load(job: Job) -> Call:
 def _ended(job: Job, cause: Cause, why: str | BaseException = "") -> Event:
     text = why if isinstance(why, str) else " ".join(f"{type(why).__name__}: {why}".split())[:500]
     return Event(job.id, "ended", cause, text)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Send stdout and stderr, of C code and child processes too, to the log of the attempt."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:  # the work goes on: its output stays in the log of the worker
+        log.warning("cannot open %s: %s", path, error)
+        yield
+        return
+    saved = [(number, os.dup(number)) for number in (1, 2)]
+    for number, _ in saved:
+        os.dup2(handle, number)
+    os.close(handle)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        for number, copy in saved:
+            os.dup2(copy, number)
+            os.close(copy)
+        remove_if_empty(path)
+
+
+def remove_if_empty(log: Path) -> None:
+    """Drop a log that says nothing."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size == 0:
+            log.unlink()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster import (
-    ClusterConfig,
     CorruptResult,
     Manifest,
     Report,
@@ -28,7 +27,7 @@ from cluster.task import Call
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.json_files import read_json
 from pipelines.params.load import load
-from pipelines.params.model import Demand, Params
+from pipelines.params.model import Cluster, Demand, Params
 from pipelines.stage.outputs import SAMPLE
 from pipelines.tasks.restored import restored
 
@@ -56,7 +55,7 @@ class Stage:
     name: str
     params: Params
     root: Path
-    config: ClusterConfig
+    config: Cluster
     dry: bool = False
     notes: list[str] = field(default_factory=list)
 

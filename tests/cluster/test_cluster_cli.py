@@ -207,7 +207,15 @@ def test_rates_and_time_left_add_up(tmp_path: Path) -> None:
     assert board.gpu_hours == pytest.approx(1.0, rel=1e-3)
     # 3.5 tasks in 60 s, 4.5 to go
     assert board.seconds_left == pytest.approx(60 / 3.5 * 4.5, rel=1e-3)
-    for part in ("4 waiting", "1 running", "2 done", "1 failed", "3 a minute", "1 GPU hours", "(0:01:00, 0:01:17 left)"):
+    for part in (
+        "4 waiting",
+        "1 running",
+        "2 done",
+        "1 failed",
+        "3 a minute",
+        "1 GPU hours",
+        "(0:01:00, 0:01:17 left)",
+    ):
         assert part in summary(board)
     board.end("a")
     assert board.gpu_hours == pytest.approx(1.0, rel=1e-3)

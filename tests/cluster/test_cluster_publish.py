@@ -21,7 +21,7 @@ from cluster_helpers import WEIRD, forked, job_of, results, strays, tree
 
 from cluster import Cause, CorruptResult, Store, StoreUnavailable, Task, adopt, drop, is_published, set_aside, verify
 from cluster.protocol import Event
-from cluster.store import faults
+from cluster.store import layout
 from cluster.store.layout import new_attempt
 from cluster.store.lease import Watch, sweep
 from cluster.store.publish import About
@@ -146,7 +146,7 @@ def test_failing_at_every_step_it_leaves_nothing_and_says_why(tmp_path: Path) ->
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Back-off without the waiting."""
-    monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(layout, "PAUSES", (0.0, 0.0, 0.0, 0.0))
 
 
 @pytest.mark.usefixtures("impatient")

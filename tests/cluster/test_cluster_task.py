@@ -12,7 +12,7 @@ import pytest
 
 from cluster import BadConfig, BadTask, CannotRun, Cause, ClusterConfig, Resources, Store, Task, run
 from cluster import fingerprint as code
-from cluster.driver.retry import next_resources, pause
+from cluster.driver.runner import next_resources, pause
 from cluster.host import Machine, parse_gpus
 
 MORE = Resources(memory_gb=4.0)
@@ -81,8 +81,8 @@ def test_nothing_starts_if_one_task_is_wrong(store: Store, config: ClusterConfig
     graphic = store.task("kind", "graphic", jobs.square, {"x": 5}, resources=Resources(gpus=99))
     for wrong, error, words in (
         (twin, BadTask, "tasks 'good' and 'twin' both publish"),
-        (inner, BadTask, "inside which another task publishes"),
-        (nowhere, BadTask, "cannot make the folder"),
+        (inner, BadTask, "inside which another one does"),
+        (nowhere, BadTask, "cannot publish in the folder"),
         (long, BadTask, "longer than 180 bytes"),
         (greedy, CannotRun, "'greedy' asks for 1e[+]06 GB of memory"),
         (graphic, CannotRun, r"'graphic' asks for 99 GPU\(s\), this machine has"),
@@ -118,7 +118,6 @@ def test_an_unknown_executor_is_refused_with_those_there_are(store: Store, confi
         ({"lease_seconds": True}, "cluster.lease_seconds: True should be a valid number"),
         ({"store": None}, "cluster.store: None is not the path of a folder"),
         ({"store": ""}, "cluster.store: '' is not the path of a folder"),
-        ({"remote": "bucket"}, "cluster.remote: 'bucket' is not the address of a folder, such as s3://"),
         ({"workers": 0, "tries": 0}, r"2 entries are wrong\n  cluster.workers: .*\n  cluster.tries: "),
     ],
 )

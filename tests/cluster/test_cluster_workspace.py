@@ -24,7 +24,7 @@ from cluster_helpers import forked, job_of, results, strays, wait_for
 from cluster import Cause, Fenced, Store, StoreUnavailable, verify
 from cluster.host import Process
 from cluster.protocol import Event
-from cluster.store import faults
+from cluster.store import layout
 from cluster.store import lease as leases
 from cluster.store.layout import new_attempt, temporaries, temporary
 from cluster.store.lease import Owner, Watch, fence, has_progressed, read_owner, replace_owner, sweep
@@ -143,7 +143,7 @@ def test_a_claim_sees_one_that_began_after_it_looked_for_the_first_time(
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOENT, errno.ENOTDIR])
 def test_only_a_folder_that_is_gone_is_a_lost_lease(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(faults, "PAUSES", (0.0,) * 4)
+    monkeypatch.setattr(layout, "PAUSES", (0.0,) * 4)
     workspace, really, failures = Workspace.claim(out, new_attempt()), os.stat, [True] * 2
 
     def stat(path: Path, **named: bool) -> os.stat_result:
@@ -167,7 +167,7 @@ def test_only_a_folder_that_is_gone_is_a_lost_lease(out: Path, monkeypatch: pyte
 
 
 def test_an_owner_file_that_cannot_be_read_makes_nobody_dead(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "PAUSES", (0.0,) * 4)
+    monkeypatch.setattr(layout, "PAUSES", (0.0,) * 4)
     monkeypatch.setattr(leases, "UNOWNED_PATIENCE", 0.0)
     workspace, really = Workspace.claim(out, new_attempt()), Path.read_bytes
 

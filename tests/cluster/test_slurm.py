@@ -26,9 +26,8 @@ from cluster.protocol import Cause, Context, Event, Job, encode
 from cluster.slurm import executor as slurm_executor
 from cluster.slurm import queue as slurm_queue
 from cluster.slurm.executor import SlurmExecutor, _SlurmJob
-from cluster.slurm.orphans import SILENCE, abandoned
 from cluster.slurm.profile import SlurmProfile
-from cluster.slurm.queue import State, takes_later
+from cluster.slurm.queue import SILENCE, State, abandoned, takes_later
 from cluster.slurm.worker import events_file
 
 pytest_plugins = ["slurm_cluster"]
