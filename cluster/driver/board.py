@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from cluster.errors import TasksFailed
 from cluster.host import Process
@@ -174,22 +177,16 @@ class View:
     def __init__(self, board: Board) -> None:
         self._board, self._last = board, time.monotonic()
         self._console = Console(stderr=True)
-        columns = [*map(TextColumn, ("{task.description}", "{task.fields[note]}")), BarColumn(20), TimeElapsedColumn()]
         # Not its redirection of stdout, which is the program's own.
-        self._progress = Progress(
-            *columns, console=self._console, transient=True, redirect_stdout=False, auto_refresh=False,
-            disable=not self._console.is_terminal,
-        )  # fmt: skip
-        self._all = self._progress.add_task(escape(board.label) or "tasks", total=board.total, note="")
-        self._rows: dict[str, TaskID] = {}
+        self._live = Live(console=self._console, transient=True, redirect_stdout=False, auto_refresh=False)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Show the board, and in the end what it came to."""
-        if self._progress.disable:
+        if not self._console.is_terminal:
             self.note(f"{self._board.total} tasks, {len(self._board.report.skipped)} published before")
         try:
-            with self._progress:
+            with self._live if self._console.is_terminal else contextlib.nullcontext():
                 yield
         finally:
             self.note(summary(self._board))
@@ -201,26 +198,24 @@ class View:
 
     def refresh(self) -> None:
         """Show the board as it is now; to be called often. Without a terminal that is a line, and rare."""
-        board, counts = self._board, self._board.counts()
-        if self._progress.disable:
-            if time.monotonic() - self._last >= PLAIN_PERIOD:
-                self._last = time.monotonic()
+        board, now = self._board, time.monotonic()
+        if not self._console.is_terminal:
+            if now - self._last >= PLAIN_PERIOD:
+                self._last = now
                 self.note(summary(board))
             return
-        for gone in self._rows.keys() - board.running.keys():
-            self._progress.remove_task(self._rows.pop(gone))
-        for job, running in board.running.items():
-            if job not in self._rows and len(self._rows) < MOST_ROWS:
-                again = f" (attempt {running.attempt})" if running.attempt > 1 else ""
-                self._rows[job] = self._progress.add_task(f"  {escape(display(running.name))}{again}", note="")
-            if job in self._rows:
-                total, note = running.total or None, escape(running.note)
-                self._progress.update(self._rows[job], completed=running.done, total=total, note=note)
-        finished = board.total - counts["waiting"] - counts["running"]
-        hidden = f", {rest} not shown" if (rest := len(board.running) - len(self._rows)) else ""
+        table = Table.grid(padding=(0, 1))
+        finished = board.total - board.counts()["waiting"] - len(board.running)
+        hidden = f", {rest} not shown" if (rest := len(board.running) - MOST_ROWS) > 0 else ""
         note = f"{finished}/{board.total} {escape(summary(board))}{hidden}"
-        self._progress.update(self._all, completed=finished, note=note)
-        self._progress.refresh()
+        bar = ProgressBar(board.total, finished, width=20)
+        table.add_row(escape(board.label) or "tasks", note, bar, clock(board.elapsed))
+        for running in islice(board.running.values(), MOST_ROWS):
+            again = f" (attempt {running.attempt})" if running.attempt > 1 else ""
+            bar = ProgressBar(running.total or None, running.done, width=20)
+            name = f"  {escape(display(running.name))}{again}"
+            table.add_row(name, escape(running.note), bar, clock(now - running.started))
+        self._live.update(table, refresh=True)
 
 
 class Journal:

@@ -144,13 +144,14 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All that is below `folder` and is no folder, sorted. Links, to folders too, are not followed.
+    """All that is below `folder`, if there is one, and is no folder, sorted. Links, to folders too, are not followed.
 
     Raises `OSError`, where `Path.rglob` would leave out in silence what it cannot read.
     """
 
     def fail(error: OSError) -> None:
-        raise error
+        if not isinstance(error, GONE):
+            raise error
 
     found = []
     for root, folders, names in os.walk(folder, onerror=fail):

@@ -99,14 +99,13 @@ class Watch:
 
 def resume_of(root: Path) -> Path | None:
     """The `resume/` of an attempt, if it holds a file."""
-    places = (root / RESULT / RESUME, root / RESUME)
-    return next((found for found in places if found.is_dir() and files_in(found)), None)
+    return next((found for found in (root / RESULT / RESUME, root / RESUME) if files_in(found)), None)
 
 
 def marks(folder: Path) -> Marks:
     """What changes whenever a file below `folder` is added, changed or replaced, and in its ctime if it is linked."""
     found: Marks = []
-    for path in files_in(folder) if folder.is_dir() else ():
+    for path in files_in(folder):
         with contextlib.suppress(*GONE):
             stat, name = path.lstat(), path.relative_to(folder).as_posix()
             found.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns])

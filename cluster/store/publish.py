@@ -174,6 +174,7 @@ def _seal(folder: Path, about: About) -> Manifest:
             raise BadTask(f"the call left {name}, which is not a regular file: a result holds files only")
         files.append(File(name, _sha256(path), path.stat().st_size))
     if not files:
+        folder.stat()  # `FileNotFoundError` if it was taken away
         raise BadTask("the call returned but wrote no file into its folder")
     manifest = Manifest(about, tuple(files))
     patient((folder / MANIFEST).write_text)(manifest.to_text())

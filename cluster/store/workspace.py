@@ -16,18 +16,9 @@ from typing import Self
 
 from cluster.errors import Fenced, StoreUnavailable
 from cluster.host import Process
+from cluster.store import lease as leases
 from cluster.store.layout import GONE, RESULT, RESUME, files_in, new_attempt, patient, temporaries, temporary
-from cluster.store.lease import (
-    Owner,
-    create_owner,
-    discard,
-    read_owner,
-    remove,
-    remove_empty,
-    replace_owner,
-    resume_of,
-    signature,
-)
+from cluster.store.lease import Owner, read_owner, replace_owner
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +57,7 @@ class Workspace:
             stale = self._decide(supersedes)
             self.folder.mkdir(exist_ok=True)
             _take_over(stale, self)
-            self._owner = replace(self._owner, beat=1, resume_at_start=signature(self.folder / RESUME))
+            self._owner = replace(self._owner, beat=1, resume_at_start=leases.signature(self.folder / RESUME))
             replace_owner(self.root, self._owner)
         except BaseException as error:
             try:
@@ -83,7 +74,7 @@ class Workspace:
         try:
             self.root.mkdir(exist_ok=True)  # of a try that the file system failed: the name is ours alone
             self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-            create_owner(self.root, self._owner)
+            leases.create_owner(self.root, self._owner)
         except FileNotFoundError:
             self.discard()
             return False
@@ -114,7 +105,7 @@ class Workspace:
             owner = read_owner(root)
             if attempt in supersedes or (owner is not None and owner.alive() is False):
                 stale.append(root)
-            elif owner is not None or not remove_empty(root):
+            elif owner is not None or not leases.remove_empty(root):
                 others[attempt] = -1 if owner is None else owner.beat
         return stale, others
 
@@ -162,7 +153,7 @@ class Workspace:
 
     def discard(self) -> None:
         """Remove this attempt, all but a `resume/` that holds something."""
-        discard(self.root)
+        leases.discard(self.root)
         if self._pin is not None:
             os.close(self._pin)
             self._pin = None
@@ -177,9 +168,9 @@ def _take_over(stale: list[Path], workspace: Workspace) -> None:
             root.rename(target)
             replace_owner(target, replace(workspace._owner, released=True))
             fenced.append(target)
-    resumes = [found for root in fenced if (found := resume_of(root)) is not None]
+    resumes = [found for root in fenced if (found := leases.resume_of(root)) is not None]
     if resumes:
         fullest = max(resumes, key=lambda found: sum(file.lstat().st_size for file in files_in(found)))
         fullest.rename(workspace.folder / RESUME)
     for root in fenced:
-        remove(root)
+        leases.remove(root)

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -77,8 +77,9 @@ def serve(handle: int) -> None:
     for line in channel.makefile("rb"):
         job = Job.from_json(json.loads(line))
         report(Event(job.id, "started"))
-        with output_to(job.log):
-            ended = perform(job, report)
+        _output_to(job.log)
+        ended = perform(job, report)
+        remove_if_empty(job.log)
         report(ended)
 
 
@@ -159,30 +160,17 @@ def _ended(job: Job, cause: Cause, why: str | BaseException = "") -> Event:
     return Event(job.id, "ended", cause, text)
 
 
-@contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Send stdout and stderr, of C code and child processes too, to the log of the attempt."""
+def _output_to(path: Path) -> None:
+    """Send stdout and stderr, of C code and child processes too, to the log of an attempt, until the next one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:  # the work goes on: its output stays in the log of the worker
+    except OSError as error:  # the work goes on
         log.warning("cannot open %s: %s", path, error)
-        yield
         return
-    saved = [(number, os.dup(number)) for number in (1, 2)]
-    for number, _ in saved:
+    for number in (1, 2):
         os.dup2(handle, number)
     os.close(handle)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        for number, copy in saved:
-            os.dup2(copy, number)
-            os.close(copy)
-        remove_if_empty(path)
 
 
 def remove_if_empty(log: Path) -> None:

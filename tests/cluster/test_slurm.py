@@ -351,8 +351,8 @@ def test_a_wiped_cluster_that_counts_from_the_start_again_hands_over_no_old_resu
 
     def ids(tasks: Any) -> set[str]:
         assert run(tasks, config=config).ok
-        ledgers = sorted(store.logs.glob("*/slurm/attempts.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-        return {json.loads(line)["job"] for line in ledgers[-1].read_text().splitlines()}
+        folders = sorted(store.logs.glob("*/slurm"), key=lambda path: path.stat().st_mtime_ns)
+        return submitted(folders[-1])
 
     first = ids(slurm_jobs.squares(store, tmp_path / "calls", 0.0, 3))
     server.wipe()
@@ -614,19 +614,18 @@ def test_short_tasks_share_jobs_and_a_crash_takes_no_other_along(
     assert histories.pop("killed") == ["crashed", "done"]
     assert list(histories.values()) == [["done"]] * 24
     assert len(ran(tmp_path)) == 24
-    assert len(submitted(store)) == 3 + 2, "three packs of eight; the other call has an array of its own, twice"
+    assert len(submitted(store.logs)) == 3 + 2, "three packs of eight; the other call has an array of its own, twice"
     assert strays(store.root) == []
 
 
-def submitted(store: Store) -> set[str]:
-    """Ids of the SLURM jobs of all runs."""
-    ledgers = store.logs.glob("*/slurm/attempts.jsonl")
-    return {json.loads(line)["job"] for path in ledgers for line in path.read_text().splitlines()}
+def submitted(folder: Path) -> set[str]:
+    """Ids of the SLURM jobs of the runs with logs below a folder: submitit's logs are named after them."""
+    return {path.name.removesuffix("_0_log.err") for path in folder.glob("**/submitit/*_log.err")}
 
 
 def test_how_many_tasks_a_job_makes_is_measured(config: ClusterConfig, store: Store, tmp_path: Path) -> None:
     assert len(run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 40), config=config).done) == 40
-    assert len(submitted(store)) <= 2 + 6, "two to measure, and one for each core"
+    assert len(submitted(store.logs)) <= 2 + 6, "two to measure, and one for each core"
     assert len(ran(tmp_path)) == 40
 
 
@@ -638,4 +637,4 @@ def test_the_rest_of_a_pack_that_ran_long_starts_elsewhere(
     report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.3, 6), config=config)
     assert {outcome.history for outcome in report.done} == {("done",)}
     assert len(ran(tmp_path)) == 6
-    assert len(submitted(store)) > 1
+    assert len(submitted(store.logs)) > 1
