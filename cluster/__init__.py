@@ -22,7 +22,7 @@ from cluster.errors import (
 )
 from cluster.protocol import Cause
 from cluster.store.layout import is_published
-from cluster.store.publish import Manifest, adopt, drop, set_aside, verify
+from cluster.store.publish import Manifest, drop, set_aside, verify
 from cluster.task import Resources, Store, Task
 from cluster.worker.attempt import progress
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BadConfig", "BadTask", "CannotRun", "Cause", "ClusterConfig", "ClusterError", "CorruptResult", "Fenced",
     "Interrupted", "Locked", "Manifest", "Outcome", "Report", "Resources", "Stopped", "Store", "StoreUnavailable",
-    "Task", "TasksFailed", "adopt", "drop", "is_published", "progress", "run", "set_aside", "verify",
+    "Task", "TasksFailed", "drop", "is_published", "progress", "run", "set_aside", "verify",
 ]  # fmt: skip
 
 _OF_DRIVERS = {"ClusterConfig": "config", "Outcome": "driver.board", "Report": "driver.board", "run": "driver.runner"}

@@ -45,11 +45,7 @@ class ClusterConfig(Section):
 
     @classmethod
     def from_params(cls, section: Mapping[str, Any] | None = None) -> Self:
-        """Read the section, as `overridden`.
-
-        Raises:
-            BadConfig: lists unknown keys, with the nearest legal ones, and impossible values.
-        """
+        """The section as `overridden`; `BadConfig` lists unknown keys, with the nearest legal ones, and bad values."""
         return settle(cls, cls.overridden(section or {}), "the configuration", "cluster")
 
     @classmethod
@@ -88,8 +84,7 @@ class Profile(Section):
     def load(cls, name: str | None) -> Self:
         """The profile of that name, or in the YAML file of that path; the defaults if None.
 
-        Raises:
-            BadConfig: no such file, one that is not YAML, or all unknown keys and impossible values in it.
+        `BadConfig` says that there is none, that it is not YAML, or all unknown keys and impossible values in it.
         """
         if name is None:
             return cls()

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -163,12 +163,8 @@ class Process:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote; KeyError or ValueError if it is something else."""
+        """The process of which this is `vars`; KeyError or ValueError if it is something else."""
         return cls(str(data["host"]), int(data["pid"]), str(data["started"]), str(data["domain"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object that names this process."""
-        return asdict(self)
 
     def alive(self) -> bool | None:
         """Whether it still runs; None if that cannot be seen from here (another host, container or user)."""

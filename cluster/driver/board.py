@@ -223,7 +223,7 @@ class Journal:
 
     def __init__(self, folder: Path, board: Board) -> None:
         self._folder, self._board = folder, board
-        self._process, self._since = Process.me().to_json(), time.time()
+        self._process, self._since = vars(Process.me()), time.time()
         self._last, self._warned = 0.0, False
 
     def attempt(self, **facts: Any) -> None:

@@ -32,8 +32,7 @@ def run_lock(
 ) -> Iterator[None]:
     """Hold the lock of `label`; without a label there is none. `check` is called while waiting; it may raise.
 
-    Raises:
-        Locked: another run holds it, and `on_locked` says to refuse.
+    Raises `Locked` if another run holds it, and `on_locked` says to refuse.
     """
     if not label:
         yield
@@ -52,7 +51,7 @@ def run_lock(
         time.sleep(PERIOD)
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        path.write_text(json.dumps({"process": Process.me().to_json(), "run": run_id, "since": since, "label": label}))
+        path.write_text(json.dumps({"process": vars(Process.me()), "run": run_id, "since": since, "label": label}))
         yield
     finally:
         _end(path, lock)

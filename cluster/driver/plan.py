@@ -47,9 +47,8 @@ class Planned:
 def check_tasks(tasks: Iterable[Task]) -> list[Planned]:
     """Check every task.
 
-    Raises:
-        BadTask: two tasks with one `out`, one inside another's, a call that workers would not find, or an `out` that
-            holds the result of another task.
+    `BadTask` names two with one `out`, an `out` inside another's or with the result of another task, and a call that
+    workers would not find.
     """
     planned: dict[Path, Planned] = {}
     parents: dict[Path, Path] = {}
@@ -130,9 +129,6 @@ def explain(
         tasks: as for `run`.
         store: that has their results, and the modules behind each digest of code.
         spec_of: spec of a published result as its task has it, where they differ.
-
-    Raises:
-        BadTask: as `run`.
     """
     kinds: dict[str, Kind] = {}
     missing: dict[tuple[Path, str], list[Task]] = {}
@@ -191,11 +187,7 @@ def forget_code(store: Store, seconds: float) -> None:
 
 
 def tasks_of(name: str) -> list[Task]:
-    """What the function `module:function`, which takes no arguments, returns.
-
-    Raises:
-        BadTask: there is no such function, it takes arguments, or it returns something else than tasks.
-    """
+    """What the function `module:function` returns; `BadTask` unless it takes no arguments and that is tasks."""
     function = resolve_call(name)
     try:
         inspect.signature(function).bind()

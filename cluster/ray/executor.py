@@ -65,8 +65,11 @@ class RayExecutor(Executor):
             passed_on = (f"{config.application.upper()}_", "PYTHONHASHSEED", *config.passed_on)
             environment = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
             environment |= self._profile.environment
-            setup = {"folder": self._working_folder, "environment": environment, "moved_by": config.moved_by}
-            self._arguments = setup, code, root
+            paths = [self._working_folder, *code]
+            if root is not None:  # what does not lie in the working dir keeps its path
+                within = ((path, os.path.relpath(path, root)) for path in paths)
+                paths = [path if inside.startswith("..") else inside for path, inside in within]
+            self._arguments = environment, paths, config.moved_by
             context.logs.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self.close()

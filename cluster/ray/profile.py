@@ -89,12 +89,9 @@ def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | Non
     it), else the cluster that was started on this machine, else a private one that ends with this executor.
     """
     address = profile.address or os.environ.get("RAY_ADDRESS") or "auto"
-    if address.startswith("ray://"):
-        raise CannotRun(f"{address} is the address of a Ray client server, from where the store cannot be shared: "
-                        "run the driver in the cluster, with `ray job submit`")  # fmt: skip
     if "://" in address:
-        raise CannotRun(f"{address} is the address of Ray's dashboard, for `ray job submit`: drivers connect to "
-                        "HOST:6379 or `auto`")  # fmt: skip
+        raise CannotRun(f"{address} is the address of a Ray client server or dashboard: run the driver in the cluster, "
+                        "with `ray job submit`, where it connects to HOST:6379 or `auto`")  # fmt: skip
     if address in ("auto", "local"):  # of this machine: what is started here listens on loopback only
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read by Ray when it is imported
     import ray

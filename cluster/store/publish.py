@@ -4,8 +4,8 @@ A published folder is its files and a `manifest.json` that lists them with size 
 of the task and the files: no times, hosts or random names, so that equal results are equal byte for byte.
 
 `publish` writes the manifest into the folder of an attempt, forces both to disk and renames the folder to its name,
-which fails if the name holds anything: that one rename decides. `publish_copy` and `adopt` do the same with files that
-exist already. `verify` compares a published folder with its manifest, `set_aside` also renames a damaged one away, and
+which fails if the name holds anything: that one rename decides. `publish_copy` does the same with files that exist
+already. `verify` compares a published folder with its manifest, `set_aside` also renames a damaged one away, and
 `drop` removes one.
 """
 
@@ -17,10 +17,9 @@ import logging
 import os
 import shutil
 import stat
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -31,16 +30,12 @@ from cluster.store.layout import (
     MANIFEST,
     RESUME,
     aside,
-    check_out,
     files_in,
-    is_published,
-    new_attempt,
     patient,
-    temporaries,
     unavailable,
 )
-from cluster.store.lease import Watch, remove_tree
-from cluster.store.workspace import Busy, Workspace
+from cluster.store.lease import remove_tree
+from cluster.store.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -315,51 +310,3 @@ def publish_copy(
             publish(workspace, about, expected=sums)
     finally:
         workspace.discard()
-
-
-def adopt(src_subfolder: Path, out: Path) -> Manifest:
-    """Publish a subfolder of a published folder as a result of its own, in one step.
-
-    So one task can make several results (all layers of one pass) that live on their own afterwards. The files are
-    linked, or copied where the file system cannot link. The name of `out` becomes the key, its parent's name the kind;
-    a result that is there already is left as it is.
-
-    Raises:
-        BadTask: `src_subfolder` is not inside a published folder, or holds no file of it.
-        CorruptResult: the published folder disagrees with its manifest.
-    """
-    src, out = Path(src_subfolder).resolve(), Path(out)
-    check_out(out)
-    if is_published(out):
-        return Manifest.read(out)
-    owner = next((folder for folder in src.parents if is_published(folder)), None)
-    if owner is None:
-        raise BadTask(f"{src} is not inside a published folder")
-    source = Manifest.read(owner)
-    part = src.relative_to(owner).as_posix()
-    inside = f"{part}/"
-    sums = {path.removeprefix(inside): sum_ for path, sum_ in source.sums.items() if path.startswith(inside)}
-    if not sums:
-        raise BadTask(f"{owner} was published without files in {part!r}")
-    about = replace(source.about, key=out.name, kind=out.parent.name, part=part)
-    watch = Watch()
-    while not is_published(out):
-        dead = [attempt for root, _, attempt in temporaries(out.parent, out.name) if watch.abandoned(root)]
-        try:
-            workspace = Workspace.claim(out, new_attempt(), supersedes=dead)
-        except Busy:
-            time.sleep(0.05)
-        else:
-            publish_copy(workspace, about, sums, lambda path, target: _link(src / path, target))
-    return Manifest.read(out)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except GONE as error:
-        raise CorruptResult(f"{source} is missing, its manifest lists it") from error
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        shutil.copyfile(source, target, follow_symlinks=False)

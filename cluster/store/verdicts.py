@@ -8,7 +8,6 @@ What a disk loses by itself does not show: `verify` without verdicts reads every
 import json
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.store import lease
@@ -17,14 +16,14 @@ from cluster.store.lease import Marks
 
 log = logging.getLogger(__name__)
 
-_TICK_NS = 20_000_000
+TICK_NS = 20_000_000
 """Two changes within a tick of a file system's clock (10 ms at most) may leave the same times."""
 
 
 def marks(folder: Path) -> Marks:
     """Those of every file below `folder`; none if one was changed just now, since its next change might not show."""
     found = patient(lease.marks)(folder)
-    return [] if any(time.time_ns() - int(one[4]) <= _TICK_NS for one in found) else found
+    return [] if any(time.time_ns() - int(one[4]) <= TICK_NS for one in found) else found
 
 
 def recall(folder: Path) -> Marks:
@@ -46,19 +45,6 @@ def remember(folder: Path, whole: Marks) -> None:
         replace_text(_path(folder), json.dumps(whole))
     except OSError as error:
         log.info("%s is not remembered to be whole: %s", folder, error)
-
-
-def remember_linked(read: Mapping[Path, Marks]) -> None:
-    """Remember results whose files were read when they had these marks, and were linked or unlinked since.
-
-    That changes their ctime; their size, mtime and inode must still be those of before.
-    """
-    time.sleep(_TICK_NS / 1e9)
-    for folder, before in read.items():
-        now = marks(folder)
-        but_ctime = [one[:4] for one in now]
-        if before and all(one[:4] in but_ctime for one in before):
-            remember(folder, now)
 
 
 def forget_absent(root: Path) -> None:

@@ -52,7 +52,7 @@ def test_status_tells_running_ended_and_killed_runs_apart(full: Store, capsys: p
     assert (run_["label"], run_["state"], run_["done"]) == ("squares", "done", 3)
     for number, started in (("8", Process.me().started), ("9", "1")):
         data = json.loads(ended.read_text()) | {"state": "running", "run": number}
-        data["process"] = Process.me().to_json() | {"started": started}
+        data["process"] = vars(Process.me()) | {"started": started}
         data["now"] = [{"name": "abc", "seconds": 61, "done": 1, "total": 2, "note": "step 7"}]
         (full.logs / number).mkdir()
         (full.logs / number / "status.json").write_text(json.dumps(data))
@@ -65,7 +65,7 @@ def test_status_tells_running_ended_and_killed_runs_apart(full: Store, capsys: p
 
 def test_status_says_how_long_a_driver_elsewhere_is_silent(full: Store, capsys: pytest.CaptureFixture[str]) -> None:
     path = next(full.logs.glob("*/status.json"))
-    elsewhere = Process.me().to_json() | {"domain": "another host", "host": "login7"}
+    elsewhere = vars(Process.me()) | {"domain": "another host", "host": "login7"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "running", "process": elsewhere}))
     assert main(["status", "--store", str(full.root)]) == 0
     assert "squares running on login7" in capsys.readouterr().out

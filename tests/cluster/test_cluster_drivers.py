@@ -164,7 +164,7 @@ def test_where_files_cannot_be_locked_the_name_of_the_owner_decides(
         raise OSError(errno.ENOLCK, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    me = Process.me().to_json()
+    me = vars(Process.me())
     lock = tmp_path / "x.json"
     for started, free in ((me["started"], False), ("1", True)):
         lock.write_text(json.dumps({"process": {**me, "started": started}, "run": "0", "since": "then"}))

@@ -19,7 +19,7 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import WEIRD, forked, job_of, results, strays, tree
 
-from cluster import Cause, CorruptResult, Store, StoreUnavailable, Task, adopt, drop, is_published, set_aside, verify
+from cluster import Cause, CorruptResult, Store, StoreUnavailable, Task, drop, is_published, set_aside, verify
 from cluster.protocol import Event
 from cluster.store import layout
 from cluster.store.layout import new_attempt
@@ -439,28 +439,3 @@ def test_a_folder_that_is_no_result_is_moved_aside_not_lost(store: Store) -> Non
     verify(task.out)
     (aside,) = [path for path in task.out.parent.iterdir() if path.name.startswith(".")]
     assert (aside / "notes.txt").read_text() == "mine"
-
-
-def test_adopting_shares_the_bytes_and_outlives_the_source(store: Store, tmp_path: Path) -> None:
-    task = square(store)
-    publish(task)
-    out = store.path("layer", "abc")
-    adopt(task.out / "deep", out)
-    assert (out / "er" / "data.bin").stat().st_ino == (task.out / "deep" / "er" / "data.bin").stat().st_ino
-    before = tree(out)
-    adopt(task.out / "deep", out)
-    drop(task.out)
-    assert tree(out) == before
-    manifest = verify(out)
-    assert (manifest.about.part, manifest.about.spec, manifest.about.key) == ("deep", {"x": 3}, "abc")
-    assert [path for path in out.parent.iterdir() if path != out] == []
-
-
-def test_adopting_a_corrupt_file_fails_and_leaves_nothing(store: Store) -> None:
-    task = square(store)
-    publish(task)
-    (task.out / "deep" / "er" / "data.bin").write_bytes(b"?" * 1000)
-    out = store.path("layer", "abc")
-    with pytest.raises(CorruptResult, match=r"er/data.bin"):
-        adopt(task.out / "deep", out)
-    assert list(out.parent.iterdir()) == []

@@ -318,12 +318,12 @@ def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> Non
     run = store.logs / "run"
     status = run / "status.json"
     run.mkdir(parents=True)
-    status.write_text(json.dumps({"process": Process.me().to_json()}))
+    status.write_text(json.dumps({"process": vars(Process.me())}))
     now = status.stat().st_mtime
     assert not abandoned(run, now + 10 * SILENCE)  # it is us
-    status.write_text(json.dumps({"process": Process.me().to_json() | {"started": "1"}}))
+    status.write_text(json.dumps({"process": vars(Process.me()) | {"started": "1"}}))
     assert abandoned(run, now)
-    status.write_text(json.dumps({"process": Process.me().to_json() | {"domain": "another host"}}))
+    status.write_text(json.dumps({"process": vars(Process.me()) | {"domain": "another host"}}))
     assert not abandoned(run, now + SILENCE / 2)
     assert abandoned(run, now + 2 * SILENCE)
     os.utime(status, (now - 2 * SILENCE,) * 2)
