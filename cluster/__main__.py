@@ -19,8 +19,8 @@ from cluster.driver.board import STATES, clock, read_status
 from cluster.driver.lock import sweep_locks
 from cluster.driver.plan import explain, forget_code, tasks_of
 from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
-from cluster.store.layout import MANIFEST, files_in, put_aside, temporaries
-from cluster.store.lease import UNOWNED_PATIENCE, Watch, remove_tree, sweep
+from cluster.store.layout import MANIFEST, appears, files_in, put_aside, temporaries
+from cluster.store.lease import UNOWNED_PATIENCE, Watch, sweep
 from cluster.store.publish import Manifest, drop, set_aside, verify
 from cluster.store.remote import Remote, transfer
 from cluster.store.verdicts import forget_absent
@@ -97,8 +97,7 @@ def _results(store: Store, options: argparse.Namespace) -> Said:
             continue  # `verify` names it
         about, size = manifest.about, sum(file.bytes for file in manifest.files)
         seconds = round(max(time.time() - (folder / MANIFEST).stat().st_mtime, 0.0), 1)
-        data.append({"kind": about.kind, "key": about.key, "call": about.call, "part": about.part,
-                     "spec": about.spec, "bytes": size, "age_seconds": seconds})  # fmt: skip
+        data.append({**asdict(about), "bytes": size, "age_seconds": seconds})
         spec = ", ".join(f"{key}={display(canonical(value))}" for key, value in about.spec.items())
         short = spec if len(spec) <= 100 else f"{spec[:97]}..."
         lines.append(f"{about.kind}/{about.key} {size / 1e6:,.1f} MB {clock(seconds)} {about.call} {short}")
@@ -124,7 +123,11 @@ def _verify(store: Store, options: argparse.Namespace) -> Said:
 def _clean(store: Store, options: argparse.Namespace) -> Said:
     if options.yes and (held := sweep_locks(store.locks)) and options.in_use:
         raise Locked(f"{held[0]} is at work in this store, and nothing names its results yet: wait for it")
-    unused = _unused(store, options.in_use) if options.in_use else []
+    try:
+        named = options.in_use and set(options.in_use.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"the names of results in use cannot be read: {error}") from error
+    unused = [] if named is None else [folder for folder in store.published() if _name(store, folder) not in named]
     now = time.time()
     ages = {path: max(now - path.lstat().st_ctime, 0.0) for kind in store.kinds() for path in put_aside(kind)}
     old = [path for path, age in ages.items() if age >= options.age * DAY]
@@ -134,10 +137,8 @@ def _clean(store: Store, options: argparse.Namespace) -> Said:
     size, swept = sum(sizes.values()), list[Path]()
     if options.yes:
         swept = _sweep(store, options)
-        for folder in unused:
+        for folder in unused + old:
             drop(folder)
-        for folder in old:
-            remove_tree(folder)
         forget_absent(store.root)
         forget_code(store, options.age * DAY)
     left = [root for kind in store.kinds() for root, _, _ in temporaries(kind)]
@@ -152,22 +153,16 @@ def _clean(store: Store, options: argparse.Namespace) -> Said:
     return 0, {"store": str(store.root), "dropped": options.yes, "bytes": size, **data}, lines
 
 
-def _unused(store: Store, in_use: Path) -> list[Path]:
-    try:
-        named = set(in_use.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"the names of results in use cannot be read: {error}") from error
-    return [folder for folder in store.published() if _name(store, folder) not in named]
-
-
 def _sweep(store: Store, options: argparse.Namespace) -> list[Path]:
     """Remove what dead attempts left; those of other machines are watched for a while."""
-    watch, removed, deadline = Watch(), list[Path](), time.monotonic() + options.wait
-    while True:
-        removed += [path for kind in store.kinds() for path in sweep(kind, watch, resume_too=options.resume)]
-        if time.monotonic() >= deadline or not any(temporaries(kind) for kind in store.kinds()):
-            return removed
-        time.sleep(min(0.5, options.wait))
+    watch, removed = Watch(), list[Path]()
+
+    def nothing_is_left() -> bool:
+        removed.extend(path for kind in store.kinds() for path in sweep(kind, watch, resume_too=options.resume))
+        return not any(temporaries(kind) for kind in store.kinds())
+
+    appears(nothing_is_left, options.wait)
+    return removed
 
 
 def _transfer(store: Store, options: argparse.Namespace) -> Said:

@@ -124,11 +124,8 @@ def explain(
     """Say what `run` would skip and what it would do, each with the reason.
 
     A task that is not published is compared with the nearest result of its kind and call: fewest differing entries.
-
-    Args:
-        tasks: as for `run`.
-        store: that has their results, and the modules behind each digest of code.
-        spec_of: spec of a published result as its task has it, where they differ.
+    The store has these, and the modules behind each digest of code. `spec_of` gives the spec of a published result as
+    its task has it, where they differ.
     """
     kinds: dict[str, Kind] = {}
     missing: dict[tuple[Path, str], list[Task]] = {}

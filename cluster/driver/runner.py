@@ -25,7 +25,7 @@ from cluster.driver.plan import Planned, check_tasks, make_folders, record_code
 from cluster.errors import CannotRun, Interrupted
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.store.layout import appears, is_published, new_attempt, temporaries
-from cluster.store.lease import Watch, fence, has_progressed, sweep
+from cluster.store.lease import Watch, fence, sweep
 from cluster.task import Resources, Store, Task, display, resolve_call
 
 log = logging.getLogger(__name__)
@@ -237,8 +237,7 @@ class _Run:
             self._wait_for_others(entry)
             return
         cause, entry.detail = self._settled(job, event)
-        progressed = has_progressed(job.out, job.id)
-        fence(job.out, job.id)
+        progressed = fence(job.out, job.id)
         entry.causes.append(cause)
         if cause in ELSEWHERE and event.node:
             entry.avoid.add(event.node)

@@ -173,7 +173,13 @@ class Workers(Executor):
         """A worker died: say how its job ended, which may have been well just before."""
         self._read(worker)
         job = worker.job
-        cause, detail = worker.killed or self._diagnose(worker)
+        code = worker.process.poll() or 0
+        said = (
+            f"left with exit code {code}" if code >= 0 else f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        )
+        cause, detail = worker.killed or (Cause.CRASHED, f"the worker {said}")
+        if not worker.killed and code == -signal.SIGKILL and oom_kills() > worker.oom_kills:
+            cause, detail = Cause.OOM, "killed by the kernel for lack of memory"
         self._remove(worker)
         if not worker.ready:
             self._start_failures += 1
@@ -187,14 +193,6 @@ class Workers(Executor):
                 return
             detail = f"{detail}; workers do not come up, see {worker.log}"
         self._events.append(Event(job.id, "ended", cause, detail))
-
-    def _diagnose(self, worker: WorkerProcess) -> tuple[Cause, str]:
-        code = worker.process.poll() or 0
-        if code == -signal.SIGKILL and oom_kills() > worker.oom_kills:
-            return Cause.OOM, "killed by the kernel for lack of memory"
-        if code < 0:
-            return Cause.CRASHED, f"the worker was killed by signal {-code} ({signal.strsignal(-code)})"
-        return Cause.CRASHED, f"the worker left with exit code {code}"
 
     def _remove(self, worker: WorkerProcess) -> None:
         self._workers.remove(worker)

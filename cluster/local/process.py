@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.fingerprint import dotted_name
@@ -21,13 +20,6 @@ _START = (
     "from cluster.worker.attempt import serve; serve(int(sys.argv[2]))"
 )
 _THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB", "BLIS")
-
-
-def worker_environment(threads: int, gpus: Sequence[str]) -> dict[str, str]:
-    """Environment of a worker: threads as the task asked, so that results do not depend on the machine."""
-    limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADS}
-    fixed = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONUNBUFFERED": "1"}
-    return {"PYTHONHASHSEED": "0", **os.environ, **limits, **fixed}
 
 
 def worker_path() -> list[str]:
@@ -55,6 +47,9 @@ class WorkerProcess:
         self.oom_kills = 0  # of the machine when the job began
         self.killed: tuple[Cause, str] | None = None
         self._stream, self._outbox = EventStream(), b""
+        # Threads as the task asked, so that results do not depend on the machine.
+        limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADS}
+        fixed = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONUNBUFFERED": "1"}
         self.channel, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             handle = theirs.fileno()
@@ -63,7 +58,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=worker_environment(threads, gpus),
+                env={"PYTHONHASHSEED": "0", **os.environ, **limits, **fixed},
                 pass_fds=[handle],
                 start_new_session=True,
             )

@@ -126,26 +126,23 @@ class RayExecutor(Executor):
 
     def _hand_over(self, job: Job) -> None:
         asked, profile = job.resources, self._profile
+        strategy: Any = profile.scheduling
+        if job.avoid:  # on which it died, if there are others
+            from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+            strategy = NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
         stream = self._remote.options(
             num_cpus=asked.cpus,
             num_gpus=asked.gpus,
             memory=int(asked.memory_gb * GIB),
             resources=profile.resources or None,
             accelerator_type=profile.accelerator_type if asked.gpus else None,
-            scheduling_strategy=self._strategy(job),
+            scheduling_strategy=strategy,
             max_retries=0,
             num_returns="streaming",
             name=display(job.name),
         ).remote(asdict(job), *self._arguments)
         self._flights[stream] = _Flight(job, stream, time.monotonic())
-
-    def _strategy(self, job: Job) -> Any:
-        """Where Ray puts a job: as the profile says, but away from nodes on which it died if there are others."""
-        if not job.avoid:
-            return self._profile.scheduling
-        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
-
-        return NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
 
     def _collect(self, timeout: float) -> None:
         """Take the next news of every job that has some."""

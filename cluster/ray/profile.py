@@ -65,13 +65,11 @@ def misfit(asked: Resources, nodes: Sequence[Node], profile: RayProfile) -> str 
     """Why no node can ever run such a task, as the rest of a sentence; None if one can."""
     if profile.fitting(asked, nodes):
         return None
-    extra = [f"{amount:g} {name}" for name, amount in profile.resources.items()]
-    if profile.accelerator_type and asked.gpus:
-        extra.append(f"GPUs of type {profile.accelerator_type}")
-    also = f", with {' and '.join(extra)} as its profile says" if extra else ""
+    also = "".join(f", {amount:g} {name}" for name, amount in profile.resources.items())
+    also += f", GPUs of type {profile.accelerator_type}" if profile.accelerator_type and asked.gpus else ""
     there = "; ".join(f"{count} with {kind}" for kind, count in Counter(map(_described, nodes)).items()) or "none"
     return (
-        f"asks for {asked.cpus} core(s), {asked.gpus} GPU(s) and {asked.memory_gb:g} GB of memory on one node{also}. "
+        f"asks for {asked.cpus} core(s), {asked.gpus} GPU(s) and {asked.memory_gb:g} GB of memory{also} on one node. "
         f"Nodes there are: {there}. Ask for less, add such a node, or, if the cluster grows by itself, say in the "
         "profile how large its nodes get (largest_node)"
     )

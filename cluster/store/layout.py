@@ -143,6 +143,7 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+@patient
 def files_in(folder: Path) -> list[Path]:
     """All that is below `folder`, if there is one, and is no folder, sorted. Links, to folders too, are not followed.
 

@@ -63,11 +63,6 @@ def read_owner(root: Path) -> Owner | None:
         return None
 
 
-def create_owner(root: Path, owner: Owner) -> None:
-    """Write the first owner file of a folder nobody else uses yet."""
-    (root / OWNER_FILE).write_text(json.dumps(asdict(owner)))
-
-
 def replace_owner(root: Path, owner: Owner) -> None:
     """Write the owner file in one step; `FileNotFoundError` if the folder was taken away: the lease is lost."""
     replace_text(root / OWNER_FILE, json.dumps(asdict(owner)))
@@ -102,6 +97,7 @@ def resume_of(root: Path) -> Path | None:
     return next((found for found in (root / RESULT / RESUME, root / RESUME) if files_in(found)), None)
 
 
+@patient
 def marks(folder: Path) -> Marks:
     """What changes whenever a file below `folder` is added, changed or replaced, and in its ctime if it is linked."""
     found: Marks = []
@@ -116,14 +112,6 @@ def signature(folder: Path) -> str:
     """Changes whenever a file below `folder` is added, grown or replaced; "" if there is none."""
     found = [one[:4] for one in marks(folder)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
-
-
-@patient
-def has_progressed(out: Path, attempt: str) -> bool:
-    """Whether a dead attempt left something new in its `resume/`."""
-    root = temporary(out, attempt)
-    owner, resume = read_owner(root), resume_of(root)
-    return owner is not None and resume is not None and signature(resume) != owner.resume_at_start
 
 
 @patient
@@ -142,12 +130,18 @@ def discard(root: Path) -> None:
         remove_tree(root / RESULT)
 
 
-def fence(out: Path, attempt: str) -> None:
-    """Clean up after an attempt elsewhere, which from here on can never publish, even if it still runs."""
-    target = temporary(out, new_attempt())
+def fence(out: Path, attempt: str) -> bool:
+    """Clean up after an attempt elsewhere, which from here on can never publish, even if it still runs.
+
+    Says whether it left something new in its `resume/`.
+    """
+    target, progressed = temporary(out, new_attempt()), False
     with contextlib.suppress(*GONE):
         patient(temporary(out, attempt).rename)(target)
+        owner, resume = read_owner(target), resume_of(target)
+        progressed = owner is not None and resume is not None and signature(resume) != owner.resume_at_start
         discard(target)
+    return progressed
 
 
 def remove_tree(path: Path) -> None:

@@ -136,7 +136,7 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
             raise CorruptResult(f"{path} is missing, its manifest lists it") from error
     if seen:
         verdicts.remember(folder, seen)
-    there = {path.relative_to(folder).as_posix() for path in patient(files_in)(folder)}
+    there = {path.relative_to(folder).as_posix() for path in files_in(folder)}
     strays = there - {*manifest.sums, MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
@@ -161,7 +161,7 @@ def _fsync(path: Path) -> None:
 def _seal(folder: Path, about: About) -> Manifest:
     """Write the manifest of `folder`, and force all that is in it to disk."""
     files = []
-    for path in patient(files_in)(folder):
+    for path in files_in(folder):
         name = path.relative_to(folder).as_posix()
         if name == MANIFEST:
             raise BadTask(f"the call wrote a file named {MANIFEST}: that name is the store's, use another")

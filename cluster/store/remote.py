@@ -48,7 +48,6 @@ class Remote:
     def push(self, out: Path) -> None:
         """Upload a published result; whatever the client raises is passed on."""
         place = f"{self._root}/{out.parent.name}/{out.name}"
-        self._fs.makedirs(f"{self._root}/{out.parent.name}", exist_ok=True)
         for file in Manifest.read(out).files:
             target = f"{place}/{file.path}"
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from cluster.store import lease
-from cluster.store.layout import VERDICTS, patient, replace_text
+from cluster.store.layout import VERDICTS, replace_text
 from cluster.store.lease import Marks
 
 log = logging.getLogger(__name__)
@@ -22,19 +22,18 @@ TICK_NS = 20_000_000
 
 def marks(folder: Path) -> Marks:
     """Those of every file below `folder`; none if one was changed just now, since its next change might not show."""
-    found = patient(lease.marks)(folder)
+    found = lease.marks(folder)
     return [] if any(time.time_ns() - int(one[4]) <= TICK_NS for one in found) else found
 
 
 def recall(folder: Path) -> Marks:
     """The marks of a published folder when it was read; empty if never."""
+    found: Marks = []
     try:
-        found: Marks = json.loads(_path(folder).read_bytes())
-    except FileNotFoundError:
-        return []
+        found = json.loads(_path(folder).read_bytes())
     except (OSError, ValueError) as error:
-        log.warning("%s: %r; the files are read again", _path(folder), error)
-        return []
+        if not isinstance(error, FileNotFoundError):
+            log.warning("%s: %r; the files are read again", _path(folder), error)
     return found
 
 

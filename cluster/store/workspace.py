@@ -5,12 +5,13 @@ inside that folder, so it fails from then on: fencing needs no check that could 
 """
 
 import contextlib
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +19,7 @@ from cluster.errors import Fenced, StoreUnavailable
 from cluster.host import Process
 from cluster.store import lease as leases
 from cluster.store.layout import GONE, RESULT, RESUME, files_in, new_attempt, patient, temporaries, temporary
-from cluster.store.lease import Owner, read_owner, replace_owner
+from cluster.store.lease import OWNER_FILE, Owner, read_owner, replace_owner
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Workspace:
         try:
             self.root.mkdir(exist_ok=True)  # of a try that the file system failed: the name is ours alone
             self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-            leases.create_owner(self.root, self._owner)
+            (self.root / OWNER_FILE).write_text(json.dumps(asdict(self._owner)))
         except FileNotFoundError:
             self.discard()
             return False
