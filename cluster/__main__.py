@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ from cluster.driver.board import STATES, clock, read_status
 from cluster.driver.lock import sweep_locks
 from cluster.driver.plan import explain, forget_code, tasks_of
 from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
-from cluster.store.layout import MANIFEST, appears, files_in, put_aside, temporaries
+from cluster.store.layout import LOCKS, MANIFEST, appears, files_in, put_aside, temporaries
 from cluster.store.lease import UNOWNED_PATIENCE, Watch, sweep
 from cluster.store.publish import Manifest, drop, set_aside, verify
-from cluster.store.remote import Remote, transfer
+from cluster.store.remote import Remote
 from cluster.store.verdicts import forget_absent
 from cluster.task import Store, canonical, display
 
-Said = tuple[int, Any, list[str]]
-"""Exit code, what --json prints, and the lines for people."""
+Said = tuple[int, Any, list[str]]  # exit code, what --json prints, and the lines for people
 DAY = 86400.0
+AT_ONCE = 8  # transfers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +122,7 @@ def _verify(store: Store, options: argparse.Namespace) -> Said:
 
 
 def _clean(store: Store, options: argparse.Namespace) -> Said:
-    if options.yes and (held := sweep_locks(store.locks)) and options.in_use:
+    if options.yes and (held := sweep_locks(store.root / LOCKS)) and options.in_use:
         raise Locked(f"{held[0]} is at work in this store, and nothing names its results yet: wait for it")
     try:
         named = options.in_use and set(options.in_use.read_text(encoding="utf-8").split())
@@ -176,9 +177,15 @@ def _transfer(store: Store, options: argparse.Namespace) -> Said:
     asked = [name for name in source if not options.names or {name, name.partition("/")[0]} & set(options.names)]
     todo, failed = [name for name in asked if name not in target], {}
     outs = [store.path(*name.split("/")) for name in todo]
-    for out, error in transfer(outs, remote.push if pushing else remote.pull):
-        if error is not None:
+
+    def move(out: Path) -> None:
+        try:
+            (remote.push if pushing else remote.pull)(out)
+        except Exception as error:  # whatever a client raises: the others go on
             failed[_name(store, out)] = " ".join(f"{type(error).__name__}: {error}".split())
+
+    with ThreadPool(AT_ONCE) as pool:  # of daemons: when we are interrupted nothing waits for a transfer that hangs
+        list(pool.imap_unordered(move, outs))
     did, done, before = f"{options.name}ed", sorted(set(todo) - set(failed)), len(asked) - len(todo)
     lines = [f"{name} was not {did}: {text}" for name, text in sorted(failed.items())]
     lines.append(f"{len(done)} results {did}, {before} there before, {len(failed)} failed")

@@ -51,18 +51,14 @@ class ClusterConfig(Section):
     @classmethod
     def overridden(cls, section: Mapping[str, Any]) -> dict[str, Any]:
         """The section with what the environment has instead: CLUSTER_EXECUTOR, CLUSTER_STORE."""
-        found = {entry: os.environ.get(cls._variable(entry)) for entry in ("executor", "store")}
+        found = {entry: os.environ.get(f"{cls.application}_{entry}".upper()) for entry in ("executor", "store")}
         return {**section, **{entry: value for entry, value in found.items() if value}}
-
-    @classmethod
-    def _variable(cls, entry: str) -> str:
-        return f"{cls.application}_{entry}".upper()
 
     @field_validator("executor")
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in EXECUTORS:
-            variable = cls._variable("executor")
+            variable = f"{cls.application}_executor".upper()
             origin = f" ({variable})" if os.environ.get(variable) == name else ""
             raise ValueError(f"{show(name)}{origin} is no executor{nearest(name, sorted(EXECUTORS))}")
         return name

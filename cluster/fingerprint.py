@@ -169,8 +169,8 @@ def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[dict[str, st
         return {name: f"version {version}"}, set()
     digests = {name: hashlib.sha256(normal_form(tree).encode()).hexdigest()}
     for node in _executed(tree):
-        text = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
-        if isinstance(text, str) and text not in in_specs and _FILE.fullmatch(text) and (path.parent / text).is_file():
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if text not in in_specs and _FILE.fullmatch(text) and (path.parent / text).is_file():
             digests[f"{name}:{text}"] = hashlib.sha256((path.parent / text).read_bytes()).hexdigest()
     imported = _imports(tree, name, path.name == "__init__.py", packages)
     first_party = [found for found in imported if found.partition(".")[0] in packages]

@@ -18,8 +18,7 @@ from cluster.store.lease import read_owner
 _OWN = (LOGS, LOCKS, VERDICTS, CODE)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
-Call = Callable[..., object]
-"""`call(spec, folder)`, or `call(spec, folder, inputs)` of a task with inputs."""
+Call = Callable[..., object]  # `call(spec, folder)`, or `call(spec, folder, inputs)` of a task with inputs
 Status = Literal["published", "running", "failed", "missing"]
 """Running: an attempt holds its lease, on whatever machine; failed: the last attempt did not publish."""
 
@@ -46,12 +45,11 @@ class Resources:
 
 def check_json(value: object, where: str = "spec") -> None:
     """Raise `BadTask`, which names the first offending entry, unless `value` is the same after a trip through JSON."""
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadTask(f"{where} is {value}: JSON has no such number")
+    if value is None or isinstance(value, str | bool | int | float):
         return
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise BadTask(f"{where} is {value}: JSON has no such number")
-    elif isinstance(value, list):
+    if isinstance(value, list):
         for index, item in enumerate(value):
             check_json(item, f"{where}[{index}]")
     elif isinstance(value, dict):
@@ -133,11 +131,11 @@ class Task:
             lines = [line for line in path.read_text().splitlines() if self.key in line and line.endswith("}")]  # whole
             found += [(note, path.parent / note.get("log", "")) for note in map(json.loads, lines)]
         found = sorted((one for one in found if one[0]["key"] == self.key), key=lambda one: one[0]["time"])
-        owners = [read_owner(root) for root, _, _ in temporaries(out.parent, out.name)]
+        owners = filter(None, (read_owner(root) for root, _, _ in temporaries(out.parent, out.name)))
         status: Status = "failed" if found else "missing"
         if is_published(out):
             status = "published"
-        elif any(owner is not None and owner.alive() is not False for owner in owners):
+        elif any(owner.alive() is not False for owner in owners):
             status = "running"
         logs = [log for _, log in found if log.is_file()]
         return Lookup(status, out, tuple(note for note, _ in found), logs[-1] if logs else None)
@@ -176,13 +174,13 @@ class Store:
         spec: dict[str, Any],
         *,
         resources: Resources | None = None,
-        code: str | None = None,
+        code: str = "",
     ) -> Task:
         """A `Task` whose result lies in this store, in the folder `kind`, under a key of its call, spec and code.
 
         `code` may be a declared version, instead of the fingerprint of the source.
         """
-        task = Task(name, call, spec, self.root, resources or Resources(), kind, code or "")
+        task = Task(name, call, spec, self.root, resources or Resources(), kind, code)
         return replace(task, out=self.path(kind, task.key))
 
     def published(self) -> Iterator[Path]:
@@ -199,11 +197,6 @@ class Store:
     def logs(self) -> Path:
         """Folder of the logs of all runs."""
         return self.root / LOGS
-
-    @property
-    def locks(self) -> Path:
-        """Folder of the locks of the runs at work."""
-        return self.root / LOCKS
 
 
 def resolve_call(name: str) -> Call:

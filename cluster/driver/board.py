@@ -4,6 +4,7 @@ On a terminal that is one live view, elsewhere sparse plain lines.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from cluster.protocol import Cause
 from cluster.store.layout import ATTEMPTS, STATUS, replace_text
 from cluster.task import Task, display
 
-log = logging.getLogger(__name__)
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 STATES = ("waiting", "running", "done", "skipped", "retried", "failed", "cancelled")
 PERIOD = 1.0  # seconds between two status files
@@ -224,7 +225,7 @@ class Journal:
     def __init__(self, folder: Path, board: Board) -> None:
         self._folder, self._board = folder, board
         self._process, self._since = vars(Process.me()), time.time()
-        self._last, self._warned = 0.0, False
+        self._last = 0.0
 
     def attempt(self, **facts: Any) -> None:
         """Note how an attempt ended."""
@@ -253,9 +254,7 @@ class Journal:
             self._folder.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
-            if not self._warned:
-                log.warning("cannot write to %s: %s", self._folder, error)
-            self._warned = True
+            _warn_once(f"cannot write to {self._folder}: {error}")
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

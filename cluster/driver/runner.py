@@ -24,7 +24,7 @@ from cluster.driver.lock import run_lock
 from cluster.driver.plan import Planned, check_tasks, make_folders, record_code
 from cluster.errors import CannotRun, Interrupted
 from cluster.protocol import Cause, Context, Event, Executor, Job
-from cluster.store.layout import appears, is_published, new_attempt, temporaries
+from cluster.store.layout import LOCKS, appears, is_published, new_attempt, temporaries
 from cluster.store.lease import Watch, fence, sweep
 from cluster.task import Resources, Store, Task, display, resolve_call
 
@@ -72,7 +72,7 @@ def run(
     store = Store(config.store)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{new_attempt()[:8]}"
     context = Context(run_id, store.logs / run_id, config)
-    with _signals_noted() as check, run_lock(store.locks, label, run_id, config.on_locked, check):
+    with _signals_noted() as check, run_lock(store.root / LOCKS, label, run_id, config.on_locked, check):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
         missing = [one for one in planned if not one.published]
         folders, watch = {one.out.parent for one in planned}, Watch()
@@ -94,21 +94,17 @@ def run(
 
 
 def next_resources(
-    causes: Sequence[Cause],
-    last: Resources,
-    *,
-    tries: int,
-    preemptions: int,
-    progressed: bool = False,
-    memory_limit_gb: float | None = None,
+    causes: Sequence[Cause], last: Resources, config: ClusterConfig, progressed: bool, memory_limit_gb: float | None
 ) -> Resources | None:
     """What to give the next attempt, by how each one so far ended and what the last had; None if there is to be none.
 
     `progressed`: the last one left something new in its `resume/`. `memory_limit_gb`: the most that one can get.
     """
     cause = causes[-1]
-    limits = {**dict.fromkeys(ELSEWHERE, tries), Cause.PREEMPTED: preemptions, Cause.OOM: 2}
-    if causes.count(cause) >= (preemptions if cause is Cause.TIMEOUT and progressed else limits.get(cause, 1)):
+    limits = {**dict.fromkeys(ELSEWHERE, config.tries), Cause.PREEMPTED: config.preemptions, Cause.OOM: 2}
+    if cause is Cause.TIMEOUT and progressed:
+        limits[cause] = config.preemptions
+    if causes.count(cause) >= limits.get(cause, 1):
         return None
     if cause is not Cause.OOM:
         return last
@@ -287,11 +283,8 @@ class _Run:
         self._waiting.append(entry)
 
     def _retry_or_fail(self, entry: _Entry, job: Job, progressed: bool) -> None:
-        config, name, cause = self._context.config, display(job.name), entry.causes[-1]
-        resources = next_resources(
-            entry.causes, entry.resources, tries=config.tries, preemptions=config.preemptions, progressed=progressed,
-            memory_limit_gb=self._executor.memory_limit_gb(entry.resources),
-        )  # fmt: skip
+        name, cause, most = display(job.name), entry.causes[-1], self._executor.memory_limit_gb(entry.resources)
+        resources = next_resources(entry.causes, entry.resources, self._context.config, progressed, most)
         if resources is not None and not (self._fail_fast and self._report.failed):
             entry.resources = resources
             entry.ready_at = time.monotonic() + pause(len(entry.causes), job.id)

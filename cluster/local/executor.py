@@ -106,7 +106,8 @@ class Workers(Executor):
 
     def _worker_for(self, resources: Resources) -> WorkerProcess | None:
         """An idle worker of the right shape, or a new one; None if its GPUs are taken."""
-        for worker in self._idle():
+        idle = [worker for worker in self._workers if worker.idle]
+        for worker in idle:
             if (worker.threads, len(worker.gpus)) == (resources.cpus, resources.gpus):
                 if memory_of([worker.pid]) < resources.memory_gb * MOST_INHERITED:
                     return worker
@@ -117,7 +118,9 @@ class Workers(Executor):
         if len(gpus) < resources.gpus:
             return None
         # Idle workers of other shapes hold memory, too: those that would make more of them than cores give way.
-        for worker in sorted(self._idle(), key=lambda worker: set(gpus).isdisjoint(worker.gpus)):
+        for worker in sorted(
+            (one for one in self._workers if one.idle), key=lambda worker: set(gpus).isdisjoint(worker.gpus)
+        ):
             shares = self._share(resources.cpus) + sum(self._share(worker.threads) for worker in self._workers)
             if shares > self.machine.cpus or not set(gpus).isdisjoint(worker.gpus):
                 self._remove(worker)
@@ -127,9 +130,6 @@ class Workers(Executor):
         self._guardian.tell("+", worker.pid)
         self._workers.append(worker)
         return worker
-
-    def _idle(self) -> list[WorkerProcess]:
-        return [worker for worker in self._workers if worker.idle]
 
     def _read(self, worker: WorkerProcess) -> None:
         for event in worker.read():
@@ -222,9 +222,8 @@ class Allotted(Workers):
         asked = job.resources
         gpus = visible_gpus() if asked.gpus else ()
         if len(gpus) < asked.gpus:
-            seen = f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
-            problem = f"the node {socket.gethostname()} has {len(gpus)} of {asked.gpus} GPU(s): {seen}"
-            yield Event(job.id, "ended", Cause.EXCEPTION, problem)
+            seen = f"{len(gpus)} of {asked.gpus} GPU(s), CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
+            yield Event(job.id, "ended", Cause.EXCEPTION, f"the node {socket.gethostname()} has {seen}")
             return
         self.machine = Machine(asked.cpus, asked.memory_gb, gpus[: asked.gpus])
         self.submit([job])

@@ -93,9 +93,6 @@ class WorkerProcess:
     def kill(self, cause: Cause, detail: str = "") -> None:
         """Kill it and its children; why is remembered for when its end is noticed."""
         self.killed = self.killed or (cause, detail)
-        self._kill_group()
-
-    def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -112,7 +109,7 @@ class WorkerProcess:
                 self.process.wait(grace)
         deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:  # a child may fork while it is killed
-            self._kill_group()
+            self.kill(Cause.CANCELLED)
             if self.process.poll() is not None and not group_members([self.pid])[self.pid]:
                 break
             time.sleep(0.005)

@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 PACKAGE = re.compile(r"(?P<root>.*/_ray_pkg_[0-9a-f]+)(/.*)?", re.DOTALL)  # Ray's copy of a working dir
 
-Node = Mapping[str, float]
-"""What `ray.nodes()` calls the Resources of a node: its CPU, GPU, memory in bytes, and what else it offers."""
+Node = Mapping[str, float]  # what `ray.nodes()` calls its Resources: CPU, GPU, memory in bytes, and what else it offers
 
 
 class LargestNode(Section):

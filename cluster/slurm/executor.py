@@ -174,7 +174,8 @@ class SlurmExecutor(Executor):
         allowance = (max(map(len, packs)) - 1) * asked.minutes * 60
         if self._profile.tasks_per_job == "auto":
             allowance = min(allowance, ALLOWANCE)
-        parameters = self._elsewhere(asked, avoid).parameters(replace(asked, minutes=asked.minutes + allowance / 60))
+        profile = self._elsewhere(asked, avoid) if avoid else self._profile
+        parameters = profile.parameters(replace(asked, minutes=asked.minutes + allowance / 60))
         executor = submitit.SlurmExecutor(folder=self._folder / "submitit")
         # The job script says where our code is, and what srun does not take from sbatch.
         values = {"PYTHONPATH": os.pathsep.join(worker_path()), "SRUN_CPUS_PER_TASK": str(asked.cpus)}
@@ -196,9 +197,7 @@ class SlurmExecutor(Executor):
 
     def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> SlurmProfile:
         """The profile, without nodes to avoid if another one that is up can run such jobs."""
-        profile, without = self._profile, [*avoid, *([self._profile.exclude] if self._profile.exclude else [])]
-        if not avoid:
-            return profile
+        profile, without = self._profile, [*avoid, *filter(None, [self._profile.exclude])]
         with suppress(ControllerUnreachable):
             down = slurm_queue.unusable_nodes(profile.partition)
             others = profile.model_copy(update={"exclude": ",".join([*without, *down])})
@@ -262,10 +261,8 @@ class SlurmExecutor(Executor):
             return
         missing = [one for one in self._jobs if one not in states]
         if missing and self._accounting:
-            try:
+            with suppress(ControllerUnreachable):  # asked again with the next look
                 states |= slurm_queue.accounted(missing)
-            except ControllerUnreachable as error:
-                log.info("%s", error)
         for job in list(self._jobs.values()):
             if job.id in self._jobs:  # judging another one may have read the end of this one
                 self._judge(job, states.get(job.id), now)
@@ -299,8 +296,7 @@ class SlurmExecutor(Executor):
             lines = [line for line in said.splitlines() if line.strip()]
             own = [line for line in lines if not line.startswith("srun:")]  # says more than that it exited with 1
             last = f": {json.dumps((own or lines)[-1][:200])}" if lines else ""
-            where = f" on {state.node}" if state.node else ""
-            self._end_all(job, cause, f"SLURM job {job.id}{where} is {state.state}{last}")
+            self._end_all(job, cause, f"SLURM job {job.id} on {state.node or 'no node'} is {state.state}{last}")
 
     def _end_all(self, job: _SlurmJob, cause: Cause, detail: str) -> None:
         """A job is over: so is the attempt it was at. The others had not begun, and are free to start elsewhere."""

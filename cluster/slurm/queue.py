@@ -203,10 +203,7 @@ def reap(logs: Path, now: float) -> None:
 
 
 def abandoned(run: Path, now: float) -> bool:
-    """Whether the driver of the run with these logs is dead, at a time by the clock of the file system.
-
-    Should it live all the same, its cancelled jobs come again, and nothing is lost.
-    """
+    """Whether its driver is dead, by the file system's clock. Should it live, its jobs come again: nothing is lost."""
     try:
         alive = Process.from_json(json.loads((run / STATUS).read_bytes())["process"]).alive()
         silent = now - (run / STATUS).stat().st_mtime > SILENCE

@@ -33,8 +33,7 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<attempt>[0-9a-f]{32})", re.DOT
 _PUT_ASIDE = re.compile(r"\..+\.(corrupt|dropped)(-[0-9a-f]{8})?", re.DOTALL)
 _LONGEST_NAME = 180  # bytes of a folder name, so that the names beside it stay within the usual 255
 PAUSES = (0.1, 0.5, 2.0, 5.0)  # seconds before the second, third, ... try
-GONE = (FileNotFoundError, NotADirectoryError)
-"""What says that a file is not there; every other error says nothing about it."""
+GONE = (FileNotFoundError, NotADirectoryError)  # say that a file is not there; other errors say nothing about it
 _TRANSIENT = frozenset(
     getattr(errno, name, errno.EIO)  # not every system has them all
     for name in "EIO ESTALE EAGAIN EBUSY EINTR ETIMEDOUT EREMOTEIO EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"
@@ -110,9 +109,9 @@ def is_published(folder: Path) -> bool:
         return False
 
 
-def temporary(out: Path, attempt: str) -> Path:
-    """Temporary folder of one attempt to make `out`."""
-    return out.parent / f".{out.name}.tmp-{attempt}"
+def temporary(out: Path, attempt: str | None = None) -> Path:
+    """Temporary folder of one attempt to make `out`; of a new one that nobody makes if None."""
+    return out.parent / f".{out.name}.tmp-{attempt or new_attempt()}"
 
 
 def aside(out: Path, why: Literal["corrupt", "dropped"]) -> Path:

@@ -16,26 +16,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cluster.host import Process
-from cluster.store.layout import (
-    GONE,
-    RESULT,
-    RESUME,
-    files_in,
-    is_published,
-    new_attempt,
-    patient,
-    replace_text,
-    temporaries,
-    temporary,
-)
+from cluster.store import layout
+from cluster.store.layout import GONE, RESULT, RESUME, files_in, patient, temporaries, temporary
 
 log = logging.getLogger(__name__)
 
 OWNER_FILE = "owner.json"
 Marks = list[list[str | int]]
 """Path (with `/`), size (bytes), mtime (ns), inode and ctime (ns) of each file of a folder, sorted by path."""
-UNOWNED_PATIENCE = 2.0
-"""Seconds for a folder without a readable owner file: just made, or of one stopped between two system calls."""
+UNOWNED_PATIENCE = 2.0  # seconds for a folder without a readable owner file: just made, or of one just killed
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ def read_owner(root: Path) -> Owner | None:
 
 def replace_owner(root: Path, owner: Owner) -> None:
     """Write the owner file in one step; `FileNotFoundError` if the folder was taken away: the lease is lost."""
-    replace_text(root / OWNER_FILE, json.dumps(asdict(owner)))
+    layout.replace_text(root / OWNER_FILE, json.dumps(asdict(owner)))
 
 
 @dataclass
@@ -74,22 +63,17 @@ class Watch:
 
     _seen: dict[str, tuple[int, float]] = field(default_factory=dict)
 
-    def expired(self, name: str, beat: int, patience: float) -> bool:
-        """Whether the beat of `name` has not moved for `patience` seconds of watching."""
-        now = time.monotonic()
-        known = self._seen.get(name)
-        if known is None or known[0] != beat:
-            self._seen[name] = (beat, now)
-            return False
-        return now - known[1] >= patience
-
     def abandoned(self, root: Path) -> bool:
         """Whether nobody is at work in the temporary folder `root`, by what was seen until now."""
-        owner = read_owner(root)
-        if owner is None:
-            return self.expired(root.name, -1, UNOWNED_PATIENCE)
-        alive = owner.alive()
-        return self.expired(root.name, owner.beat, owner.lease) if alive is None else not alive
+        owner, now = read_owner(root), time.monotonic()
+        if owner is not None and (alive := owner.alive()) is not None:
+            return not alive
+        beat, patience = (-1, UNOWNED_PATIENCE) if owner is None else (owner.beat, owner.lease)
+        known = self._seen.get(root.name)
+        if known is None or known[0] != beat:
+            self._seen[root.name] = (beat, now)
+            return False
+        return now - known[1] >= patience
 
 
 def resume_of(root: Path) -> Path | None:
@@ -135,7 +119,7 @@ def fence(out: Path, attempt: str) -> bool:
 
     Says whether it left something new in its `resume/`.
     """
-    target, progressed = temporary(out, new_attempt()), False
+    target, progressed = temporary(out), False
     with contextlib.suppress(*GONE):
         patient(temporary(out, attempt).rename)(target)
         owner, resume = read_owner(target), resume_of(target)
@@ -177,7 +161,7 @@ def sweep(parent: Path, watch: Watch, *, resume_too: bool = False) -> list[Path]
     removed = []
     for root, name, _ in temporaries(parent):
         if not remove_empty(root):
-            is_useful = not (resume_too or is_published(parent / name)) and resume_of(root) is not None
+            is_useful = not (resume_too or layout.is_published(parent / name)) and resume_of(root) is not None
             if not watch.abandoned(root) or is_useful:
                 continue
             remove(root)

@@ -25,15 +25,7 @@ from typing import Any, Self
 
 from cluster.errors import BadTask, CorruptResult, Fenced
 from cluster.store import verdicts
-from cluster.store.layout import (
-    GONE,
-    MANIFEST,
-    RESUME,
-    aside,
-    files_in,
-    patient,
-    unavailable,
-)
+from cluster.store.layout import GONE, MANIFEST, RESUME, aside, files_in, patient, unavailable
 from cluster.store.lease import remove_tree
 from cluster.store.workspace import Workspace
 
@@ -268,22 +260,19 @@ def set_aside(folder: Path, *, remembered: bool = False) -> CorruptResult | None
         try:
             seen = patient(os.lstat)(folder)
             verify(folder, remembered=remembered)
+            return None
         except GONE:
             return CorruptResult(f"{folder} is not there")
         except CorruptResult as corrupt:
             target = aside(folder, "corrupt")
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 if not _is_same(folder, seen) or not _rename(folder, target):
                     continue
-            except FileNotFoundError:
-                continue
-            if _is_same(target, seen):
-                return CorruptResult(f"{corrupt}; moved to {target}")
-            # Ours was published in the instant before: it goes back, unless yet another run has published an equal one.
-            if not _rename(target, folder):
-                drop(target)
-        else:
-            return None
+                if _is_same(target, seen):
+                    return CorruptResult(f"{corrupt}; moved to {target}")
+                # Published in the instant before: it goes back, unless yet another run has published an equal one.
+                if not _rename(target, folder):
+                    drop(target)
 
 
 def drop(folder: Path) -> None:

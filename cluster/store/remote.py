@@ -5,16 +5,12 @@ whole; its files lie below `KIND/KEY/`. What is pulled is published here like an
 checksums of the manifest.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from cluster.errors import CannotRun, CorruptResult
 from cluster.store.layout import MANIFEST, new_attempt
 from cluster.store.publish import Manifest, publish_copy
 from cluster.store.workspace import Workspace
-
-AT_ONCE = 8  # transfers
 
 
 class Remote:
@@ -71,20 +67,3 @@ class Remote:
             self._fs.get_file(f"{place}/{path}", str(target))
 
         publish_copy(Workspace.claim(out, new_attempt()), manifest.about, manifest.sums, fetch)
-
-
-def transfer(outs: Collection[Path], one: Callable[[Path], None]) -> Iterator[tuple[Path, Exception | None]]:
-    """Push or pull results, several at a time, and say of each how it ended.
-
-    The threads of this pool are daemons: when the caller is interrupted nothing waits for a transfer that hangs.
-    """
-
-    def attempt(out: Path) -> tuple[Path, Exception | None]:
-        try:
-            one(out)
-        except Exception as error:  # whatever a client raises: the others go on
-            return out, error
-        return out, None
-
-    with ThreadPool(max(1, min(len(outs), AT_ONCE))) as pool:
-        yield from pool.imap_unordered(attempt, outs)

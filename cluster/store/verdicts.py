@@ -16,8 +16,7 @@ from cluster.store.lease import Marks
 
 log = logging.getLogger(__name__)
 
-TICK_NS = 20_000_000
-"""Two changes within a tick of a file system's clock (10 ms at most) may leave the same times."""
+TICK_NS = 20_000_000  # two changes within a tick of a file system's clock (10 ms at most) may leave the same times
 
 
 def marks(folder: Path) -> Marks:

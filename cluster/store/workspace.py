@@ -18,7 +18,7 @@ from typing import Self
 from cluster.errors import Fenced, StoreUnavailable
 from cluster.host import Process
 from cluster.store import lease as leases
-from cluster.store.layout import GONE, RESULT, RESUME, files_in, new_attempt, patient, temporaries, temporary
+from cluster.store.layout import GONE, RESULT, RESUME, files_in, patient, temporaries, temporary
 from cluster.store.lease import OWNER_FILE, Owner, read_owner, replace_owner
 
 log = logging.getLogger(__name__)
@@ -89,26 +89,21 @@ class Workspace:
         """
         deadline = time.monotonic() + DECISION
         while True:
-            stale, others = self._look(supersedes)
-            if not others:
+            stale, beats = list[Path](), dict[str, int]()  # folders of attempts that are over; those that may not be
+            for root, _, attempt in temporaries(self.out.parent, self.out.name):
+                owner = read_owner(root)
+                if attempt == self.attempt:
+                    continue
+                if attempt in supersedes or (owner is not None and owner.alive() is False):
+                    stale.append(root)
+                elif owner is not None or not leases.remove_empty(root):
+                    beats[attempt] = -1 if owner is None else owner.beat
+            if not beats:
                 return stale
-            gives_way = any(beat > 0 or attempt < self.attempt for attempt, beat in others.items())
+            gives_way = any(beat > 0 or attempt < self.attempt for attempt, beat in beats.items())
             if gives_way or time.monotonic() > deadline:
-                raise Busy(f"{len(others)} other attempt(s) at work")
+                raise Busy(f"{len(beats)} other attempt(s) at work")
             time.sleep(0.01)
-
-    def _look(self, supersedes: Collection[str]) -> tuple[list[Path], dict[str, int]]:
-        """The folders of attempts that are over, and the beats of those that are not, or may not be."""
-        stale, others = list[Path](), dict[str, int]()
-        for root, _, attempt in temporaries(self.out.parent, self.out.name):
-            if attempt == self.attempt:
-                continue
-            owner = read_owner(root)
-            if attempt in supersedes or (owner is not None and owner.alive() is False):
-                stale.append(root)
-            elif owner is not None or not leases.remove_empty(root):
-                others[attempt] = -1 if owner is None else owner.beat
-        return stale, others
 
     def beat(self) -> bool:
         """Renew the lease; False, for ever, once it is lost."""
@@ -164,7 +159,7 @@ def _take_over(stale: list[Path], workspace: Workspace) -> None:
     """Fence each stale attempt by renaming it, and move the fullest `resume/` among them here."""
     fenced = []
     for root in stale:
-        target = temporary(workspace.out, new_attempt())
+        target = temporary(workspace.out)
         with contextlib.suppress(*GONE):  # it ended, published or was swept in the meantime
             root.rename(target)
             replace_owner(target, replace(workspace._owner, released=True))

@@ -29,7 +29,7 @@ from cluster.protocol import Cause, Event, Job, encode
 from cluster.store.layout import is_published
 from cluster.store.publish import About, publish
 from cluster.store.workspace import Busy, Workspace
-from cluster.task import Call, resolve_call
+from cluster.task import resolve_call
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ STOPPED_BY = {
     signal.SIGTERM: (Cause.PREEMPTED, "told to give way, by SIGTERM"),
     signal.SIGUSR2: (Cause.TIMEOUT, "told that its time is up, by SIGUSR2"),
 }
+_CAUSES = {Fenced: Cause.LOST, StoreUnavailable: Cause.NODE, MemoryError: Cause.OOM}
 
 Report = Callable[[Event], None]
 
@@ -113,51 +114,36 @@ def perform(job: Job, report: Report) -> Event:
     No half result is published, and nothing is left beside the target but a `resume/` with content.
     """
     workspace, _Current.busy = None, True
+    cause, detail = Cause.DONE, ""
     try:
         if is_published(job.out):
-            return _ended(job, Cause.BUSY, "published by another run")
+            raise Busy("published by another run")
         workspace = Workspace.claim(job.out, job.id, supersedes=job.supersedes, lease=job.lease)
         with workspace.heartbeat():
             _Current.attempt, _Current.told = (job, workspace, report), 0.0
-            _load(job)(job.spec, workspace.folder, *([job.inputs] if job.inputs else []))
+            call, module = resolve_call(job.call), job.call.partition(":")[0]
+            # A declared version is a promise of the task's author; only fingerprints can be compared.
+            if re.fullmatch("[0-9a-f]{32}", job.code) and job.code != fingerprint(module):
+                raise BadTask(f"the source of {module}, or of an import, changed since the task was planned: run again")
+            call(job.spec, workspace.folder, *([job.inputs] if job.inputs else []))
             _Current.attempt = None  # what is done is published, stop or no stop
             publish(workspace, About(job.key, job.kind, job.call, job.spec, job.code))
-        return _ended(job, Cause.DONE)
     except Busy as busy:
-        return _ended(job, Cause.BUSY, str(busy))
+        cause, detail = Cause.BUSY, str(busy)
     except Stopped as stopped:
         cause, detail = _Current.stop or (Cause.PREEMPTED, str(stopped))
         log.warning("stopped: %s", detail)
-        return _ended(job, cause, detail)
-    except (Fenced, StoreUnavailable) as error:
-        log.error("%s", error)
-        return _ended(job, Cause.LOST if isinstance(error, Fenced) else Cause.NODE, error)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         traceback.print_exception(error)
-        return _ended(job, Cause.OOM if isinstance(error, MemoryError) else Cause.EXCEPTION, error)
+        cause = next((cause for kind, cause in _CAUSES.items() if isinstance(error, kind)), Cause.EXCEPTION)
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     finally:
         _Current.attempt = _Current.stop = None
         if workspace is not None:
             with contextlib.suppress(OSError, StoreUnavailable):  # the driver, or the next attempt, cleans up
                 workspace.discard()
         _Current.busy = False
-
-
-def _load(job: Job) -> Call:
-    """Import the call, and make sure that it is the code the task was planned with."""
-    call = resolve_call(job.call)
-    module = job.call.partition(":")[0]
-    # A declared version is a promise of the task's author; only fingerprints can be compared.
-    if re.fullmatch("[0-9a-f]{32}", job.code) and job.code != fingerprint(module):
-        raise BadTask(
-            f"the source of {module}, or of a module it imports, changed since the task was planned: run again"
-        )
-    return call
-
-
-def _ended(job: Job, cause: Cause, why: str | BaseException = "") -> Event:
-    text = why if isinstance(why, str) else " ".join(f"{type(why).__name__}: {why}".split())[:500]
-    return Event(job.id, "ended", cause, text)
+    return Event(job.id, "ended", cause, detail)
 
 
 def _output_to(path: Path) -> None:

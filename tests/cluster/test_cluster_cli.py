@@ -137,7 +137,7 @@ def test_clean_drops_results_only_if_told_which_are_in_use(
     told = ["clean", "--store", str(full.root), "--in-use", str(names), "--wait", "0"]
     assert main(told) == 0
     assert len(list(full.published())) == 3
-    with run_lock(full.locks, "train", "r1", "refuse"):
+    with run_lock(full.root / "locks", "train", "r1", "refuse"):
         assert main([*told, "--yes"]) == 2
         assert "run r1 on" in capsys.readouterr().err
     assert main([*told, "--yes", "--json"]) == 0

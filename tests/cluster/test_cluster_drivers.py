@@ -197,7 +197,7 @@ def test_of_many_that_wait_one_at_a_time_has_the_lock(tmp_path: Path) -> None:
 def test_a_wait_for_the_lock_can_be_interrupted(store: Store) -> None:
     config = ClusterConfig(store=store.root)
     before = signal.getsignal(signal.SIGINT)
-    with run_lock(store.locks, "x", "1", "refuse"):
+    with run_lock(store.root / "locks", "x", "1", "refuse"):
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(Interrupted):
             run([store.task("kind", "a", jobs.square, {"x": 1})], config=config, label="x")

@@ -157,16 +157,16 @@ C = Cause
     ],
 )
 def test_retries_by_cause(causes: list[Cause], progressed: bool, again: bool) -> None:
-    found = next_resources(causes, MORE, tries=3, preemptions=10, progressed=progressed)
+    found = next_resources(causes, MORE, ClusterConfig(), progressed, None)
     assert found == (MORE if again else None)
 
 
 def test_out_of_memory_is_tried_once_more_with_more() -> None:
-    after = partial(next_resources, last=MORE, tries=3, preemptions=10)
-    assert after([C.OOM]) == Resources(memory_gb=8.0)
+    after = partial(next_resources, last=MORE, config=ClusterConfig(), progressed=False)
+    assert after([C.OOM], memory_limit_gb=None) == Resources(memory_gb=8.0)
     assert after([C.OOM], memory_limit_gb=6.0) == Resources(memory_gb=6.0)
     assert after([C.OOM], memory_limit_gb=4.0) is None
-    assert after([C.OOM, C.OOM]) is None
+    assert after([C.OOM, C.OOM], memory_limit_gb=None) is None
 
 
 def test_pauses_double_up_to_a_limit() -> None:
