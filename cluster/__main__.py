@@ -34,7 +34,13 @@ AT_ONCE = 8  # transfers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+    for name, (_, text, own) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        for option, about in {**_OF_ALL, **own}.items():
+            command.add_argument(option, **about)
+    options = parser.parse_args(arguments)
     try:
         store = Store(options.store or ClusterConfig.from_params().store)
         if not store.root.is_dir() and options.name not in ("plan", "pull"):
@@ -50,16 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         Console(markup=False, highlight=False, soft_wrap=True).print("\n".join(lines))
     return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    for name, (_, text, options) in _COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
-        for option, about in {**_OF_ALL, **options}.items():
-            sub.add_argument(option, **about)
-    return parser
 
 
 def _name(store: Store, folder: Path) -> str:

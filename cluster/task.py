@@ -1,9 +1,9 @@
 """Tasks, each a module-level function and the JSON that determines its result, and the store they publish to."""
 
 import hashlib
+import importlib
 import json
 import math
-import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -201,8 +201,9 @@ class Store:
 
 def resolve_call(name: str) -> Call:
     """The function that `module:function` names; `BadTask` if there is none that can be imported."""
+    module, _, function = name.partition(":")
     try:
-        call = pkgutil.resolve_name(name)
+        call = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise BadTask(f"cannot import {name}: {error}") from error
     if not callable(call):

@@ -185,6 +185,8 @@ def forget_code(store: Store, seconds: float) -> None:
 
 def tasks_of(name: str) -> list[Task]:
     """What the function `module:function` returns; `BadTask` unless it takes no arguments and that is tasks."""
+    if not all(name.partition(":")):
+        raise BadTask(f"{name!r} is not MODULE:FUNCTION, such as experiment:tasks")
     function = resolve_call(name)
     try:
         inspect.signature(function).bind()

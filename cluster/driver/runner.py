@@ -84,6 +84,7 @@ def run(
             return report
         made = cast(Executor, resolve_call(EXECUTORS[executor])(context)) if isinstance(executor, str) else executor
         with closing(made) if made is not executor else nullcontext():
+            check()
             made.check([one.task for one in missing])
             record_code(store, (one.task for one in missing))
             board = Board(label, run_id, len(planned), report)

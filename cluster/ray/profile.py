@@ -66,17 +66,14 @@ def misfit(asked: Resources, nodes: Sequence[Node], profile: RayProfile) -> str 
         return None
     also = "".join(f", {amount:g} {name}" for name, amount in profile.resources.items())
     also += f", GPUs of type {profile.accelerator_type}" if profile.accelerator_type and asked.gpus else ""
-    there = "; ".join(f"{count} with {kind}" for kind, count in Counter(map(_described, nodes)).items()) or "none"
+    has = [[node.get(name, 0.0) for name in ("CPU", "GPU", "memory")] for node in nodes]
+    kinds = Counter(f"{cpu:g} core(s), {gpu:g} GPU(s), {size / GIB:.1f} GB of memory" for cpu, gpu, size in has)
+    there = "; ".join(f"{count} with {kind}" for kind, count in kinds.items()) or "none"
     return (
         f"asks for {asked.cpus} core(s), {asked.gpus} GPU(s) and {asked.memory_gb:g} GB of memory{also} on one node. "
         f"Nodes there are: {there}. Ask for less, add such a node, or, if the cluster grows by itself, say in the "
         "profile how large its nodes get (largest_node)"
     )
-
-
-def _described(node: Node) -> str:
-    cpus, gpus, memory = (node.get(name, 0.0) for name in ("CPU", "GPU", "memory"))
-    return f"{cpus:g} core(s), {gpus:g} GPU(s), {memory / GIB:.1f} GB of memory"
 
 
 def connect(context: Context, profile: RayProfile) -> tuple[Any, bool, str | None]:

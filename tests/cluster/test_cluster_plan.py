@@ -223,8 +223,8 @@ def test_the_command_says_it_and_changes_nothing(
     assert not (tmp_path / "absent").exists()
     assert not os.path.lexists("/nowhere")
     for name, words in {
-        "experiment_plan": "experiment_plan is a module, not a function",
-        "experiment_plan:": "is a module, not a function",
+        "experiment_plan": "'experiment_plan' is not MODULE:FUNCTION, such as experiment:tasks",
+        "experiment_plan:": "is not MODULE:FUNCTION",
         "no_such_module:tasks": "cannot import no_such_module:tasks: No module named 'no_such_module'",
         "experiment_plan:task": "cannot import experiment_plan:task: module 'experiment_plan' has no attribute 'task'",
         "experiment_plan:__doc__": "not a function",
