@@ -106,8 +106,7 @@ class Workers(Executor):
 
     def _worker_for(self, resources: Resources) -> WorkerProcess | None:
         """An idle worker of the right shape, or a new one; None if its GPUs are taken."""
-        idle = [worker for worker in self._workers if worker.idle]
-        for worker in idle:
+        for worker in [one for one in self._workers if one.idle]:
             if (worker.threads, len(worker.gpus)) == (resources.cpus, resources.gpus):
                 if memory_of([worker.pid]) < resources.memory_gb * MOST_INHERITED:
                     return worker
@@ -118,9 +117,8 @@ class Workers(Executor):
         if len(gpus) < resources.gpus:
             return None
         # Idle workers of other shapes hold memory, too: those that would make more of them than cores give way.
-        for worker in sorted(
-            (one for one in self._workers if one.idle), key=lambda worker: set(gpus).isdisjoint(worker.gpus)
-        ):
+        idle = [one for one in self._workers if one.idle]
+        for worker in sorted(idle, key=lambda one: set(gpus).isdisjoint(one.gpus)):
             shares = self._share(resources.cpus) + sum(self._share(worker.threads) for worker in self._workers)
             if shares > self.machine.cpus or not set(gpus).isdisjoint(worker.gpus):
                 self._remove(worker)
