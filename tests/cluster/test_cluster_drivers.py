@@ -117,8 +117,10 @@ def test_with_one_label_the_second_waits_or_refuses(start: Start, store: Store, 
     wait_for(lambda: len(ran(tmp_path)) > 2)
     holder = json.loads((store.root / "locks" / "stage.json").read_text())
     assert (holder["process"]["pid"], holder["process"]["host"]) == (first.pid, socket.gethostname())
+    first.send_signal(signal.SIGSTOP)  # it holds the lock for as long as the others take to start
     second, third = start(0.5, 20, "stage"), start(0.5, 20, "stage", "refuse")
-    _, err = third.communicate(timeout=30)
+    _, err = third.communicate(timeout=60)
+    first.send_signal(signal.SIGCONT)
     assert third.returncode == 75
     assert f"'stage' is held by run {holder['run']} on {socket.gethostname()}:{first.pid} since" in err
     assert first.communicate(timeout=60)[0] == "20 0\n"
