@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster.errors import TasksFailed
 from cluster.host import Process
@@ -205,7 +205,7 @@ class View:
                 self._last = now
                 self.note(summary(board))
             return
-        table = Table.grid(padding=(0, 1))
+        table = Table.grid(*(Column(no_wrap=True) for _ in range(4)), padding=(0, 1))
         finished = board.total - board.counts()["waiting"] - len(board.running)
         hidden = f", {rest} not shown" if (rest := len(board.running) - MOST_ROWS) > 0 else ""
         note = f"{finished}/{board.total} {escape(summary(board))}{hidden}"
