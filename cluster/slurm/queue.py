@@ -51,6 +51,9 @@ _LATER = re.compile(r"Submit|MaxJobs|GrpJobs|MaxJobCount|temporarily unable|unab
 class ControllerUnreachable(CannotRun):
     """The controller does not answer."""
 
+    def __init__(self, said: str) -> None:
+        super().__init__(f"SLURM does not answer: {said}")
+
 
 @dataclass(frozen=True)
 class State:
@@ -87,13 +90,13 @@ def _finished(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     except OSError as error:
         raise CannotRun(f"there is no {command[0]} on this machine: is it one of a SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
-        raise ControllerUnreachable(f"SLURM does not answer: {command[0]} took longer than {LIMIT:.0f} s") from error
+        raise ControllerUnreachable(f"{command[0]} took longer than {LIMIT:.0f} s") from error
 
 
 def _run(command: Sequence[str]) -> str:
     done = _finished(command)
     if done.returncode:
-        raise ControllerUnreachable(f"SLURM does not answer: {command[0]}: {' '.join(done.stderr.split())[-300:]}")
+        raise ControllerUnreachable(f"{command[0]}: {' '.join(done.stderr.split())[-300:]}")
     return done.stdout
 
 
