@@ -75,6 +75,7 @@ def running(folder: Path) -> Iterator[ServerInfo]:
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so that nodes on 127.0.0.1 do not move to the outer interface
         "RAY_TMPDIR": short,
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",  # where other tests keep the cores busy
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",  # nobody looks at them, and they keep two cores busy
     }
