@@ -241,6 +241,7 @@ JobRequeue=1
 KillWait=5
 OverTimeLimit=0
 SlurmdTimeout=10
+BatchStartTimeout=120
 SlurmctldTimeout=10
 InactiveLimit=0
 MinJobAge=300

@@ -297,7 +297,7 @@ def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
     server: ServerInfo, start: Start, store: Store, tmp_path: Path
 ) -> None:
     driver = start(0.7, 30)
-    wait_for(lambda: len(ran(tmp_path)) > 7)
+    wait_for(lambda: len(ran(tmp_path)) > 7, seconds=90)
     kill(driver.pid)
     server.freeze()  # however long the next driver takes to start
     driver.communicate()
