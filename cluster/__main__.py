@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,30 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig
 from cluster.driver.board import STATES, clock, read_status
-from cluster.driver.explain import explain, forget_code, tasks_of
 from cluster.driver.lock import sweep_locks
-from cluster.driver.runner import tidy
+from cluster.driver.plan import explain, forget_code, tasks_of
 from cluster.errors import BadConfig, ClusterError, CorruptResult, Locked
-from cluster.results import Store
-from cluster.store.layout import put_aside, temporaries
-from cluster.store.lease import UNOWNED_PATIENCE, Watch
-from cluster.store.leftovers import files_in, remove_tree
-from cluster.store.publish import MANIFEST, Manifest, drop, set_aside, verify
-from cluster.store.remote import Remote, transfer
+from cluster.store.layout import LOCKS, MANIFEST, appears, files_in, put_aside, temporaries
+from cluster.store.lease import UNOWNED_PATIENCE, Watch, sweep
+from cluster.store.publish import Manifest, drop, set_aside, verify
+from cluster.store.remote import Remote
 from cluster.store.verdicts import forget_absent
-from cluster.task import canonical, display
+from cluster.task import Store, canonical, display
 
-Said = tuple[int, Any, list[str]]
-"""Exit code, what --json prints, and the lines for people."""
+Said = tuple[int, Any, list[str]]  # exit code, what --json prints, and the lines for people
 DAY = 86400.0
+AT_ONCE = 8  # transfers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+    for name, (_, text, own) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        for option, about in {**_OF_ALL, **own}.items():
+            command.add_argument(option, **about)
+    options = parser.parse_args(arguments)
     try:
         store = Store(options.store or ClusterConfig.from_params().store)
         if not store.root.is_dir() and options.name not in ("plan", "pull"):
@@ -52,16 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         Console(markup=False, highlight=False, soft_wrap=True).print("\n".join(lines))
     return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    for name, (_, text, options) in _COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
-        for option, about in {**_OF_ALL, **options}.items():
-            sub.add_argument(option, **about)
-    return parser
 
 
 def _name(store: Store, folder: Path) -> str:
@@ -100,8 +94,7 @@ def _results(store: Store, options: argparse.Namespace) -> Said:
             continue  # `verify` names it
         about, size = manifest.about, sum(file.bytes for file in manifest.files)
         seconds = round(max(time.time() - (folder / MANIFEST).stat().st_mtime, 0.0), 1)
-        data.append({"kind": about.kind, "key": about.key, "call": about.call, "part": about.part,
-                     "spec": about.spec, "bytes": size, "age_seconds": seconds})  # fmt: skip
+        data.append({**asdict(about), "bytes": size, "age_seconds": seconds})
         spec = ", ".join(f"{key}={display(canonical(value))}" for key, value in about.spec.items())
         short = spec if len(spec) <= 100 else f"{spec[:97]}..."
         lines.append(f"{about.kind}/{about.key} {size / 1e6:,.1f} MB {clock(seconds)} {about.call} {short}")
@@ -125,9 +118,13 @@ def _verify(store: Store, options: argparse.Namespace) -> Said:
 
 
 def _clean(store: Store, options: argparse.Namespace) -> Said:
-    if options.yes and (held := sweep_locks(store.locks)) and options.in_use:
+    if options.yes and (held := sweep_locks(store.root / LOCKS)) and options.in_use:
         raise Locked(f"{held[0]} is at work in this store, and nothing names its results yet: wait for it")
-    unused = _unused(store, options.in_use) if options.in_use else []
+    try:
+        named = options.in_use and set(options.in_use.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"the names of results in use cannot be read: {error}") from error
+    unused = [] if named is None else [folder for folder in store.published() if _name(store, folder) not in named]
     now = time.time()
     ages = {path: max(now - path.lstat().st_ctime, 0.0) for kind in store.kinds() for path in put_aside(kind)}
     old = [path for path, age in ages.items() if age >= options.age * DAY]
@@ -137,10 +134,8 @@ def _clean(store: Store, options: argparse.Namespace) -> Said:
     size, swept = sum(sizes.values()), list[Path]()
     if options.yes:
         swept = _sweep(store, options)
-        for folder in unused:
+        for folder in unused + old:
             drop(folder)
-        for folder in old:
-            remove_tree(folder)
         forget_absent(store.root)
         forget_code(store, options.age * DAY)
     left = [root for kind in store.kinds() for root, _, _ in temporaries(kind)]
@@ -155,22 +150,16 @@ def _clean(store: Store, options: argparse.Namespace) -> Said:
     return 0, {"store": str(store.root), "dropped": options.yes, "bytes": size, **data}, lines
 
 
-def _unused(store: Store, in_use: Path) -> list[Path]:
-    try:
-        named = set(in_use.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"the names of results in use cannot be read: {error}") from error
-    return [folder for folder in store.published() if _name(store, folder) not in named]
-
-
 def _sweep(store: Store, options: argparse.Namespace) -> list[Path]:
     """Remove what dead attempts left; those of other machines are watched for a while."""
-    watch, removed, deadline = Watch(), list[Path](), time.monotonic() + options.wait
-    while True:
-        removed += [path for kind in store.kinds() for path in tidy(kind, watch, resume_too=options.resume)]
-        if time.monotonic() >= deadline or not any(temporaries(kind) for kind in store.kinds()):
-            return removed
-        time.sleep(min(0.5, options.wait))
+    watch, removed = Watch(), list[Path]()
+
+    def nothing_is_left() -> bool:
+        removed.extend(path for kind in store.kinds() for path in sweep(kind, watch, resume_too=options.resume))
+        return not any(temporaries(kind) for kind in store.kinds())
+
+    appears(nothing_is_left, options.wait)
+    return removed
 
 
 def _transfer(store: Store, options: argparse.Namespace) -> Said:
@@ -184,9 +173,15 @@ def _transfer(store: Store, options: argparse.Namespace) -> Said:
     asked = [name for name in source if not options.names or {name, name.partition("/")[0]} & set(options.names)]
     todo, failed = [name for name in asked if name not in target], {}
     outs = [store.path(*name.split("/")) for name in todo]
-    for out, error in transfer(outs, remote.push if pushing else remote.pull):
-        if error is not None:
+
+    def move(out: Path) -> None:
+        try:
+            (remote.push if pushing else remote.pull)(out)
+        except Exception as error:  # whatever a client raises: the others go on
             failed[_name(store, out)] = " ".join(f"{type(error).__name__}: {error}".split())
+
+    with ThreadPool(AT_ONCE) as pool:  # of daemons: when we are interrupted nothing waits for a transfer that hangs
+        list(pool.imap_unordered(move, outs))
     did, done, before = f"{options.name}ed", sorted(set(todo) - set(failed)), len(asked) - len(todo)
     lines = [f"{name} was not {did}: {text}" for name, text in sorted(failed.items())]
     lines.append(f"{len(done)} results {did}, {before} there before, {len(failed)} failed")

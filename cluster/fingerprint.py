@@ -14,9 +14,8 @@ holds public names only. A string that is the dotted name of a first-party modul
 (lazy tables).
 """
 
-from __future__ import annotations
-
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import re
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from cluster.errors import BadTask
@@ -72,7 +70,7 @@ def source_of(name: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
-        return None
+        spec = None
     if spec is None:
         return None
     if spec.submodule_search_locations:
@@ -111,18 +109,12 @@ def normal_form(node: object) -> str:
 def _declared(tree: ast.Module, name: str, kind: type, wanted: str) -> Any:
     """The literal that a module assigns to `name`; None if it does not."""
     for node in tree.body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign):
-            continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if name not in (getattr(target, "id", None) for target in targets):
-            continue
-        try:
-            value = ast.literal_eval(node.value or "None")
-        except ValueError:
-            value = None
-        if isinstance(value, kind):
-            return value
-        raise BadTask(f"line {node.lineno}: {name} must be a literal {wanted}")
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, ast.Assign | ast.AnnAssign) and name in (getattr(one, "id", None) for one in targets):
+            with contextlib.suppress(ValueError):
+                if isinstance(value := ast.literal_eval(node.value or "None"), kind):
+                    return value
+            raise BadTask(f"line {node.lineno}: {name} must be a literal {wanted}")
     return None
 
 
@@ -177,8 +169,8 @@ def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[dict[str, st
         return {name: f"version {version}"}, set()
     digests = {name: hashlib.sha256(normal_form(tree).encode()).hexdigest()}
     for node in _executed(tree):
-        text = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
-        if isinstance(text, str) and text not in in_specs and _FILE.fullmatch(text) and (path.parent / text).is_file():
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if text not in in_specs and _FILE.fullmatch(text) and (path.parent / text).is_file():
             digests[f"{name}:{text}"] = hashlib.sha256((path.parent / text).read_bytes()).hexdigest()
     imported = _imports(tree, name, path.name == "__init__.py", packages)
     first_party = [found for found in imported if found.partition(".")[0] in packages]
@@ -205,23 +197,17 @@ def _closure(root: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def parts(call_or_module: Callable[..., Any] | ModuleType | str) -> dict[str, str]:
+def parts(code: Callable[..., Any] | str) -> dict[str, str]:
     """All that a fingerprint covers: modules, and files of data as `module:path`, each with its digest."""
-    if isinstance(call_or_module, str):
-        name = call_or_module
-    elif isinstance(call_or_module, ModuleType):
-        name = call_or_module.__name__
-    else:
-        name = module_name(call_or_module)
-    return dict(_closure(name))
+    return dict(_closure(code if isinstance(code, str) else module_name(code)))
 
 
-def fingerprint(call_or_module: Callable[..., Any] | ModuleType | str) -> str:
-    """Hash (32 hex digits) of the code behind a call or module, which is read once a process.
+def fingerprint(code: Callable[..., Any] | str) -> str:
+    """Hash (32 hex digits) of the code behind a call, or a module of that name, which is read once a process.
 
     `BadTask` if there is no source, a syntax error in it, or a declaration that is not a literal.
     """
-    text = "".join(f"{name}\0{digest}\0" for name, digest in parts(call_or_module).items())
+    text = "".join(f"{name}\0{digest}\0" for name, digest in parts(code).items())
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

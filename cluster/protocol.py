@@ -1,7 +1,7 @@
 """What an executor is: the one seam between `run`, which holds all policy, and the machines that do the work.
 
 An executor starts attempts and says how they end. It never retries, never publishes, never decides: attempts
-publish (`cluster.worker.attempt`), `run` decides (`cluster.driver.retry`). So executors are thin, and behave alike.
+publish (`cluster.worker.attempt`), `run` decides (`cluster.driver.runner`). So executors are thin, and behave alike.
 Jobs and events travel as JSON, one object a line.
 """
 
@@ -10,11 +10,11 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from cluster.errors import CannotRun
 from cluster.task import Resources, Task
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
 log = logging.getLogger(__name__)
-Message = TypeVar("Message")
 
 
 class Cause(StrEnum):
@@ -94,22 +93,21 @@ def encode(message: Job | Event) -> bytes:
     return json.dumps(asdict(message), separators=(",", ":"), default=str).encode() + b"\n"
 
 
-class Lines(Generic[Message]):
-    """Cuts a stream of bytes into messages. A damaged line is skipped, with a warning: it must not end a run."""
+class EventStream:
+    """Cuts a stream of bytes into events. A damaged line is skipped, with a warning: it must not end a run."""
 
-    def __init__(self, parse: Callable[[Mapping[str, Any]], Message]) -> None:
-        self._parse, self._rest = parse, b""
+    rest = b""
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """The messages that `data` completes."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """The events that `data` completes."""
+        *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
             try:
-                message = self._parse(json.loads(line))
+                event = Event.from_json(json.loads(line))
             except (ValueError, TypeError, KeyError) as error:
                 log.warning("skipped a damaged line, %r: %r", line[:200], error)
             else:
-                yield message
+                yield event
 
 
 @dataclass(frozen=True)

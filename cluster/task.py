@@ -1,24 +1,26 @@
-"""A task: a module-level function, the JSON that determines its result, and where it is published."""
-
-from __future__ import annotations
+"""Tasks, each a module-level function and the JSON that determines its result, and the store they publish to."""
 
 import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from cluster import fingerprint as code_module
 from cluster.errors import BadTask
+from cluster.store.layout import ATTEMPTS, CODE, LOCKS, LOGS, VERDICTS, is_published, temporaries
+from cluster.store.lease import read_owner
 
-if TYPE_CHECKING:
-    from cluster.store.lookup import Lookup
+_OWN = (LOGS, LOCKS, VERDICTS, CODE)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
-Call = Callable[..., object]
-"""`call(spec, folder)`, or `call(spec, folder, inputs)` of a task with inputs."""
+Call = Callable[..., object]  # `call(spec, folder)`, or `call(spec, folder, inputs)` of a task with inputs
+Status = Literal["published", "running", "failed", "missing"]
+"""Running: an attempt holds its lease, on whatever machine; failed: the last attempt did not publish."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,11 @@ class Resources:
 
 def check_json(value: object, where: str = "spec") -> None:
     """Raise `BadTask`, which names the first offending entry, unless `value` is the same after a trip through JSON."""
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadTask(f"{where} is {value}: JSON has no such number")
+    if value is None or isinstance(value, str | bool | int | float):
         return
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise BadTask(f"{where} is {value}: JSON has no such number")
-    elif isinstance(value, list):
+    if isinstance(value, list):
         for index, item in enumerate(value):
             check_json(item, f"{where}[{index}]")
     elif isinstance(value, dict):
@@ -70,6 +71,16 @@ def task_key(call: str, spec: Mapping[str, Any], code: str) -> str:
     """Name of a result (24 hex digits): a function of all that determines it."""
     text = canonical({"call": call, "spec": dict(spec), "code": code})
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What is known of a task: its result, and the attempts that every run of its store has noted."""
+
+    status: Status
+    folder: Path  # of the result, once it is published
+    attempts: tuple[dict[str, Any], ...]  # that ended, oldest first: time, attempt, cause, detail, node, ...
+    log: Path | None  # of the last attempt that ended
 
 
 @dataclass(frozen=True)
@@ -115,9 +126,77 @@ class Task:
 
     def lookup(self) -> Lookup:
         """What became of it: status, folder of the result, attempts and the last log."""
-        from cluster.store.lookup import lookup  # not above: workers have no use for it
+        out, found = self.out, []
+        for path in sorted((out.parent.parent / LOGS).glob(f"*/{ATTEMPTS}")):
+            lines = [line for line in path.read_text().splitlines() if self.key in line and line.endswith("}")]  # whole
+            found += [(note, path.parent / note.get("log", "")) for note in map(json.loads, lines)]
+        found = sorted((one for one in found if one[0]["key"] == self.key), key=lambda one: one[0]["time"])
+        owners = filter(None, (read_owner(root) for root, _, _ in temporaries(out.parent, out.name)))
+        status: Status = "failed" if found else "missing"
+        if is_published(out):
+            status = "published"
+        elif any(owner.alive() is not False for owner in owners):
+            status = "running"
+        logs = [log for _, log in found if log.is_file()]
+        return Lookup(status, out, tuple(note for note, _ in found), logs[-1] if logs else None)
 
-        return lookup(self.out, self.key)
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of published results, typically on a file system that all machines share.
+
+    <root>/<kind>/<key>/       a result and its manifest.json
+    <root>/logs/<run>/         logs of a run and of its attempts
+    <root>/locks/<label>.json  owners of the runs at work
+    <root>/verdicts/           which results were read and found whole
+    <root>/code/<digest>.json  modules and files of data behind a digest of code
+    """
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).absolute())
+
+    def path(self, kind: str, key: str) -> Path:
+        """Where the result `key` of this kind is, or would be, published."""
+        for name, value in (("kind", kind), ("key", key)):
+            if not _NAME.fullmatch(value):
+                raise BadTask(f"{name} {value!r}: use letters, digits, `_`, `-` and `.`, not at the start")
+        if kind in _OWN:
+            raise BadTask(f"kind {kind!r} is a folder of the store itself: use another name")
+        return self.root / kind / key
+
+    def task(
+        self,
+        kind: str,
+        name: str,
+        call: Call,
+        spec: dict[str, Any],
+        *,
+        resources: Resources | None = None,
+        code: str = "",
+    ) -> Task:
+        """A `Task` whose result lies in this store, in the folder `kind`, under a key of its call, spec and code.
+
+        `code` may be a declared version, instead of the fingerprint of the source.
+        """
+        task = Task(name, call, spec, self.root, resources or Resources(), kind, code)
+        return replace(task, out=self.path(kind, task.key))
+
+    def published(self) -> Iterator[Path]:
+        """Every published folder, by kind and key."""
+        for kind in self.kinds():
+            yield from (path for path in sorted(kind.iterdir()) if path.name[0] != "." and is_published(path))
+
+    def kinds(self) -> list[Path]:
+        """The folders that hold results."""
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(path for path in folders if path.is_dir() and path.name not in _OWN)
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs of all runs."""
+        return self.root / LOGS
 
 
 def resolve_call(name: str) -> Call:
@@ -125,7 +204,7 @@ def resolve_call(name: str) -> Call:
     module, _, function = name.partition(":")
     try:
         call = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise BadTask(f"cannot import {name}: {error}") from error
     if not callable(call):
         raise BadTask(f"{name} is a {type(call).__name__}, not a function")

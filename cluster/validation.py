@@ -3,9 +3,6 @@
 Workers do not import this module: pydantic takes longer to import than a short task to run.
 """
 
-from __future__ import annotations
-
-import copy
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,7 +41,7 @@ class Problems:
         found: dict[str, list[str]] = {}
         for one in error.errors(include_url=False):
             path = above
-            for _, step in _walk(one["loc"], data):
+            for _, step in walk(one["loc"], data):
                 path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
             found.setdefault(path, []).append(_text(one, model))
         for path, texts in found.items():  # several: none of the types that a value may have fits
@@ -58,36 +55,16 @@ class Problems:
             raise error(f"{self.where}: {count} wrong\n" + "\n".join(f"  {line}" for line in self.lines))
 
 
-def read(model: type[S], data: object, problems: Problems, above: str = "") -> S:
-    """Make a section of `data`. What is wrong goes to `problems`, and has its default in what comes back."""
-    data = {} if data is None else copy.deepcopy(data)
-    while True:
-        try:
-            return model.model_validate(data)
-        except ValidationError as error:
-            if data == {}:  # the defaults themselves
-                raise
-            problems.take(error, model, data, above)
-            data = _without(error, data)
-
-
-def _without(error: ValidationError, data: Any) -> Any:
-    """The data less the entries that are wrong."""
-    for one in error.errors():
-        entries = [(level, key) for level, key in _walk(one["loc"], data) if isinstance(level, dict)]
-        if not entries:
-            return {}
-        level, key = entries[-1]
-        del level[key]
-    return data
-
-
 def settle(model: type[S], data: object, where: str, above: str = "") -> S:
     """Make a section of `data`; `BadConfig` lists all that is wrong with it."""
-    problems = Problems(where)
-    made = read(model, data, problems, above)
-    problems.raise_as(BadConfig)
-    return made
+    data = {} if data is None else data
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = Problems(where)
+        problems.take(error, model, data, above)
+        problems.raise_as(BadConfig)
+        raise
 
 
 def nearest(word: object, legal: Iterable[str]) -> str:
@@ -107,7 +84,7 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _walk(loc: Sequence[int | str], data: Any) -> Iterator[tuple[Any, int | str]]:
+def walk(loc: Sequence[int | str], data: Any) -> Iterator[tuple[Any, int | str]]:
     """The steps of a place that are in the data, with what each is a step into; pydantic's own are left out."""
     for step in loc:
         if (isinstance(data, Mapping) and step in data) or (isinstance(data, list) and step in range(len(data))):

@@ -14,8 +14,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import ClusterError, CorruptResult, Task, adopt, drop, is_published, set_aside
-from cluster.driver.explain import fault_of
+from cluster import ClusterError, CorruptResult, Task, drop, is_published, set_aside
+from cluster.driver.plan import fault_of
 from cluster.store import verdicts
 from cluster.store.publish import About
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
@@ -25,6 +25,7 @@ from pipelines.grid import vlm_folder
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
+from pipelines.stage.parts import adopt, remember_linked
 from pipelines.tasks.tokens import tokens
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def _adopt(run: Stage, passes: Sequence[tuple[Part, Task]]) -> None:
                 break
         else:
             drop(task.out)
-    verdicts.remember_linked(read)
+    remember_linked(read)
 
 
 def _shard(folder: Path) -> Shard:

@@ -12,8 +12,8 @@ TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 PATHS = sorted(set(re.findall(r"`([\w./-]+(?:/|\.(?:py|yaml|md)))`", TEXT)))
 MADE_BY_ROOM = {"load.py", "model.py", "crosscheck.py", "default.yaml"}
 """Named without their room, which stands beside them."""
-MOST_MODULES, MOST_LINES = 15, 5640
-"""`cluster` is to shrink to 5,000 lines; until then it must not grow."""
+MOST_MODULES, MOST_LINES = 15, 5000
+"""Modules of a folder, and lines of `cluster`: whoever adds to it takes something away."""
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path not in MADE_BY_ROOM])
@@ -48,6 +48,6 @@ def test_cluster_stays_small() -> None:
 
 
 def test_workers_do_without_pydantic() -> None:
-    workers = "cluster.local.worker, cluster.slurm.worker, cluster.worker.attempt"
+    workers = "cluster.slurm.worker, cluster.worker.attempt"
     code = f"import sys, {workers}; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,33 +1,96 @@
-"""The state of a run: what people see of it, and the files that let others see it too.
+"""The state of a run and what became of it: what people see of it, and the files that let others see it too.
 
 On a terminal that is one live view, elsewhere sparse plain lines.
 """
 
 import contextlib
+import functools
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
 
-from cluster.driver.report import Report
-from cluster.host.process import Process
-from cluster.store.layout import ATTEMPTS, STATUS
-from cluster.task import display
+from cluster.errors import TasksFailed
+from cluster.host import Process
+from cluster.protocol import Cause
+from cluster.store.layout import ATTEMPTS, STATUS, replace_text
+from cluster.task import Task, display
 
-log = logging.getLogger(__name__)
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 STATES = ("waiting", "running", "done", "skipped", "retried", "failed", "cancelled")
 PERIOD = 1.0  # seconds between two status files
 SILENCE = 60.0  # seconds
 PLAIN_PERIOD = 30.0  # seconds between two lines where there is no terminal
 MOST_ROWS = 12
+TAIL_LINES, TAIL_BYTES = 6, 8192
+MOST_DESCRIBED = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one task."""
+
+    task: Task
+    cause: Cause  # how the last attempt ended: `done` unless the task failed
+    attempts: int  # how many there were; 0 for a task that was published before or never began
+    log: Path | None  # output of the last attempt
+    detail: str = ""  # the last attempt's end in one line
+    history: tuple[Cause, ...] = ()  # how every attempt ended
+
+    def lines(self) -> Iterator[str]:
+        """How it failed: cause, attempts, last log lines, where the log is."""
+        tries = f"{self.attempts} attempt{'s' * (self.attempts != 1)}"
+        yield f"  {display(self.task.name)}: {self.cause} after {tries}: {self.detail}"
+        if self.log is None:
+            return
+        with contextlib.suppress(OSError), self.log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            said = file.read().decode("utf-8", "replace").splitlines()
+            yield from [f"      | {line.rstrip()}" for line in said if line.strip()][-TAIL_LINES:]
+        yield f"      log: {self.log}"
+
+
+@dataclass
+class Report:
+    """What became of the tasks of a run."""
+
+    done: list[Outcome] = field(default_factory=list)  # run and published now
+    skipped: list[Outcome] = field(default_factory=list)  # published before
+    failed: list[Outcome] = field(default_factory=list)
+    cancelled: list[Outcome] = field(default_factory=list)  # given up because another one failed (`fail_fast`)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every result is there."""
+        return not self.failed and not self.cancelled
+
+    def raise_if_failed(self) -> None:
+        """Raise `TasksFailed`, with a table of what failed, unless every result is there."""
+        if not self.ok:
+            raise TasksFailed(self.table())
+
+    def table(self) -> str:
+        """The failures as text."""
+        total = len(self.done) + len(self.skipped) + len(self.failed) + len(self.cancelled)
+        given_up = f", {len(self.cancelled)} were given up (fail_fast)" if self.cancelled else ""
+        lines = [f"{len(self.failed)} of {total} tasks failed{given_up}"]
+        lines += [line for outcome in self.failed[:MOST_DESCRIBED] for line in outcome.lines()]
+        if rest := [display(outcome.task.name) for outcome in self.failed[MOST_DESCRIBED:]]:
+            lines.append(f"  and {len(rest)} more: {', '.join(rest)}")
+        return "\n".join(lines)
 
 
 @dataclass
@@ -92,12 +155,8 @@ class Board:
 
 
 def clock(seconds: float | None) -> str:
-    """`h:mm:ss`, or `m:ss` under an hour."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    """`h:mm:ss`, with days before it."""
+    return "-" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def summary(board: Board) -> str:
@@ -119,22 +178,16 @@ class View:
     def __init__(self, board: Board) -> None:
         self._board, self._last = board, time.monotonic()
         self._console = Console(stderr=True)
-        columns = [*map(TextColumn, ("{task.description}", "{task.fields[note]}")), BarColumn(20), TimeElapsedColumn()]
         # Not its redirection of stdout, which is the program's own.
-        self._progress = Progress(
-            *columns, console=self._console, transient=True, redirect_stdout=False, auto_refresh=False,
-            disable=not self._console.is_terminal,
-        )  # fmt: skip
-        self._all = self._progress.add_task(escape(board.label) or "tasks", total=board.total, note="")
-        self._rows: dict[str, TaskID] = {}
+        self._live = Live(console=self._console, transient=True, redirect_stdout=False, auto_refresh=False)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Show the board, and in the end what it came to."""
-        if self._progress.disable:
+        if not self._console.is_terminal:
             self.note(f"{self._board.total} tasks, {len(self._board.report.skipped)} published before")
         try:
-            with self._progress:
+            with self._live if self._console.is_terminal else contextlib.nullcontext():
                 yield
         finally:
             self.note(summary(self._board))
@@ -146,26 +199,24 @@ class View:
 
     def refresh(self) -> None:
         """Show the board as it is now; to be called often. Without a terminal that is a line, and rare."""
-        board, counts = self._board, self._board.counts()
-        if self._progress.disable:
-            if time.monotonic() - self._last >= PLAIN_PERIOD:
-                self._last = time.monotonic()
+        board, now = self._board, time.monotonic()
+        if not self._console.is_terminal:
+            if now - self._last >= PLAIN_PERIOD:
+                self._last = now
                 self.note(summary(board))
             return
-        for gone in self._rows.keys() - board.running.keys():
-            self._progress.remove_task(self._rows.pop(gone))
-        for job, running in board.running.items():
-            if job not in self._rows and len(self._rows) < MOST_ROWS:
-                again = f" (attempt {running.attempt})" if running.attempt > 1 else ""
-                self._rows[job] = self._progress.add_task(f"  {escape(display(running.name))}{again}", note="")
-            if job in self._rows:
-                total, note = running.total or None, escape(running.note)
-                self._progress.update(self._rows[job], completed=running.done, total=total, note=note)
-        finished = board.total - counts["waiting"] - counts["running"]
-        hidden = f", {rest} not shown" if (rest := len(board.running) - len(self._rows)) else ""
+        table = Table.grid(*(Column(no_wrap=True) for _ in range(4)), padding=(0, 1))
+        finished = board.total - board.counts()["waiting"] - len(board.running)
+        hidden = f", {rest} not shown" if (rest := len(board.running) - MOST_ROWS) > 0 else ""
         note = f"{finished}/{board.total} {escape(summary(board))}{hidden}"
-        self._progress.update(self._all, completed=finished, note=note)
-        self._progress.refresh()
+        bar = ProgressBar(board.total, finished, width=20)
+        table.add_row(escape(board.label) or "tasks", note, bar, clock(board.elapsed))
+        for running in islice(board.running.values(), MOST_ROWS):
+            again = f" (attempt {running.attempt})" if running.attempt > 1 else ""
+            bar = ProgressBar(running.total or None, running.done, width=20)
+            name = f"  {escape(display(running.name))}{again}"
+            table.add_row(name, escape(running.note), bar, clock(now - running.started))
+        self._live.update(table, refresh=True)
 
 
 class Journal:
@@ -173,8 +224,8 @@ class Journal:
 
     def __init__(self, folder: Path, board: Board) -> None:
         self._folder, self._board = folder, board
-        self._process, self._since = Process.me().to_json(), time.time()
-        self._last, self._warned = 0.0, False
+        self._process, self._since = vars(Process.me()), time.time()
+        self._last = 0.0
 
     def attempt(self, **facts: Any) -> None:
         """Note how an attempt ended."""
@@ -194,9 +245,7 @@ class Journal:
             "now": [asdict(r) | {"seconds": round(now - r.started, 1)} for r in board.running.values()],
         }  # fmt: skip
         with self._forgiving():
-            fresh = self._folder / f"{STATUS}.new"
-            fresh.write_text(json.dumps(data, indent=1))
-            fresh.replace(self._folder / STATUS)
+            replace_text(self._folder / STATUS, json.dumps(data, indent=1))
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -205,9 +254,7 @@ class Journal:
             self._folder.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
-            if not self._warned:
-                log.warning("cannot write to %s: %s", self._folder, error)
-            self._warned = True
+            _warn_once(f"cannot write to {self._folder}: {error}")
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from cluster.config import OnLocked
 from cluster.errors import Locked
-from cluster.host.process import Process
+from cluster.host import Process
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,7 @@ def run_lock(
 ) -> Iterator[None]:
     """Hold the lock of `label`; without a label there is none. `check` is called while waiting; it may raise.
 
-    Raises:
-        Locked: another run holds it, and `on_locked` says to refuse.
+    Raises `Locked` if another run holds it, and `on_locked` says to refuse.
     """
     if not label:
         yield
@@ -52,7 +51,7 @@ def run_lock(
         time.sleep(PERIOD)
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        path.write_text(json.dumps({"process": Process.me().to_json(), "run": run_id, "since": since, "label": label}))
+        path.write_text(json.dumps({"process": vars(Process.me()), "run": run_id, "since": since, "label": label}))
         yield
     finally:
         _end(path, lock)
@@ -82,24 +81,19 @@ def _holder(path: Path) -> tuple[Process | None, str]:
 def _try(path: Path) -> int | None:
     """An open handle of the locked file; None if somebody else has it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError as error:
+        if error.errno not in (*_UNSUPPORTED, errno.EWOULDBLOCK):
+            raise
+        process = _holder(path)[0]
+        free = error.errno in _UNSUPPORTED and (process is None or process.alive() is False)
     with contextlib.suppress(FileNotFoundError):  # its owner removed it meanwhile: the next try makes a new one
-        if _flock(handle, path) and os.path.samestat(os.fstat(handle), path.stat()):
+        if free and os.path.samestat(os.fstat(handle), path.stat()):
             return handle
     os.close(handle)
     return None
-
-
-def _flock(handle: int, path: Path) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        process = _holder(path)[0]
-        return process is None or process.alive() is False
-    return True
 
 
 def _end(path: Path, handle: int) -> None:

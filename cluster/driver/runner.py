@@ -1,31 +1,32 @@
-"""`run`: plan, start, follow, retry and report. All policy is here and in `cluster.driver.retry`."""
+"""`run`: plan, start, follow, retry and report. All policy is here, the same for every executor.
+
+An attempt that ended badly is followed by another one, by its cause:
+crashed, lost, node    again, `tries` attempts in all, on another node if there is one
+preempted              again, `preemptions` attempts
+timeout                again only if the attempt left something new to resume from, `preemptions` attempts
+oom                    once more, with twice the memory (or what there is)
+exception, cancelled   never: again would end the same
+"""
 
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from cluster.config import ClusterConfig
-from cluster.driver.board import Board, Journal, Running, View
-from cluster.driver.explain import record_code
+from cluster.config import EXECUTORS, ClusterConfig
+from cluster.driver.board import Board, Journal, Outcome, Report, Running, View
 from cluster.driver.lock import run_lock
-from cluster.driver.plan import Planned, check_tasks, make_folders
-from cluster.driver.report import Outcome, Report
-from cluster.driver.retry import ELSEWHERE, next_resources, pause
-from cluster.errors import Interrupted
-from cluster.executors import EXECUTORS, check_executor
+from cluster.driver.plan import Planned, check_tasks, make_folders, record_code
+from cluster.errors import CannotRun, Interrupted
 from cluster.protocol import Cause, Context, Event, Executor, Job
-from cluster.results import Store
-from cluster.store.layout import new_attempt, temporaries
-from cluster.store.lease import Watch
-from cluster.store.leftovers import fence, has_progressed, sweep
-from cluster.store.publish import is_published
-from cluster.task import Resources, Task, display, resolve_call
+from cluster.store.layout import LOCKS, appears, is_published, new_attempt, temporaries
+from cluster.store.lease import Watch, fence, sweep
+from cluster.task import Resources, Store, Task, display, resolve_call
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ LOOK_PAUSE = 0.5  # seconds until we look again whether another run has finished
 LOOK_LONGEST = 10.0
 VISIBLE_WITHIN = 10.0  # seconds a shared file system may take to show what another machine published
 CANCEL_LIMIT = 30.0  # seconds an executor may take to end what was cancelled
+MORE_MEMORY = 2.0
+ELSEWHERE = (Cause.CRASHED, Cause.LOST, Cause.NODE)  # the node may be to blame
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds
 
 
 def run(
@@ -61,32 +65,58 @@ def run(
     """
     config = config or ClusterConfig.from_params()
     executor = config.executor if executor is None else executor
-    if isinstance(executor, str):
-        check_executor(executor)
+    if isinstance(executor, str) and executor not in EXECUTORS:
+        raise CannotRun(f"there is no executor {executor!r}: this version has {', '.join(EXECUTORS)}")
     tasks = list(tasks)
     make_folders(check_tasks(tasks))
     store = Store(config.store)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{new_attempt()[:8]}"
     context = Context(run_id, store.logs / run_id, config)
-    with _signals_noted() as check, run_lock(store.locks, label, run_id, config.on_locked, check):
+    with _signals_noted() as check, run_lock(store.root / LOCKS, label, run_id, config.on_locked, check):
         planned = check_tasks(tasks)  # again: the run we waited for may have done them
         missing = [one for one in planned if not one.published]
         folders, watch = {one.out.parent for one in planned}, Watch()
         for folder in folders:
-            tidy(folder, watch)
+            sweep(folder, watch)
         report = Report(skipped=[Outcome(one.task, Cause.DONE, 0, None) for one in planned if one.published])
         if not missing:
             log.info("%s: all %d tasks were published before", label or "run", len(planned))
             return report
         made = cast(Executor, resolve_call(EXECUTORS[executor])(context)) if isinstance(executor, str) else executor
         with closing(made) if made is not executor else nullcontext():
+            check()
             made.check([one.task for one in missing])
             record_code(store, (one.task for one in missing))
             board = Board(label, run_id, len(planned), report)
             _Run([_Entry(one, one.task.resources) for one in missing], board, made, context, watch, fail_fast).go(check)
         for folder in folders:
-            tidy(folder, watch)
+            sweep(folder, watch)
         return report
+
+
+def next_resources(
+    causes: Sequence[Cause], last: Resources, config: ClusterConfig, progressed: bool, memory_limit_gb: float | None
+) -> Resources | None:
+    """What to give the next attempt, by how each one so far ended and what the last had; None if there is to be none.
+
+    `progressed`: the last one left something new in its `resume/`. `memory_limit_gb`: the most that one can get.
+    """
+    cause = causes[-1]
+    limits = {**dict.fromkeys(ELSEWHERE, config.tries), Cause.PREEMPTED: config.preemptions, Cause.OOM: 2}
+    if cause is Cause.TIMEOUT and progressed:
+        limits[cause] = config.preemptions
+    if causes.count(cause) >= limits.get(cause, 1):
+        return None
+    if cause is not Cause.OOM:
+        return last
+    memory = min(last.memory_gb * MORE_MEMORY, memory_limit_gb or float("inf"))
+    return replace(last, memory_gb=memory) if memory > last.memory_gb else None
+
+
+def pause(failures: int, attempt: str) -> float:
+    """Seconds to wait before the next attempt: doubling, with a jitter drawn from the attempt's name."""
+    jitter = 0.75 + 0.5 * int(attempt[:4], 16) / 0xFFFF
+    return min(FIRST_PAUSE * 2.0 ** max(failures - 1, 0), LONGEST_PAUSE) * jitter
 
 
 @contextmanager
@@ -96,25 +126,23 @@ def _signals_noted() -> Iterator[Callable[[], None]]:
     So cleaning up is never itself interrupted. Only the main thread can do that: in others, signals keep their effect.
     """
     seen: list[int] = []
+    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+
+    def arm() -> dict[int, Any]:
+        return {number: signal.signal(number, lambda number, _: seen.append(number)) for number in caught}
 
     def check() -> None:
+        arm()  # again: `ray.init` sets handlers of its own
         if seen:
             raise Interrupted(seen[0])
 
-    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in caught}
+    before = arm()
     try:
         yield check
     finally:
         for number, handler in before.items():
             # None: a handler that was not set from Python cannot be restored from Python either
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def tidy(folder: Path, watch: Watch, *, resume_too: bool = False) -> list[Path]:
-    """Remove what dead attempts left in a folder of results; what a next one can resume from only if `resume_too`."""
-    published = {name for _, name, _ in temporaries(folder) if is_published(folder / name)}
-    return sweep(folder, watch, published=published, resume_too=resume_too)
 
 
 @dataclass(eq=False)
@@ -161,6 +189,7 @@ class _Run:
         """Run all tasks to their end, or until `check` raises."""
         state = "failed"
         try:
+            self._journal.write()  # who drives this run, before anything of it runs
             with self._view.shown():
                 while self._waiting or self._flying:
                     check()
@@ -205,8 +234,7 @@ class _Run:
             self._wait_for_others(entry)
             return
         cause, entry.detail = self._settled(job, event)
-        progressed = has_progressed(job.out, job.id)
-        fence(job.out, job.id)
+        progressed = fence(job.out, job.id)
         entry.causes.append(cause)
         if cause in ELSEWHERE and event.node:
             entry.avoid.add(event.node)
@@ -229,11 +257,8 @@ class _Run:
             return Cause.DONE, "" if cause is Cause.DONE else f"{cause} after it had published"
         if cause is not Cause.DONE:
             return cause, event.detail
-        deadline = time.monotonic() + VISIBLE_WITHIN
-        while time.monotonic() < deadline:
-            time.sleep(0.1)
-            if is_published(job.out):
-                return Cause.DONE, ""
+        if appears(lambda: is_published(job.out), VISIBLE_WITHIN):
+            return Cause.DONE, ""
         return Cause.LOST, f"it said that it published, but {job.out} cannot be seen from here"
 
     def _look_at_others(self, ready: list[_Entry]) -> None:
@@ -259,11 +284,8 @@ class _Run:
         self._waiting.append(entry)
 
     def _retry_or_fail(self, entry: _Entry, job: Job, progressed: bool) -> None:
-        config, name, cause = self._context.config, display(job.name), entry.causes[-1]
-        resources = next_resources(
-            entry.causes, entry.resources, tries=config.tries, preemptions=config.preemptions, progressed=progressed,
-            memory_limit_gb=self._executor.memory_limit_gb(entry.resources),
-        )  # fmt: skip
+        name, cause, most = display(job.name), entry.causes[-1], self._executor.memory_limit_gb(entry.resources)
+        resources = next_resources(entry.causes, entry.resources, self._context.config, progressed, most)
         if resources is not None and not (self._fail_fast and self._report.failed):
             entry.resources = resources
             entry.ready_at = time.monotonic() + pause(len(entry.causes), job.id)
@@ -284,12 +306,7 @@ class _Run:
         deadline = time.monotonic() + CANCEL_LIMIT
         while self._flying and time.monotonic() < deadline:
             for event in self._executor.poll(POLL):
-                if event.kind == "ended" and event.job in self._flying:
-                    entry, job = self._flying.pop(event.job)
-                    self._board.end(job.id)
-                    if is_published(job.out):
-                        self._report.done.append(entry.outcome(Cause.DONE))
-                    fence(job.out, job.id)
+                self._handle(event)
         for _, job in self._flying.values():
             self._board.end(job.id)
             fence(job.out, job.id)

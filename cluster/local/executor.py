@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from cluster.host.machine import Machine, group_members, memory_of, oom_kills, visible_gpus
-from cluster.host.process import LINUX
+from cluster.host import LINUX, Machine, group_members, memory_of, oom_kills, visible_gpus
 from cluster.local.process import WorkerProcess
 from cluster.protocol import Cause, Context, Event, Executor, Job
 from cluster.task import Resources
-from cluster.worker.environment import remove_if_empty
+from cluster.worker.attempt import remove_if_empty
 from cluster.worker.guardian import Guardian
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ class Workers(Executor):
 
     def _worker_for(self, resources: Resources) -> WorkerProcess | None:
         """An idle worker of the right shape, or a new one; None if its GPUs are taken."""
-        for worker in self._idle():
+        for worker in [one for one in self._workers if one.idle]:
             if (worker.threads, len(worker.gpus)) == (resources.cpus, resources.gpus):
                 if memory_of([worker.pid]) < resources.memory_gb * MOST_INHERITED:
                     return worker
@@ -118,7 +117,8 @@ class Workers(Executor):
         if len(gpus) < resources.gpus:
             return None
         # Idle workers of other shapes hold memory, too: those that would make more of them than cores give way.
-        for worker in sorted(self._idle(), key=lambda worker: set(gpus).isdisjoint(worker.gpus)):
+        idle = [one for one in self._workers if one.idle]
+        for worker in sorted(idle, key=lambda one: set(gpus).isdisjoint(one.gpus)):
             shares = self._share(resources.cpus) + sum(self._share(worker.threads) for worker in self._workers)
             if shares > self.machine.cpus or not set(gpus).isdisjoint(worker.gpus):
                 self._remove(worker)
@@ -128,9 +128,6 @@ class Workers(Executor):
         self._guardian.tell("+", worker.pid)
         self._workers.append(worker)
         return worker
-
-    def _idle(self) -> list[WorkerProcess]:
-        return [worker for worker in self._workers if worker.idle]
 
     def _read(self, worker: WorkerProcess) -> None:
         for event in worker.read():
@@ -174,7 +171,13 @@ class Workers(Executor):
         """A worker died: say how its job ended, which may have been well just before."""
         self._read(worker)
         job = worker.job
-        cause, detail = worker.killed or self._diagnose(worker)
+        code = worker.process.poll() or 0
+        said = (
+            f"left with exit code {code}" if code >= 0 else f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        )
+        cause, detail = worker.killed or (Cause.CRASHED, f"the worker {said}")
+        if not worker.killed and code == -signal.SIGKILL and oom_kills() > worker.oom_kills:
+            cause, detail = Cause.OOM, "killed by the kernel for lack of memory"
         self._remove(worker)
         if not worker.ready:
             self._start_failures += 1
@@ -188,14 +191,6 @@ class Workers(Executor):
                 return
             detail = f"{detail}; workers do not come up, see {worker.log}"
         self._events.append(Event(job.id, "ended", cause, detail))
-
-    def _diagnose(self, worker: WorkerProcess) -> tuple[Cause, str]:
-        code = worker.process.poll() or 0
-        if code == -signal.SIGKILL and oom_kills() > worker.oom_kills:
-            return Cause.OOM, "killed by the kernel for lack of memory"
-        if code < 0:
-            return Cause.CRASHED, f"the worker was killed by signal {-code} ({signal.strsignal(-code)})"
-        return Cause.CRASHED, f"the worker left with exit code {code}"
 
     def _remove(self, worker: WorkerProcess) -> None:
         self._workers.remove(worker)
@@ -225,9 +220,8 @@ class Allotted(Workers):
         asked = job.resources
         gpus = visible_gpus() if asked.gpus else ()
         if len(gpus) < asked.gpus:
-            seen = f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
-            problem = f"the node {socket.gethostname()} has {len(gpus)} of {asked.gpus} GPU(s): {seen}"
-            yield Event(job.id, "ended", Cause.EXCEPTION, problem)
+            seen = f"{len(gpus)} of {asked.gpus} GPU(s), CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
+            yield Event(job.id, "ended", Cause.EXCEPTION, f"the node {socket.gethostname()} has {seen}")
             return
         self.machine = Machine(asked.cpus, asked.memory_gb, gpus[: asked.gpus])
         self.submit([job])

@@ -1,4 +1,4 @@
-"""The driver's side of one local worker: start it, send it jobs, read its news, kill it and its children."""
+"""The driver's side of one worker process: start it, send it jobs, read its news, kill it and its children."""
 
 import contextlib
 import json
@@ -10,14 +10,28 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.host.machine import group_members
-from cluster.protocol import Cause, Event, Job, Lines, encode
-from cluster.worker.environment import remove_if_empty, worker_environment, worker_path
+from cluster.fingerprint import dotted_name
+from cluster.host import group_members
+from cluster.protocol import Cause, Event, EventStream, Job, encode
+from cluster.worker.attempt import remove_if_empty
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from cluster.local.worker import main; main(*map(int, sys.argv[2:]))"
+    "from cluster.worker.attempt import serve; serve(int(sys.argv[2]))"
 )
+_THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB", "BLIS")
+
+
+def worker_path() -> list[str]:
+    """Our `sys.path`, with a script's folder inside a package replaced by the parent of the package."""
+    path: dict[str, None] = {}
+    for entry in sys.path:
+        folder = Path(entry or ".").absolute()
+        if (folder / "__init__.py").exists():
+            folder = folder.resolve()
+            folder = folder.parents[len(dotted_name(folder / "__init__.py").split(".")) - 2]
+        path[str(folder)] = None
+    return list(path)
 
 
 class WorkerProcess:
@@ -32,16 +46,19 @@ class WorkerProcess:
         self.stopping: float | None = None  # since when it knows that its job's time is up
         self.oom_kills = 0  # of the machine when the job began
         self.killed: tuple[Cause, str] | None = None
-        self._lines, self._outbox = Lines(Event.from_json), b""
+        self._stream, self._outbox = EventStream(), b""
+        # Threads as the task asked, so that results do not depend on the machine.
+        limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADS}
+        fixed = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONUNBUFFERED": "1"}
         self.channel, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             handle = theirs.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(worker_path()), str(handle), str(os.getpid())],
+                [sys.executable, "-c", _START, json.dumps(worker_path()), str(handle)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=worker_environment(threads, gpus),
+                env={"PYTHONHASHSEED": "0", **os.environ, **limits, **fixed},
                 pass_fds=[handle],
                 start_new_session=True,
             )
@@ -70,15 +87,12 @@ class WorkerProcess:
         events: list[Event] = []
         with contextlib.suppress(OSError):  # there is no more, or its worker died
             while data := self.channel.recv(1 << 16):
-                events.extend(self._lines.feed(data))
+                events.extend(self._stream.feed(data))
         return events
 
     def kill(self, cause: Cause, detail: str = "") -> None:
         """Kill it and its children; why is remembered for when its end is noticed."""
         self.killed = self.killed or (cause, detail)
-        self._kill_group()
-
-    def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -95,7 +109,7 @@ class WorkerProcess:
                 self.process.wait(grace)
         deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:  # a child may fork while it is killed
-            self._kill_group()
+            self.kill(Cause.CANCELLED)
             if self.process.poll() is not None and not group_members([self.pid])[self.pid]:
                 break
             time.sleep(0.005)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CannotRun
-from cluster.host.machine import GIB
+from cluster.host import GIB
 from cluster.local.executor import remove_empty_logs
 from cluster.protocol import Cause, Context, Event, Executor, Job
-from cluster.ray.connection import PACKAGE, connect
-from cluster.ray.profile import Node, RayProfile, misfit
+from cluster.ray.profile import PACKAGE, Node, RayProfile, connect, misfit
 from cluster.ray.worker import code_path, remote_function
 from cluster.task import Resources, Task, display
 
@@ -66,8 +65,11 @@ class RayExecutor(Executor):
             passed_on = (f"{config.application.upper()}_", "PYTHONHASHSEED", *config.passed_on)
             environment = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
             environment |= self._profile.environment
-            setup = {"folder": self._working_folder, "environment": environment, "moved_by": config.moved_by}
-            self._arguments = setup, code, root
+            paths = [self._working_folder, *code]
+            if root is not None:  # what does not lie in the working dir keeps its path
+                within = ((path, os.path.relpath(path, root)) for path in paths)
+                paths = [path if inside.startswith("..") else inside for path, inside in within]
+            self._arguments = environment, paths, config.moved_by
             context.logs.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self.close()
@@ -124,26 +126,23 @@ class RayExecutor(Executor):
 
     def _hand_over(self, job: Job) -> None:
         asked, profile = job.resources, self._profile
+        strategy: Any = profile.scheduling
+        if job.avoid:  # on which it died, if there are others
+            from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+            strategy = NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
         stream = self._remote.options(
             num_cpus=asked.cpus,
             num_gpus=asked.gpus,
             memory=int(asked.memory_gb * GIB),
             resources=profile.resources or None,
             accelerator_type=profile.accelerator_type if asked.gpus else None,
-            scheduling_strategy=self._strategy(job),
+            scheduling_strategy=strategy,
             max_retries=0,
             num_returns="streaming",
             name=display(job.name),
         ).remote(asdict(job), *self._arguments)
         self._flights[stream] = _Flight(job, stream, time.monotonic())
-
-    def _strategy(self, job: Job) -> Any:
-        """Where Ray puts a job: as the profile says, but away from nodes on which it died if there are others."""
-        if not job.avoid:
-            return self._profile.scheduling
-        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
-
-        return NodeLabelSchedulingStrategy(hard={}, soft={NODE_ID: NotIn(*job.avoid)})
 
     def _collect(self, timeout: float) -> None:
         """Take the next news of every job that has some."""

@@ -20,16 +20,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.errors import CannotRun
+import submitit
+
 from cluster.local.executor import remove_empty_logs
-from cluster.protocol import Cause, Context, Event, Executor, Job, Lines
+from cluster.local.process import worker_path
+from cluster.protocol import Cause, Context, Event, EventStream, Executor, Job
 from cluster.slurm import queue as slurm_queue
-from cluster.slurm.orphans import FOLDER, Ledger, reap
 from cluster.slurm.profile import SlurmProfile
-from cluster.slurm.queue import CAUSES, ControllerUnreachable, State
+from cluster.slurm.queue import CAUSES, FOLDER, ControllerUnreachable, State
 from cluster.slurm.worker import events_file, run_jobs, write_array
 from cluster.task import Resources
-from cluster.worker.environment import worker_path
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class _SlurmJob:
     shape: _Shape
     events: Path
     log: Path  # of srun, and of the process that starts the attempts
-    lines: Lines[Event] = field(default_factory=lambda: Lines(Event.from_json))
+    stream: EventStream = field(default_factory=EventStream)
     read: int = 0  # bytes of its events
     gone: float | None = None  # when it was first seen to have ended, or not seen any more
     last: str = ""  # state, for messages
@@ -71,11 +71,6 @@ class SlurmExecutor(Executor):
 
     def __init__(self, context: Context) -> None:
         super().__init__()
-        try:
-            import submitit
-        except ImportError as error:
-            raise CannotRun("submitit is not installed: `pip install submitit`") from error
-        self._submitit = submitit
         self._profile = SlurmProfile.load(context.config.profile)
         self._logs, self._folder = context.logs, context.logs / FOLDER
         self._name = f"{context.config.application}-{context.run_id}"
@@ -90,9 +85,8 @@ class SlurmExecutor(Executor):
         settings = slurm_queue.settings()
         self._accounting = settings.get("AccountingStorageType", "").endswith("slurmdbd")
         self._wave = self._longest_array = max(1, int(settings.get("MaxArraySize", "1001")))
-        self._ledger = Ledger(self._folder)
-        self._ledger.open()
-        reap(self._ledger)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        slurm_queue.reap(self._logs.parent, self._folder.stat().st_mtime)
 
     def memory_limit_gb(self, asked: Resources) -> float | None:
         """Memory of the largest node with GPUs or without, less what each job has beside its task."""
@@ -111,19 +105,14 @@ class SlurmExecutor(Executor):
         self._queues.clear()
         self.cancel([attempt for job in self._jobs.values() for attempt in job.attempts])
         deadline = time.monotonic() + CLOSE_LIMIT
-        while time.monotonic() < deadline and (left := self._left()):
-            slurm_queue.cancel(left)  # again: sbatch may have queued some without saying so
-            self.poll(1.0)
-        self._jobs.clear()
-        remove_empty_logs(self._logs)
-
-    def _left(self) -> set[str]:
-        """Jobs of this run in the queue, also such as have told the end of all their attempts."""
-        try:
-            return {one for one, state in slurm_queue.queue(name=self._name).items() if state.alive}
+        try:  # also such jobs as have told the end of all their attempts, or that sbatch queued without saying so
+            while (left := slurm_queue.alive(name=self._name)) and time.monotonic() < deadline:
+                slurm_queue.cancel(left)
+                self.poll(1.0)
         except ControllerUnreachable as error:
             log.warning("%s", error)
-            return set()
+        self._jobs.clear()
+        remove_empty_logs(self._logs)
 
     def _shape(self, job: Job) -> _Shape:
         return job.resources, job.avoid, job.call
@@ -185,8 +174,9 @@ class SlurmExecutor(Executor):
         allowance = (max(map(len, packs)) - 1) * asked.minutes * 60
         if self._profile.tasks_per_job == "auto":
             allowance = min(allowance, ALLOWANCE)
-        parameters = self._elsewhere(asked, avoid).parameters(replace(asked, minutes=asked.minutes + allowance / 60))
-        executor = self._submitit.SlurmExecutor(folder=self._folder / "submitit")
+        profile = self._elsewhere(asked, avoid) if avoid else self._profile
+        parameters = profile.parameters(replace(asked, minutes=asked.minutes + allowance / 60))
+        executor = submitit.SlurmExecutor(folder=self._folder / "submitit")
         # The job script says where our code is, and what srun does not take from sbatch.
         values = {"PYTHONPATH": os.pathsep.join(worker_path()), "SRUN_CPUS_PER_TASK": str(asked.cpus)}
         setup = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
@@ -203,15 +193,11 @@ class SlurmExecutor(Executor):
             attempts, events = {job.id: job for job in pack}, events_file(self._folder, pack)
             own_log = Path(handle.paths.stderr)
             self._jobs[handle.job_id] = _SlurmJob(handle.job_id, attempts, shape, events, own_log)
-            for job in pack:
-                self._ledger.note(handle.job_id, job.id, job.out)
         return True
 
     def _elsewhere(self, asked: Resources, avoid: Sequence[str]) -> SlurmProfile:
         """The profile, without nodes to avoid if another one that is up can run such jobs."""
-        profile, without = self._profile, [*avoid, *([self._profile.exclude] if self._profile.exclude else [])]
-        if not avoid:
-            return profile
+        profile, without = self._profile, [*avoid, *filter(None, [self._profile.exclude])]
         with suppress(ControllerUnreachable):
             down = slurm_queue.unusable_nodes(profile.partition)
             others = profile.model_copy(update={"exclude": ",".join([*without, *down])})
@@ -246,7 +232,7 @@ class SlurmExecutor(Executor):
                 file.seek(job.read)
                 data = file.read()
             job.read += len(data)
-            for event in job.lines.feed(data):
+            for event in job.stream.feed(data):
                 if event.job in job.attempts:
                     job.node = event.node or job.node
                     if event.kind == "ended":
@@ -260,7 +246,6 @@ class SlurmExecutor(Executor):
         if now - self._looked < self._profile.poll_seconds:
             return
         self._looked = now
-        self._ledger.renew()
         if not self._jobs:
             return
         try:
@@ -276,10 +261,8 @@ class SlurmExecutor(Executor):
             return
         missing = [one for one in self._jobs if one not in states]
         if missing and self._accounting:
-            try:
+            with suppress(ControllerUnreachable):  # asked again with the next look
                 states |= slurm_queue.accounted(missing)
-            except ControllerUnreachable as error:
-                log.info("%s", error)
         for job in list(self._jobs.values()):
             if job.id in self._jobs:  # judging another one may have read the end of this one
                 self._judge(job, states.get(job.id), now)
@@ -313,8 +296,7 @@ class SlurmExecutor(Executor):
             lines = [line for line in said.splitlines() if line.strip()]
             own = [line for line in lines if not line.startswith("srun:")]  # says more than that it exited with 1
             last = f": {json.dumps((own or lines)[-1][:200])}" if lines else ""
-            where = f" on {state.node}" if state.node else ""
-            self._end_all(job, cause, f"SLURM job {job.id}{where} is {state.state}{last}")
+            self._end_all(job, cause, f"SLURM job {job.id} on {state.node or 'no node'} is {state.state}{last}")
 
     def _end_all(self, job: _SlurmJob, cause: Cause, detail: str) -> None:
         """A job is over: so is the attempt it was at. The others had not begun, and are free to start elsewhere."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from cluster.profiles import Profile
+from cluster.config import Profile
 from cluster.task import Resources
 from cluster.validation import Text
 
@@ -48,8 +48,8 @@ class SlurmProfile(Profile):
             found["gres"] = f"{self.gres}:{asked.gpus}"
         memory = math.ceil((asked.memory_gb + self.spare_memory_gb) * 1024)
         minutes = math.ceil(asked.minutes + self.signal_seconds / 60)
-        one = {"cpus_per_task": asked.cpus, "ntasks_per_node": 1, "nodes": 1}
-        return {**found, **one, "time": minutes, "mem": f"{memory}MB"}
+        found |= {"cpus_per_task": asked.cpus, "ntasks_per_node": 1, "nodes": 1}
+        return {**found, "time": minutes, "mem": f"{memory}MB"}
 
     def parameters(self, asked: Resources) -> dict[str, Any]:
         """Of submitit's `SlurmExecutor`, for jobs that ask for as much."""

@@ -1,18 +1,28 @@
 """What SLURM says of jobs: squeue and, where there is accounting, sacct, each once for all jobs of a run.
 
 Functions raise `ControllerUnreachable` if the controller does not answer, unless they say otherwise.
+
+Jobs that a driver left behind when it was killed are cancelled by the next run on the same store, and fenced. They are
+named after their run. In its folder of logs a run says who drives it, again and again, and what its arrays of jobs are
+to do. Whether a driver on another login node is dead, the time of its file tells.
 """
 
 import contextlib
+import getpass
+import json
 import logging
 import re
 import signal
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.errors import CannotRun
+from cluster.host import Process
 from cluster.protocol import Cause
+from cluster.store.layout import STATUS, appears
+from cluster.store.lease import fence
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +39,10 @@ CAUSES = {
     "FAILED": Cause.CRASHED,
     "COMPLETED": Cause.LOST,
 }
+FOLDER = "slurm"  # in the folder of logs of a run
+SILENCE = 300.0  # seconds without a sign of life of a driver on another host after which it counts as dead
+LEAVE_LIMIT = 30.0  # seconds that cancelled jobs have to leave the queue
+_NAME = re.compile(r".+-(?P<run>\d{8}-\d{6}-[0-9a-f]{8})")  # as the executor names the jobs of a run
 _USABLE = ("idle", "mix", "alloc", "comp")  # states of nodes, as sinfo abbreviates them
 _REASON = re.compile(r"\b(?:QOS|Assoc)\w+")
 _LATER = re.compile(r"Submit|MaxJobs|GrpJobs|MaxJobCount|temporarily unable|unable to contact", re.IGNORECASE)
@@ -76,7 +90,7 @@ def _finished(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     except OSError as error:
         raise CannotRun(f"there is no {command[0]} on this machine: is it one of a SLURM cluster?") from error
     except subprocess.TimeoutExpired as error:
-        raise ControllerUnreachable(f"{command[0]} did not answer within {LIMIT:.0f} s") from error
+        raise ControllerUnreachable(f"{command[0]} took longer than {LIMIT:.0f} s") from error
 
 
 def _run(command: Sequence[str]) -> str:
@@ -92,6 +106,11 @@ def queue(**only: str) -> dict[str, State]:
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r|%j"]
     lines = _run([*command, *(f"--{key}={value}" for key, value in only.items())]).splitlines()
     return {identity: State(*rest) for identity, *rest in (line.split("|", 4) for line in lines)}
+
+
+def alive(**only: str) -> dict[str, str]:
+    """The names of jobs that may still do something, by their ids; only those of a `name` or a `user`."""
+    return {one: state.name for one, state in queue(**only).items() if state.alive}
 
 
 def accounted(ids: Collection[str]) -> dict[str, State]:
@@ -162,3 +181,35 @@ def objection(arguments: Sequence[str]) -> str | None:
     if done.returncode == 0 or takes_later(done.stderr):
         return None
     return " ".join(done.stderr.replace("sbatch: error:", " ").replace("allocation failure:", " ").split())
+
+
+def reap(logs: Path, now: float) -> None:
+    """Cancel jobs of runs with logs in this folder that are abandoned now, and fence their attempts."""
+    user = getpass.getuser()
+    jobs: dict[Path, set[str]] = {}
+    for job, name in alive(user=user).items():
+        if match := _NAME.fullmatch(name):
+            jobs.setdefault(logs / match["run"], set()).add(job)
+    dead = [run for run in jobs if abandoned(run, now)]
+    orphans = {job for run in dead for job in jobs[run]}
+    if not orphans:
+        return
+    log.warning("cancelling %d SLURM jobs that a killed driver left behind", len(orphans))
+    cancel(orphans)
+    if not appears(lambda: not orphans & alive(user=user).keys(), LEAVE_LIMIT):
+        log.warning("some cancelled SLURM jobs have not left the queue; they can publish nothing")
+    for array in (array for run in dead for array in (run / FOLDER).glob("*.array")):
+        with contextlib.suppress(ValueError):  # its driver was killed while it wrote the file: nothing of it runs
+            for pack in map(json.loads, array.read_text().splitlines()):
+                for job in pack["jobs"]:
+                    fence(Path(job["out"]), job["id"])
+
+
+def abandoned(run: Path, now: float) -> bool:
+    """Whether its driver is dead, by the file system's clock. Should it live, its jobs come again: nothing is lost."""
+    try:
+        alive = Process.from_json(json.loads((run / STATUS).read_bytes())["process"]).alive()
+        silent = now - (run / STATUS).stat().st_mtime > SILENCE
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # nobody can say
+    return alive is False or (alive is None and silent)

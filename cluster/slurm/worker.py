@@ -15,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.local.executor import Allotted
-from cluster.local.worker import STOPPED_BY
 from cluster.protocol import Cause, Event, Job, encode
+from cluster.store.layout import appears
+from cluster.worker.attempt import STOPPED_BY
 
 PERIOD = 2.0  # seconds between two lines of progress: many jobs write to one file system
 VISIBLE_WITHIN = 60.0  # seconds a shared file system may take to show the file of an array
@@ -41,9 +42,8 @@ def write_array(folder: Path, packs: Sequence[Sequence[Job]], grace: float, allo
 
 def run_jobs(array: str, index: int) -> None:
     """Do what the array's file says of one job of it."""
-    path, deadline = Path(array), time.monotonic() + VISIBLE_WITHIN
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(1)
+    path = Path(array)
+    appears(path.exists, VISIBLE_WITHIN)
     found = json.loads(path.read_text().split("\n")[index])
     jobs = [Job.from_json(job) for job in found["jobs"]]
     executor = Allotted(path.parent.parent, found["grace"])

@@ -4,12 +4,10 @@ A published folder is its files and a `manifest.json` that lists them with size 
 of the task and the files: no times, hosts or random names, so that equal results are equal byte for byte.
 
 `publish` writes the manifest into the folder of an attempt, forces both to disk and renames the folder to its name,
-which fails if the name holds anything: that one rename decides. `publish_copy` and `adopt` do the same with files that
-exist already. `verify` compares a published folder with its manifest, `set_aside` also renames a damaged one away, and
+which fails if the name holds anything: that one rename decides. `publish_copy` does the same with files that exist
+already. `verify` compares a published folder with its manifest, `set_aside` also renames a damaged one away, and
 `drop` removes one.
 """
-
-from __future__ import annotations
 
 import contextlib
 import errno
@@ -19,24 +17,20 @@ import logging
 import os
 import shutil
 import stat
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from cluster.errors import BadTask, CorruptResult, Fenced
 from cluster.store import verdicts
-from cluster.store.faults import GONE, patient, unavailable
-from cluster.store.layout import RESUME, aside, check_out, new_attempt
-from cluster.store.lease import Watch
-from cluster.store.leftovers import remove_tree
-from cluster.store.workspace import Busy, Workspace
+from cluster.store.layout import GONE, MANIFEST, RESUME, aside, files_in, patient, unavailable
+from cluster.store.lease import remove_tree
+from cluster.store.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 FSYNC_THREADS = 16
 
@@ -80,7 +74,7 @@ class Manifest:
         return json.dumps(data, sort_keys=True, indent=1) + "\n"
 
     @classmethod
-    def from_text(cls, text: bytes, place: str) -> Manifest:
+    def from_text(cls, text: bytes, place: str) -> Self:
         """What `to_text` wrote, found at `place`; `CorruptResult` if it is something else, or a path leads out."""
         try:
             data = json.loads(text)
@@ -96,7 +90,7 @@ class Manifest:
         return cls(about, files)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> Self:
         """Manifest of a published folder; `CorruptResult` if it has none, `StoreUnavailable` if it cannot be read."""
         path = Path(folder) / MANIFEST
         try:
@@ -104,14 +98,6 @@ class Manifest:
         except GONE as error:
             raise CorruptResult(f"{folder} holds no {MANIFEST}: it was never published as a whole") from error
         return cls.from_text(text, str(path))
-
-
-def is_published(folder: Path) -> bool:
-    """Whether a result is there: one look-up. `verify` reads every byte."""
-    try:
-        return stat.S_ISREG(patient(os.stat)(Path(folder) / MANIFEST).st_mode)
-    except GONE:
-        return False
 
 
 def verify(folder: Path, *, remembered: bool = False) -> Manifest:
@@ -142,7 +128,8 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
             raise CorruptResult(f"{path} is missing, its manifest lists it") from error
     if seen:
         verdicts.remember(folder, seen)
-    strays = {*_files(folder)} - {*manifest.sums, MANIFEST}
+    there = {path.relative_to(folder).as_posix() for path in files_in(folder)}
+    strays = there - {*manifest.sums, MANIFEST}
     if strays:
         log.warning("%s holds files that its manifest does not list: %s", folder, sorted(strays)[:5])
     return manifest
@@ -152,20 +139,6 @@ def verify(folder: Path, *, remembered: bool = False) -> Manifest:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fail(error: OSError) -> None:
-    raise error  # without it, os.walk leaves out in silence what it cannot read
-
-
-@patient
-def _files(folder: Path) -> list[str]:
-    """Path, with `/`, of every file in `folder`, sorted. Links are files, those to folders too: none is followed."""
-    found = []
-    for root, folders, names in os.walk(folder, onerror=_fail):
-        links = [name for name in folders if Path(root, name).is_symlink()]
-        found += [Path(root, name).relative_to(folder).as_posix() for name in names + links]
-    return sorted(found)
 
 
 def _fsync(path: Path) -> None:
@@ -180,14 +153,15 @@ def _fsync(path: Path) -> None:
 def _seal(folder: Path, about: About) -> Manifest:
     """Write the manifest of `folder`, and force all that is in it to disk."""
     files = []
-    for name in _files(folder):
-        path = folder / name
+    for path in files_in(folder):
+        name = path.relative_to(folder).as_posix()
         if name == MANIFEST:
             raise BadTask(f"the call wrote a file named {MANIFEST}: that name is the store's, use another")
         if not stat.S_ISREG(path.lstat().st_mode):
             raise BadTask(f"the call left {name}, which is not a regular file: a result holds files only")
         files.append(File(name, _sha256(path), path.stat().st_size))
     if not files:
+        folder.stat()  # `FileNotFoundError` if it was taken away
         raise BadTask("the call returned but wrote no file into its folder")
     manifest = Manifest(about, tuple(files))
     patient((folder / MANIFEST).write_text)(manifest.to_text())
@@ -286,22 +260,19 @@ def set_aside(folder: Path, *, remembered: bool = False) -> CorruptResult | None
         try:
             seen = patient(os.lstat)(folder)
             verify(folder, remembered=remembered)
+            return None
         except GONE:
             return CorruptResult(f"{folder} is not there")
         except CorruptResult as corrupt:
             target = aside(folder, "corrupt")
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 if not _is_same(folder, seen) or not _rename(folder, target):
                     continue
-            except FileNotFoundError:
-                continue
-            if _is_same(target, seen):
-                return CorruptResult(f"{corrupt}; moved to {target}")
-            # Ours was published in the instant before: it goes back, unless yet another run has published an equal one.
-            if not _rename(target, folder):
-                drop(target)
-        else:
-            return None
+                if _is_same(target, seen):
+                    return CorruptResult(f"{corrupt}; moved to {target}")
+                # Published in the instant before: it goes back, unless yet another run has published an equal one.
+                if not _rename(target, folder):
+                    drop(target)
 
 
 def drop(folder: Path) -> None:
@@ -328,51 +299,3 @@ def publish_copy(
             publish(workspace, about, expected=sums)
     finally:
         workspace.discard()
-
-
-def adopt(src_subfolder: Path, out: Path) -> Manifest:
-    """Publish a subfolder of a published folder as a result of its own, in one step.
-
-    So one task can make several results (all layers of one pass) that live on their own afterwards. The files are
-    linked, or copied where the file system cannot link. The name of `out` becomes the key, its parent's name the kind;
-    a result that is there already is left as it is.
-
-    Raises:
-        BadTask: `src_subfolder` is not inside a published folder, or holds no file of it.
-        CorruptResult: the published folder disagrees with its manifest.
-    """
-    src, out = Path(src_subfolder).resolve(), Path(out)
-    check_out(out)
-    if is_published(out):
-        return Manifest.read(out)
-    owner = next((folder for folder in src.parents if is_published(folder)), None)
-    if owner is None:
-        raise BadTask(f"{src} is not inside a published folder")
-    source = Manifest.read(owner)
-    part = src.relative_to(owner).as_posix()
-    inside = f"{part}/"
-    sums = {path.removeprefix(inside): sum_ for path, sum_ in source.sums.items() if path.startswith(inside)}
-    if not sums:
-        raise BadTask(f"{owner} was published without files in {part!r}")
-    about = replace(source.about, key=out.name, kind=out.parent.name, part=part)
-    watch, dead = Watch(), set[str]()
-    while not is_published(out):
-        try:
-            workspace = Workspace.claim(out, new_attempt(), supersedes=dead)
-        except Busy as busy:
-            dead.update(other.attempt for other in busy.others if other.expired(watch))
-            time.sleep(0.05)
-        else:
-            publish_copy(workspace, about, sums, lambda path, target: _link(src / path, target))
-    return Manifest.read(out)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except GONE as error:
-        raise CorruptResult(f"{source} is missing, its manifest lists it") from error
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        shutil.copyfile(source, target, follow_symlinks=False)

@@ -5,21 +5,12 @@ whole; its files lie below `KIND/KEY/`. What is pulled is published here like an
 checksums of the manifest.
 """
 
-from __future__ import annotations
-
-import contextlib
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from queue import SimpleQueue
 
 from cluster.errors import CannotRun, CorruptResult
-from cluster.store.layout import new_attempt
-from cluster.store.publish import MANIFEST, Manifest, publish_copy
+from cluster.store.layout import MANIFEST, new_attempt
+from cluster.store.publish import Manifest, publish_copy
 from cluster.store.workspace import Workspace
-
-AT_ONCE = 8  # transfers
 
 
 class Remote:
@@ -53,7 +44,6 @@ class Remote:
     def push(self, out: Path) -> None:
         """Upload a published result; whatever the client raises is passed on."""
         place = f"{self._root}/{out.parent.name}/{out.name}"
-        self._fs.makedirs(f"{self._root}/{out.parent.name}", exist_ok=True)
         for file in Manifest.read(out).files:
             target = f"{place}/{file.path}"
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -72,34 +62,8 @@ class Remote:
         manifest = Manifest.from_text(self._fs.cat_file(f"{place}.json"), f"{place}.json")
         if manifest.about.key != out.name:
             raise CorruptResult(f"{place}.json is the manifest of {manifest.about.key}")
-        workspace = Workspace.claim(out, new_attempt())
-        publish_copy(
-            workspace,
-            manifest.about,
-            manifest.sums,
-            lambda path, target: self._fs.get_file(f"{place}/{path}", str(target)),
-        )
 
+        def fetch(path: str, target: Path) -> None:
+            self._fs.get_file(f"{place}/{path}", str(target))
 
-def transfer(outs: Iterable[Path], one: Callable[[Path], None]) -> Iterator[tuple[Path, Exception | None]]:
-    """Push or pull results, several at a time, and say of each how it ended.
-
-    Its threads are daemons, and no pool: when the caller is interrupted nothing waits for a transfer that hangs.
-    """
-    waiting, ended = deque(outs), SimpleQueue[tuple[Path, Exception | None]]()
-
-    def work() -> None:
-        with contextlib.suppress(IndexError):  # none is waiting
-            while True:
-                out, error = waiting.popleft(), None
-                try:
-                    one(out)
-                except Exception as raised:  # whatever a client raises: the others go on
-                    error = raised
-                ended.put((out, error))
-
-    count = len(waiting)
-    for _ in range(min(count, AT_ONCE)):
-        threading.Thread(target=work, name="transfer", daemon=True).start()
-    for _ in range(count):
-        yield ended.get()
+        publish_copy(Workspace.claim(out, new_attempt()), manifest.about, manifest.sums, fetch)

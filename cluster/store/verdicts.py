@@ -5,69 +5,44 @@ whole. A file that was changed since, or replaced under an old mtime, has anothe
 What a disk loses by itself does not show: `verify` without verdicts reads every byte.
 """
 
-from __future__ import annotations
-
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.store import leftovers
-from cluster.store.faults import patient
-from cluster.store.layout import VERDICTS, new_attempt
-from cluster.store.leftovers import Marks
+from cluster.store import lease
+from cluster.store.layout import VERDICTS, replace_text
+from cluster.store.lease import Marks
 
 log = logging.getLogger(__name__)
 
-_TICK_NS = 20_000_000
-"""Two changes within a tick of a file system's clock (10 ms at most) may leave the same times."""
+TICK_NS = 20_000_000  # two changes within a tick of a file system's clock (10 ms at most) may leave the same times
 
 
 def marks(folder: Path) -> Marks:
     """Those of every file below `folder`; none if one was changed just now, since its next change might not show."""
-    found = patient(leftovers.marks)(folder)
-    return [] if any(time.time_ns() - int(one[4]) <= _TICK_NS for one in found) else found
+    found = lease.marks(folder)
+    return [] if any(time.time_ns() - int(one[4]) <= TICK_NS for one in found) else found
 
 
 def recall(folder: Path) -> Marks:
     """The marks of a published folder when it was read; empty if never."""
+    found: Marks = []
     try:
-        found: Marks = json.loads(_path(folder).read_bytes())
-    except FileNotFoundError:
-        return []
+        found = json.loads(_path(folder).read_bytes())
     except (OSError, ValueError) as error:
-        log.warning("%s: %r; the files are read again", _path(folder), error)
-        return []
+        if not isinstance(error, FileNotFoundError):
+            log.warning("%s: %r; the files are read again", _path(folder), error)
     return found
 
 
 def remember(folder: Path, whole: Marks) -> None:
     """Keep what `recall` gives; a store that cannot be written to remembers nothing."""
-    path = _path(folder)
-    fresh = path.with_name(f".{path.name}.{new_attempt()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(whole))
-        fresh.replace(path)
+        _path(folder).parent.mkdir(parents=True, exist_ok=True)
+        replace_text(_path(folder), json.dumps(whole))
     except OSError as error:
         log.info("%s is not remembered to be whole: %s", folder, error)
-        with contextlib.suppress(OSError):
-            fresh.unlink()
-
-
-def remember_linked(read: Mapping[Path, Marks]) -> None:
-    """Remember results whose files were read when they had these marks, and were linked or unlinked since.
-
-    That changes their ctime; their size, mtime and inode must still be those of before.
-    """
-    time.sleep(_TICK_NS / 1e9)
-    for folder, before in read.items():
-        now = marks(folder)
-        but_ctime = [one[:4] for one in now]
-        if before and all(one[:4] in but_ctime for one in before):
-            remember(folder, now)
 
 
 def forget_absent(root: Path) -> None:

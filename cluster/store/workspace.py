@@ -4,48 +4,30 @@ An attempt is fenced by renaming its folder: from then on none of its paths exis
 inside that folder, so it fails from then on: fencing needs no check that could come too late.
 """
 
-from __future__ import annotations
-
 import contextlib
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Self
 
 from cluster.errors import Fenced, StoreUnavailable
-from cluster.host.process import Process
-from cluster.store.faults import GONE, patient
-from cluster.store.layout import RESULT, RESUME, new_attempt, temporaries, temporary
-from cluster.store.lease import UNOWNED_PATIENCE, Owner, Watch, create_owner, read_owner, replace_owner
-from cluster.store.leftovers import discard, files_in, remove, remove_empty, resume_of, signature
+from cluster.host import Process
+from cluster.store import lease as leases
+from cluster.store.layout import GONE, RESULT, RESUME, files_in, patient, temporaries, temporary
+from cluster.store.lease import OWNER_FILE, Owner, read_owner, replace_owner
 
 log = logging.getLogger(__name__)
 
 DECISION = 1.0  # seconds to wait for another claim of the same instant
 
 
-@dataclass(frozen=True)
-class Other:
-    """Another attempt at the same result, as seen by one that wants to start."""
-
-    attempt: str
-    beat: int  # at least 1: at work; less: it has not decided yet
-    patience: float  # seconds without a beat after which it may be fenced; 0: it is known to live
-
-    def expired(self, watch: Watch) -> bool:
-        """Whether it may be fenced, by what `watch` has seen of its beat."""
-        return self.patience > 0 and watch.expired(self.attempt, self.beat, self.patience)
-
-
 class Busy(Exception):
     """Others are at work on the same result, or may be."""
-
-    def __init__(self, others: list[Other]) -> None:
-        super().__init__(f"{len(others)} other attempt(s) at work")
-        self.others = others
 
 
 class Workspace:
@@ -61,7 +43,7 @@ class Workspace:
 
     @classmethod
     @patient
-    def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Workspace:
+    def claim(cls, out: Path, attempt: str, *, supersedes: Collection[str] = (), lease: float = 60.0) -> Self:
         """Fence dead attempts, and those in `supersedes`, and take over their `resume/`. Of several, one gets it.
 
         Raises:
@@ -76,7 +58,7 @@ class Workspace:
             stale = self._decide(supersedes)
             self.folder.mkdir(exist_ok=True)
             _take_over(stale, self)
-            self._owner = replace(self._owner, beat=1, resume_at_start=signature(self.folder / RESUME))
+            self._owner = replace(self._owner, beat=1, resume_at_start=leases.signature(self.folder / RESUME))
             replace_owner(self.root, self._owner)
         except BaseException as error:
             try:
@@ -93,7 +75,7 @@ class Workspace:
         try:
             self.root.mkdir(exist_ok=True)  # of a try that the file system failed: the name is ours alone
             self._pin = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-            create_owner(self.root, self._owner)
+            (self.root / OWNER_FILE).write_text(json.dumps(asdict(self._owner)))
         except FileNotFoundError:
             self.discard()
             return False
@@ -107,28 +89,21 @@ class Workspace:
         """
         deadline = time.monotonic() + DECISION
         while True:
-            stale, others = self._look(supersedes)
-            if not others:
+            stale, beats = list[Path](), dict[str, int]()  # folders of attempts that are over; those that may not be
+            for root, _, attempt in temporaries(self.out.parent, self.out.name):
+                owner = read_owner(root)
+                if attempt == self.attempt:
+                    continue
+                if attempt in supersedes or (owner is not None and owner.alive() is False):
+                    stale.append(root)
+                elif owner is not None or not leases.remove_empty(root):
+                    beats[attempt] = -1 if owner is None else owner.beat
+            if not beats:
                 return stale
-            if any(one.beat > 0 or one.attempt < self.attempt for one in others) or time.monotonic() > deadline:
-                raise Busy(others)
+            gives_way = any(beat > 0 or attempt < self.attempt for attempt, beat in beats.items())
+            if gives_way or time.monotonic() > deadline:
+                raise Busy(f"{len(beats)} other attempt(s) at work")
             time.sleep(0.01)
-
-    def _look(self, supersedes: Collection[str]) -> tuple[list[Path], list[Other]]:
-        """The folders of attempts that are over, and the attempts that are not, or may not be."""
-        stale, others = [], []
-        for root, _, attempt in temporaries(self.out.parent, self.out.name):
-            if attempt == self.attempt:
-                continue
-            owner = read_owner(root)
-            alive = None if owner is None else owner.alive()
-            if attempt in supersedes or alive is False:
-                stale.append(root)
-            elif owner is not None:
-                others.append(Other(attempt, owner.beat, 0.0 if alive else owner.lease))
-            elif not remove_empty(root):
-                others.append(Other(attempt, -1, UNOWNED_PATIENCE))
-        return stale, others
 
     def beat(self) -> bool:
         """Renew the lease; False, for ever, once it is lost."""
@@ -174,7 +149,7 @@ class Workspace:
 
     def discard(self) -> None:
         """Remove this attempt, all but a `resume/` that holds something."""
-        discard(self.root)
+        leases.discard(self.root)
         if self._pin is not None:
             os.close(self._pin)
             self._pin = None
@@ -184,14 +159,14 @@ def _take_over(stale: list[Path], workspace: Workspace) -> None:
     """Fence each stale attempt by renaming it, and move the fullest `resume/` among them here."""
     fenced = []
     for root in stale:
-        target = temporary(workspace.out, new_attempt())
+        target = temporary(workspace.out)
         with contextlib.suppress(*GONE):  # it ended, published or was swept in the meantime
             root.rename(target)
             replace_owner(target, replace(workspace._owner, released=True))
             fenced.append(target)
-    resumes = [found for root in fenced if (found := resume_of(root)) is not None]
+    resumes = [found for root in fenced if (found := leases.resume_of(root)) is not None]
     if resumes:
-        fullest = max(resumes, key=lambda found: sum(file.stat().st_size for file in files_in(found)))
+        fullest = max(resumes, key=lambda found: sum(file.lstat().st_size for file in files_in(found)))
         fullest.rename(workspace.folder / RESUME)
     for root in fenced:
-        remove(root)
+        leases.remove(root)

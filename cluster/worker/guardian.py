@@ -3,8 +3,6 @@
 Run as a script, without any import of this package: it must be small and start at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -23,7 +21,7 @@ class Guardian:
 
     def tell(self, sign: str, group: int) -> None:
         """`+`: kill this group if the driver dies; `-`: it is gone."""
-        with contextlib.suppress(OSError):  # it is gone; workers watch the driver themselves, too
+        with contextlib.suppress(OSError):  # it is gone
             os.write(self._pipe, f"{sign}{group}\n".encode())
 
     def close(self) -> None:

@@ -4,11 +4,14 @@
 one mistake is not reported twice.
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from cluster.validation import Problems, nearest, read, show
+from pydantic import ValidationError
+
+from cluster.validation import Problems, S, nearest, show, walk
 from ocvtp.errors import BadInput, OcvtpError
 from ocvtp.evaluation.benchmarks import benchmarks
 from ocvtp.methods import REGISTRY
@@ -22,6 +25,30 @@ log = logging.getLogger(__name__)
 SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
 """Those that stage `sample` writes questions for."""
 ALL = "all"
+
+
+def read(model: type[S], data: object, problems: Problems, above: str = "") -> S:
+    """Make a section of `data`. What is wrong goes to `problems`, and has its default in what comes back."""
+    data = {} if data is None else copy.deepcopy(data)
+    while True:
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            if data == {}:  # the defaults themselves
+                raise
+            problems.take(error, model, data, above)
+            data = _without(error, data)
+
+
+def _without(error: ValidationError, data: Any) -> Any:
+    """The data less the entries that are wrong."""
+    for one in error.errors():
+        entries = [(level, key) for level, key in walk(one["loc"], data) if isinstance(level, dict)]
+        if not entries:
+            return {}
+        level, key = entries[-1]
+        del level[key]
+    return data
 
 
 def crosscheck(params: Params, problems: Problems) -> Params:

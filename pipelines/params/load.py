@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from cluster import BadConfig
-from cluster.validation import Problems, load_yaml, read
+from cluster.validation import Problems, load_yaml
 from ocvtp.errors import BadInput
-from pipelines.params.crosscheck import crosscheck
+from pipelines.params.crosscheck import crosscheck, read
 from pipelines.params.model import Cluster, Params
 
 

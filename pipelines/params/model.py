@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator, model_validator
 
 from cluster import ClusterConfig
-from cluster.validation import Section, Text
+from cluster.validation import Section, Text, show
 from ocvtp.data.scenes import BackgroundName
 from ocvtp.methods.budget import Budget
 from ocvtp.pruner.config import PrunerConfig
@@ -206,8 +206,16 @@ class Cluster(ClusterConfig):
     moved_by: ClassVar[str] = "OCVTP_ROOT (or OCVTP_STORE)"
 
     store: Path = Path(".ocvtp/store")
+    remote: str | None = None  # where `push` and `pull` keep results besides, such as s3://bucket/results
     fail_fast: bool = False
     resources: Demands = Demands()
+
+    @field_validator("remote")
+    @classmethod
+    def _address(cls, url: str | None) -> str | None:
+        if url is not None and "://" not in url:
+            raise ValueError(f"{show(url)} is not the address of a folder, such as s3://bucket/results")
+        return url
 
 
 class Mlflow(Section):

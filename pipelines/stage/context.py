@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster import (
-    ClusterConfig,
     CorruptResult,
     Manifest,
     Report,
@@ -22,13 +21,13 @@ from cluster import (
     set_aside,
     verify,
 )
-from cluster.driver.explain import fault_of
-from cluster.host.machine import visible_gpus
+from cluster.driver.plan import fault_of
+from cluster.host import visible_gpus
 from cluster.task import Call
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.json_files import read_json
 from pipelines.params.load import load
-from pipelines.params.model import Demand, Params
+from pipelines.params.model import Cluster, Demand, Params
 from pipelines.stage.outputs import SAMPLE
 from pipelines.tasks.restored import restored
 
@@ -56,7 +55,7 @@ class Stage:
     name: str
     params: Params
     root: Path
-    config: ClusterConfig
+    config: Cluster
     dry: bool = False
     notes: list[str] = field(default_factory=list)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Task
-from cluster.driver.explain import explain, fault_of
+from cluster.driver.plan import explain, fault_of
 from cluster.store.publish import About
 from ocvtp.errors import OcvtpError
 from pipelines.stage import outputs
@@ -33,7 +33,7 @@ class Plan:
     Attributes:
         tasks: whose results it puts out.
         ready: keys of those that it publishes without running them.
-        spec_of: as for `cluster.driver.explain.explain`.
+        spec_of: as for `cluster.driver.plan.explain`.
         last: what it would do beside or after them.
     """
 

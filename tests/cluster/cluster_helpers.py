@@ -94,7 +94,7 @@ def descendants(pid: int) -> list[int]:
 def is_worker(pid: int) -> bool:
     """Whether it is a local worker, rather than the guardian or a child of a task."""
     try:
-        return b"cluster.local.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"cluster.worker.attempt" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

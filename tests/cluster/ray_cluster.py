@@ -75,6 +75,7 @@ def running(folder: Path) -> Iterator[ServerInfo]:
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so that nodes on 127.0.0.1 do not move to the outer interface
         "RAY_TMPDIR": short,
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",  # where other tests keep the cores busy
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",  # nobody looks at them, and they keep two cores busy
     }
@@ -143,7 +144,13 @@ def main() -> None:
 
     ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}  # any: other clusters may run on this machine
     head = {**EACH, **ports, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for tries_left in (2, 1, 0):
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            break
+        except Exception:  # Ray gives a node 30 s, which is little where other tests keep the cores busy
+            if not tries_left:
+                raise
     nodes = [cluster.add_node(wait=False, **EACH) for _ in range(1, NODES)]
     cluster.wait_for_nodes()
     raylets = [_raylet(node) for node in (cluster.head_node, *nodes)]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster_helpers import alive, descendants, kill, wait_for
+from cluster_helpers import alive, descendants, is_worker, kill, wait_for
 
 NODES = 3
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
@@ -59,6 +59,12 @@ class ServerInfo:
             for one in (*descendants(pid), pid):
                 kill(one)
         self.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def freeze(self) -> None:
+        """Stop the workers of all jobs where they are, so that no job ends by itself."""
+        for step in (step for number in range(1, NODES + 1) for step in self._steps(f"n{number}")):
+            for pid in filter(is_worker, descendants(step)):
+                os.kill(pid, signal.SIGSTOP)
 
     def _steps(self, node: str) -> list[int]:
         """Processes that run jobs on a node: they are nobody's children."""
@@ -235,6 +241,7 @@ JobRequeue=1
 KillWait=5
 OverTimeLimit=0
 SlurmdTimeout=10
+BatchStartTimeout=120
 SlurmctldTimeout=10
 InactiveLimit=0
 MinJobAge=300

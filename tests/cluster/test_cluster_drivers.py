@@ -23,7 +23,7 @@ from cluster_helpers import alive, descendants, is_worker, job_of, kill, results
 
 from cluster import ClusterConfig, Interrupted, Locked, Store, run, verify
 from cluster.driver.lock import run_lock
-from cluster.host.process import Process
+from cluster.host import Process
 from cluster.local.executor import LocalExecutor
 from cluster.protocol import Context, Event, Executor
 from cluster.store.layout import new_attempt
@@ -117,8 +117,10 @@ def test_with_one_label_the_second_waits_or_refuses(start: Start, store: Store, 
     wait_for(lambda: len(ran(tmp_path)) > 2)
     holder = json.loads((store.root / "locks" / "stage.json").read_text())
     assert (holder["process"]["pid"], holder["process"]["host"]) == (first.pid, socket.gethostname())
+    first.send_signal(signal.SIGSTOP)  # it holds the lock for as long as the others take to start
     second, third = start(0.5, 20, "stage"), start(0.5, 20, "stage", "refuse")
-    _, err = third.communicate(timeout=30)
+    _, err = third.communicate(timeout=60)
+    first.send_signal(signal.SIGCONT)
     assert third.returncode == 75
     assert f"'stage' is held by run {holder['run']} on {socket.gethostname()}:{first.pid} since" in err
     assert first.communicate(timeout=60)[0] == "20 0\n"
@@ -164,7 +166,7 @@ def test_where_files_cannot_be_locked_the_name_of_the_owner_decides(
         raise OSError(errno.ENOLCK, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    me = Process.me().to_json()
+    me = vars(Process.me())
     lock = tmp_path / "x.json"
     for started, free in ((me["started"], False), ("1", True)):
         lock.write_text(json.dumps({"process": {**me, "started": started}, "run": "0", "since": "then"}))
@@ -197,7 +199,7 @@ def test_of_many_that_wait_one_at_a_time_has_the_lock(tmp_path: Path) -> None:
 def test_a_wait_for_the_lock_can_be_interrupted(store: Store) -> None:
     config = ClusterConfig(store=store.root)
     before = signal.getsignal(signal.SIGINT)
-    with run_lock(store.locks, "x", "1", "refuse"):
+    with run_lock(store.root / "locks", "x", "1", "refuse"):
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(Interrupted):
             run([store.task("kind", "a", jobs.square, {"x": 1})], config=config, label="x")

@@ -17,7 +17,7 @@ from cluster_helpers import tree
 from cluster import BadTask, ClusterConfig, Store, Task, drop, run, set_aside
 from cluster import fingerprint as code
 from cluster.__main__ import main
-from cluster.driver.explain import DAMAGED, NOTHING_LIKE_IT, UNKNOWN_CODE, Kind, explain
+from cluster.driver.plan import DAMAGED, NOTHING_LIKE_IT, UNKNOWN_CODE, Kind, explain
 
 
 def square(store: Store, x: int, **more: Any) -> Task:

@@ -19,12 +19,11 @@ import cluster_jobs as jobs
 import pytest
 from cluster_helpers import WEIRD, forked, job_of, results, strays, tree
 
-from cluster import Cause, CorruptResult, Store, StoreUnavailable, Task, adopt, drop, is_published, set_aside, verify
+from cluster import Cause, CorruptResult, Store, StoreUnavailable, Task, drop, is_published, set_aside, verify
 from cluster.protocol import Event
-from cluster.store import faults
+from cluster.store import layout
 from cluster.store.layout import new_attempt
-from cluster.store.lease import Watch
-from cluster.store.leftovers import sweep
+from cluster.store.lease import Watch, sweep
 from cluster.store.publish import About
 from cluster.store.publish import publish as publish_workspace
 from cluster.store.workspace import Workspace
@@ -110,7 +109,7 @@ def test_killed_at_every_step_it_is_published_whole_or_not_at_all(store: Store, 
         assert len(left) <= 1, "one temporary folder at most"
         ended = publish(task)
         assert ended.cause in (Cause.DONE, Cause.BUSY), ended.detail  # busy: it was published before the end
-        sweep(kind, Watch(), published={task.out.name})
+        sweep(kind, Watch())
         assert tree(task.out) == tree(calm.out)
         assert strays(stopped().root) == []
         kills = number
@@ -138,7 +137,7 @@ def test_failing_at_every_step_it_leaves_nothing_and_says_why(tmp_path: Path) ->
             assert os.strerror(errno.ENOSPC) in cause
             assert publish(task).cause is Cause.DONE
         if task.out.parent.exists():
-            sweep(task.out.parent, Watch(), published={task.out.name})
+            sweep(task.out.parent, Watch())
             assert strays(tmp_path / "stores" / str(failures)) == []
         failures = number
     assert failures > 25
@@ -147,7 +146,7 @@ def test_failing_at_every_step_it_leaves_nothing_and_says_why(tmp_path: Path) ->
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Back-off without the waiting."""
-    monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(layout, "PAUSES", (0.0, 0.0, 0.0, 0.0))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -172,7 +171,7 @@ def test_one_hiccup_at_any_step_ends_nothing(tmp_path: Path, code: int) -> None:
         store = Store(tmp_path / "stores" / str(hiccups))
         causes.append(said.read_text())
         assert tree(square(store).out) == tree(calm.out)
-        sweep(square(store).out.parent, Watch(), published={square(store).out.name})
+        sweep(square(store).out.parent, Watch())
         assert strays(store.root) == []
         hiccups = number
     assert hiccups > 25
@@ -440,28 +439,3 @@ def test_a_folder_that_is_no_result_is_moved_aside_not_lost(store: Store) -> Non
     verify(task.out)
     (aside,) = [path for path in task.out.parent.iterdir() if path.name.startswith(".")]
     assert (aside / "notes.txt").read_text() == "mine"
-
-
-def test_adopting_shares_the_bytes_and_outlives_the_source(store: Store, tmp_path: Path) -> None:
-    task = square(store)
-    publish(task)
-    out = store.path("layer", "abc")
-    adopt(task.out / "deep", out)
-    assert (out / "er" / "data.bin").stat().st_ino == (task.out / "deep" / "er" / "data.bin").stat().st_ino
-    before = tree(out)
-    adopt(task.out / "deep", out)
-    drop(task.out)
-    assert tree(out) == before
-    manifest = verify(out)
-    assert (manifest.about.part, manifest.about.spec, manifest.about.key) == ("deep", {"x": 3}, "abc")
-    assert [path for path in out.parent.iterdir() if path != out] == []
-
-
-def test_adopting_a_corrupt_file_fails_and_leaves_nothing(store: Store) -> None:
-    task = square(store)
-    publish(task)
-    (task.out / "deep" / "er" / "data.bin").write_bytes(b"?" * 1000)
-    out = store.path("layer", "abc")
-    with pytest.raises(CorruptResult, match=r"er/data.bin"):
-        adopt(task.out / "deep", out)
-    assert list(out.parent.iterdir()) == []

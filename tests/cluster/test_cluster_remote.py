@@ -141,16 +141,9 @@ def test_ctrl_c_ends_a_transfer_that_hangs_at_once(full: Store, tmp_path: Path, 
         assert results(store.root) == results(full.root)
 
 
-def test_a_run_needs_no_second_place(store: Store, tmp_path: Path) -> None:
-    config = ClusterConfig(store=store.root, remote="nosuch://bucket/here")
-    assert run([store.task("square", "1", jobs.square, {"x": 1})], config=config).ok
-
-
 def test_a_place_that_cannot_be_reached_is_named(
     full: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="is not the address of a folder"):
-        ClusterConfig(remote="bucket")
     (tmp_path / "file").write_text("")
     for url, names, said in (
         ("nosuch://bucket/here", [], "the remote nosuch://bucket/here cannot be used: Protocol not known"),

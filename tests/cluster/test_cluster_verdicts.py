@@ -120,22 +120,6 @@ def test_a_store_that_cannot_be_written_to_remembers_nothing(result: Path) -> No
         assert read_by(lambda: verify(result, remembered=True)) >= SIZE
 
 
-def test_links_made_and_dropped_are_not_read_again_but_a_change_meanwhile_is(result: Path, tmp_path: Path) -> None:
-    for change in (False, True):
-        before = verdicts.marks(result)
-        verify(result)
-        other = tmp_path / "other"
-        os.link(result / "data.bin", other)
-        if change:
-            flip(other)
-        other.unlink()
-        verdicts.remember(result, [])
-        verdicts.remember_linked({result: before})
-        assert verdicts.recall(result) == ([] if change else verdicts.marks(result))
-    with pytest.raises(CorruptResult, match="other content"):
-        verify(result, remembered=True)
-
-
 def test_verdicts_are_no_results_and_go_with_theirs(result: Path, store: Store) -> None:
     verify(result, remembered=True)
     assert [kind.name for kind in store.kinds()] == ["tokens"]

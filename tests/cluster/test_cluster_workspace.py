@@ -22,13 +22,12 @@ import pytest
 from cluster_helpers import forked, job_of, results, strays, wait_for
 
 from cluster import Cause, Fenced, Store, StoreUnavailable, verify
-from cluster.host.process import Process
+from cluster.host import Process
 from cluster.protocol import Event
-from cluster.store import faults
+from cluster.store import layout
 from cluster.store import lease as leases
 from cluster.store.layout import new_attempt, temporaries, temporary
-from cluster.store.lease import Owner, Watch, read_owner, replace_owner
-from cluster.store.leftovers import fence, has_progressed, sweep
+from cluster.store.lease import Owner, Watch, fence, read_owner, replace_owner, sweep
 from cluster.store.publish import About, publish
 from cluster.store.workspace import Busy, Workspace
 from cluster.worker.attempt import perform
@@ -63,9 +62,9 @@ def elsewhere(root: Path, beat: int = 0, lease: float = 0.2) -> None:
 
 def test_one_at_work_keeps_others_out_until_it_ends(out: Path) -> None:
     first = Workspace.claim(out, new_attempt())
-    with pytest.raises(Busy) as busy:
+    with pytest.raises(Busy, match="1 other"):
         Workspace.claim(out, new_attempt())
-    assert [(other.attempt, other.patience) for other in busy.value.others] == [(first.attempt, 0.0)]
+    assert not Watch().abandoned(first.root)
     first.discard()
     Workspace.claim(out, new_attempt()).discard()
     assert list(out.parent.iterdir()) == []
@@ -144,7 +143,7 @@ def test_a_claim_sees_one_that_began_after_it_looked_for_the_first_time(
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOENT, errno.ENOTDIR])
 def test_only_a_folder_that_is_gone_is_a_lost_lease(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(faults, "PAUSES", (0.0,) * 4)
+    monkeypatch.setattr(layout, "PAUSES", (0.0,) * 4)
     workspace, really, failures = Workspace.claim(out, new_attempt()), os.stat, [True] * 2
 
     def stat(path: Path, **named: bool) -> os.stat_result:
@@ -168,7 +167,7 @@ def test_only_a_folder_that_is_gone_is_a_lost_lease(out: Path, monkeypatch: pyte
 
 
 def test_an_owner_file_that_cannot_be_read_makes_nobody_dead(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "PAUSES", (0.0,) * 4)
+    monkeypatch.setattr(layout, "PAUSES", (0.0,) * 4)
     monkeypatch.setattr(leases, "UNOWNED_PATIENCE", 0.0)
     workspace, really = Workspace.claim(out, new_attempt()), Path.read_bytes
 
@@ -293,9 +292,9 @@ def test_owners_elsewhere_are_judged_by_their_beat_alone(out: Path) -> None:
     watch = Watch()
 
     def expired() -> bool:
-        with pytest.raises(Busy) as busy:
+        with pytest.raises(Busy):
             Workspace.claim(out, new_attempt())
-        return busy.value.others[0].expired(watch)
+        return watch.abandoned(first.root)
 
     assert not expired()
     time.sleep(0.25)
@@ -348,13 +347,13 @@ def test_where_proc_hides_processes_one_that_lives_is_not_called_dead(tmp_path: 
     script = tmp_path / "look.py"
     script.write_text(
         "import json, os, sys\n"
-        "from cluster.host.process import Process\n"
+        "from cluster.host import Process\n"
         "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
         "print(json.dumps([Process.from_json(json.loads(text)).alive() for text in sys.argv[1:]]))\n"
     )
     me = Process.me()
     ended = replace(me, pid=2**22 - 7)
-    look = [sys.executable, str(script), *(json.dumps(one.to_json()) for one in (me, ended))]
+    look = [sys.executable, str(script), *(json.dumps(vars(one)) for one in (me, ended))]
     mounted = "mount -t proc -o hidepid=2 proc /proc && exec " + shlex.join(look)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
@@ -384,8 +383,10 @@ def test_sweeping_takes_the_dead_and_spares_the_living_and_what_can_be_resumed(
     assert sweep(out.parent, watch) == [unowned]
     left = sorted(path for path in out.parent.iterdir() if path != living.root)
     assert len(left) == 1, "that of `other`, with its resume/"
-    assert sweep(out.parent, watch, published={"other"}) == left
-    assert list(out.parent.iterdir()) == [living.root]
+    (published := out.with_name("other")).mkdir()
+    (published / "manifest.json").touch()
+    assert sweep(out.parent, watch) == left, "it is published: nothing resumes"
+    assert sorted(out.parent.iterdir()) == sorted([living.root, published])
 
 
 def test_progress_is_a_change_in_resume(out: Path) -> None:
@@ -394,9 +395,8 @@ def test_progress_is_a_change_in_resume(out: Path) -> None:
         for file in files:
             (workspace.folder / "resume").mkdir(exist_ok=True)
             (workspace.folder / "resume" / file).write_text(str(time.time()))
-        progressed = has_progressed(out, workspace.attempt)
         workspace.discard()
-        return progressed
+        return fence(out, workspace.attempt)
 
     assert not attempt()
     assert attempt("state")

@@ -139,7 +139,7 @@ def test_imports_for_type_checkers_do_not_count(package: Path) -> None:
 def test_a_function_has_the_fingerprint_of_its_module(package: Path) -> None:
     module = importlib.import_module("acme.task")
     try:
-        assert code.fingerprint(module.call) == code.fingerprint(module) == code.fingerprint("acme.task")
+        assert code.fingerprint(module.call) == code.fingerprint("acme.task")
         assert code.call_name(module.call) == "acme.task:call"
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "acme"]:

@@ -9,7 +9,7 @@ import yaml
 
 from cluster import Resources
 from cluster.errors import BadConfig
-from cluster.host.machine import GIB
+from cluster.host import GIB
 from cluster.ray.profile import LargestNode, RayProfile, misfit
 from cluster.slurm.profile import SlurmProfile
 

@@ -21,13 +21,13 @@ from slurm_cluster import ServerInfo
 
 from cluster import ClusterConfig, Report, Resources, Store, run
 from cluster.errors import BadConfig, CannotRun
+from cluster.host import Process
 from cluster.protocol import Cause, Context, Event, Job, encode
 from cluster.slurm import executor as slurm_executor
 from cluster.slurm import queue as slurm_queue
 from cluster.slurm.executor import SlurmExecutor, _SlurmJob
-from cluster.slurm.orphans import SILENCE, Ledger
 from cluster.slurm.profile import SlurmProfile
-from cluster.slurm.queue import State, takes_later
+from cluster.slurm.queue import SILENCE, State, abandoned, takes_later
 from cluster.slurm.worker import events_file
 
 pytest_plugins = ["slurm_cluster"]
@@ -297,8 +297,9 @@ def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
     server: ServerInfo, start: Start, store: Store, tmp_path: Path
 ) -> None:
     driver = start(0.7, 30)
-    wait_for(lambda: len(ran(tmp_path)) > 7)
+    wait_for(lambda: len(ran(tmp_path)) > 7, seconds=90)
     kill(driver.pid)
+    server.freeze()  # however long the next driver takes to start
     driver.communicate()
     orphans = set(server.jobs())
     assert orphans, "they go on: their driver had no time to end them"
@@ -315,20 +316,21 @@ def test_orphans_of_a_killed_driver_end_and_only_what_is_missing_runs(
 
 
 def test_a_driver_on_another_host_is_dead_once_it_is_silent(store: Store) -> None:
-    ledger = Ledger(store.logs / "run" / "slurm")
-    ledger.open()
-    now = ledger.seen()
-    assert not ledger.abandoned(now + 10 * SILENCE)  # it is us
-    driver = ledger.folder / "driver.json"
-    driver.write_text(json.dumps(json.loads(driver.read_text()) | {"started": "1"}))
-    assert ledger.abandoned(now)
-    driver.write_text(json.dumps(json.loads(driver.read_text()) | {"domain": "another host"}))
-    assert not ledger.abandoned(now + SILENCE / 2)
-    assert ledger.abandoned(now + 2 * SILENCE)
-    os.utime(driver, (now - 2 * SILENCE,) * 2)
-    assert ledger.abandoned(now)
-    ledger.renew()
-    assert not ledger.abandoned(now)
+    run = store.logs / "run"
+    status = run / "status.json"
+    run.mkdir(parents=True)
+    status.write_text(json.dumps({"process": vars(Process.me())}))
+    now = status.stat().st_mtime
+    assert not abandoned(run, now + 10 * SILENCE)  # it is us
+    status.write_text(json.dumps({"process": vars(Process.me()) | {"started": "1"}}))
+    assert abandoned(run, now)
+    status.write_text(json.dumps({"process": vars(Process.me()) | {"domain": "another host"}}))
+    assert not abandoned(run, now + SILENCE / 2)
+    assert abandoned(run, now + 2 * SILENCE)
+    os.utime(status, (now - 2 * SILENCE,) * 2)
+    assert abandoned(run, now)
+    status.unlink()
+    assert not abandoned(run, now), "nobody can say"
 
 
 def test_two_drivers_share_the_work_and_leave_each_others_jobs_alone(
@@ -350,8 +352,8 @@ def test_a_wiped_cluster_that_counts_from_the_start_again_hands_over_no_old_resu
 
     def ids(tasks: Any) -> set[str]:
         assert run(tasks, config=config).ok
-        ledgers = sorted(store.logs.glob("*/slurm/attempts.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-        return {json.loads(line)["job"] for line in ledgers[-1].read_text().splitlines()}
+        folders = sorted(store.logs.glob("*/slurm"), key=lambda path: path.stat().st_mtime_ns)
+        return submitted(folders[-1])
 
     first = ids(slurm_jobs.squares(store, tmp_path / "calls", 0.0, 3))
     server.wipe()
@@ -613,19 +615,18 @@ def test_short_tasks_share_jobs_and_a_crash_takes_no_other_along(
     assert histories.pop("killed") == ["crashed", "done"]
     assert list(histories.values()) == [["done"]] * 24
     assert len(ran(tmp_path)) == 24
-    assert len(submitted(store)) == 3 + 2, "three packs of eight; the other call has an array of its own, twice"
+    assert len(submitted(store.logs)) == 3 + 2, "three packs of eight; the other call has an array of its own, twice"
     assert strays(store.root) == []
 
 
-def submitted(store: Store) -> set[str]:
-    """Ids of the SLURM jobs of all runs."""
-    ledgers = store.logs.glob("*/slurm/attempts.jsonl")
-    return {json.loads(line)["job"] for path in ledgers for line in path.read_text().splitlines()}
+def submitted(folder: Path) -> set[str]:
+    """Ids of the SLURM jobs of the runs with logs below a folder: submitit's logs are named after them."""
+    return {path.name.removesuffix("_0_log.err") for path in folder.glob("**/submitit/*_log.err")}
 
 
 def test_how_many_tasks_a_job_makes_is_measured(config: ClusterConfig, store: Store, tmp_path: Path) -> None:
     assert len(run(slurm_jobs.squares(store, tmp_path / "calls", 0.05, 40), config=config).done) == 40
-    assert len(submitted(store)) <= 2 + 6, "two to measure, and one for each core"
+    assert len(submitted(store.logs)) <= 2 + 6, "two to measure, and one for each core"
     assert len(ran(tmp_path)) == 40
 
 
@@ -637,4 +638,4 @@ def test_the_rest_of_a_pack_that_ran_long_starts_elsewhere(
     report = run(slurm_jobs.squares(store, tmp_path / "calls", 0.3, 6), config=config)
     assert {outcome.history for outcome in report.done} == {("done",)}
     assert len(ran(tmp_path)) == 6
-    assert len(submitted(store)) > 1
+    assert len(submitted(store.logs)) > 1

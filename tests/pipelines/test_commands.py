@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.driver.lock import run_lock
-from cluster.store.publish import MANIFEST, About, File, Manifest
+from cluster.store.layout import MANIFEST
+from cluster.store.publish import About, File, Manifest
 from pipelines.__main__ import main
 
 

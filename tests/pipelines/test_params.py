@@ -122,6 +122,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"evaluate": None}, ["evaluate: None is not a mapping"]),
     ({"cluster__executer": "ray"}, ["cluster", "executer", "executor"]),
     ({"cluster__executor": "kubernetes"}, ["cluster", "kubernetes", "local"]),
+    ({"cluster__remote": "bucket"}, ["cluster.remote: 'bucket' is not the address of a folder, such as s3://"]),
     ({"cluster__fail_fast": "no"}, ["cluster.fail_fast: 'no' should be a valid boolean"]),
     ({"cluster__resources": {"trian": {}}}, ["cluster.resources.trian: unknown key", "did you mean train?"]),
     ({"cluster__resources": {"train": {"gpus": "two"}}}, ["cluster.resources.train.gpus: 'two'", "'auto'"]),

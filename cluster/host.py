@@ -1,19 +1,26 @@
-"""What this machine has to hand out, and what processes use of it, from /proc and cgroups, without CUDA."""
+"""The machine here and its processes: what there is to hand out, from /proc and cgroups, and who is who, without CUDA.
+
+A pid alone names nobody: it is reused, and means nothing on another host or in another container. `Process` adds the
+start time and the domain (boot and pid namespace) within which the pid can be looked up.
+"""
 
 import contextlib
 import math
 import os
 import re
+import socket
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
-from cluster.host.process import ENDED
-
+LINUX = sys.platform == "linux"
+ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 GIB = 2**30
 
 
@@ -118,3 +125,61 @@ def _counters(path: str) -> dict[str, int]:
         fields = (line.split() for line in Path(path).read_text().splitlines())
         return {field[0]: int(field[1]) for field in fields if len(field) > 1 and field[1].isdigit()}
     return {}
+
+
+@cache
+def domain() -> str:
+    """The boot and pid namespace of this process: pids can be compared within one domain only."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def start_time(pid: int) -> str | None:
+    """When `pid` started, in seconds since boot; "" if it has ended but is not reaped, None if it cannot be seen."""
+    try:
+        process = psutil.Process(pid)
+        # The difference is what the kernel counts: setting the clock moves both by the same.
+        return "" if process.status() in ENDED else f"{process.create_time() - psutil.boot_time():.2f}"
+    except psutil.Error:
+        return None
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, named so that anybody sharing the file system can tell whether it is the same one."""
+
+    host: str
+    pid: int
+    started: str
+    domain: str
+
+    @classmethod
+    def me(cls) -> Self:
+        """The calling process."""
+        return cls(socket.gethostname(), os.getpid(), start_time(os.getpid()) or "unknown", domain())
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The process of which this is `vars`; KeyError or ValueError if it is something else."""
+        return cls(str(data["host"]), int(data["pid"]), str(data["started"]), str(data["domain"]))
+
+    def alive(self) -> bool | None:
+        """Whether it still runs; None if that cannot be seen from here (another host, container or user)."""
+        if self.domain != domain():
+            return None
+        started = start_time(self.pid)
+        if started is None:  # no such process, or, where /proc hides them (hidepid=2), one of another user
+            try:
+                os.kill(self.pid, 0)
+            except ProcessLookupError:
+                return False
+            except PermissionError:
+                return None
+            started = start_time(self.pid)  # it began, or was reaped, in between
+        return started == self.started
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.pid}"
