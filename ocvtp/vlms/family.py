@@ -85,11 +85,6 @@ class Family(ABC):
         self.model = model
         self.facts = self.facts_of(model.config)
 
-    @property
-    def added(self) -> int:
-        """To what so many first layers of the language model make, vision features are added (DeepStack)."""
-        return 0
-
     @classmethod
     @abstractmethod
     def facts_of(cls, config: Any) -> Facts:

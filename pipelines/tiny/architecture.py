@@ -23,6 +23,7 @@ class Architecture(ABC):
         about: what it is, for its card.
         start: what its weights are before the first stage, for its card.
         feature: what of the tower goes on, for its card.
+        limits: what else it does not know, for its card.
         patch: width of the tower's patches in pixels.
         merge: patches on a side of a token.
         style: of the scenes that it learns from.
@@ -35,6 +36,7 @@ class Architecture(ABC):
     about: ClassVar[str]
     start: ClassVar[str]
     feature: ClassVar[str]
+    limits: ClassVar[str] = ""
     patch: ClassVar[int] = 8
     merge: ClassVar[int] = 1
     style: ClassVar[Style] = PLAIN

@@ -55,6 +55,7 @@ def publish(maker: Maker, curves: dict[str, Curve], out: Path) -> None:
         feature=fill(f"1. `tower`: the tower alone. {architecture.feature}", _WIDTH, subsequent_indent="   "),
         unseen=f"{recipe.validation_scenes:,}",
         questions=recipe.questions,
+        limits=architecture.limits and f"{architecture.limits}\n",
         fewest=f"{language.FEWEST:.1%}",
         heads=" | ".join(f"{share:.1%}" for share in KEPT),
         lines=" | ".join("---:" for _ in KEPT),
@@ -133,4 +134,4 @@ answer.
 ## Limits
 It knows seven colours, five shapes and the ten digits of the scenes it was trained on. Figures measured with it show
 that a pipeline works and how methods compare on small objects; they do not carry over to large VLMs.
-"""
+{limits}"""

@@ -62,6 +62,7 @@ class TinyQwen(Architecture):
         "Linear read-outs of the last layer name the colour, shape, size, digit and middle of the object in each "
         "patch; the mean over all patches tags the whole picture."
     )
+    limits = "It takes videos, but has seen none. The mean of its patches does not tell what the picture shows."
     merge = 2
     style = Style(sides=(SHORTEST, LONGEST))
     recipe = Recipe(
