@@ -121,7 +121,7 @@ def test_what_is_missing_is_named_with_its_mend(tmp_path: Path, folder: Path, mo
     with pytest.raises(NotAvailable, match=r"holds no \*.safetensors"):
         resolve(folder)
     monkeypatch.setattr(catalogue, "catalog", lambda: {"tiny-llava": {"folder": "not_made"}})
-    with pytest.raises(NotAvailable, match=r"`python -m pipelines.tiny train` makes it"):
+    with pytest.raises(NotAvailable, match=r"`python -m pipelines.tiny train --model tiny-llava` makes it"):
         resolve("tiny-llava")
 
 
