@@ -18,7 +18,7 @@ from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.grid import VANILLA
-from pipelines.params.fitting import by_layer
+from pipelines.params.fitting import by_layer, lacking
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -44,7 +44,7 @@ def _rows(run: Stage) -> list[dict[str, Any]]:
 
 
 def rows_of(run: Stage, vlm: CatalogEntry) -> list[dict[str, Any]]:
-    """One row for the unpruned model, and one for each method, budget and top_k."""
+    """One row for the unpruned model, and one for each method that has a meaning on it, budget and top_k."""
     from transformers import AutoConfig
 
     params = run.params
@@ -52,7 +52,7 @@ def rows_of(run: Stage, vlm: CatalogEntry) -> list[dict[str, Any]]:
     whole = vlm.tokens or params.efficiency.image_tokens
     rows: list[dict[str, Any] | None] = [_row(run, vlm, shape, whole, VANILLA, None)]
     for name in params.method:
-        if name != VANILLA:
+        if name != VANILLA and not lacking(REGISTRY[name], vlm, params.evaluate.options.get(name, {})):
             top_ks = params.top_k if "top_k" in REGISTRY[name].options else (None,)
             rows += [_row(run, vlm, shape, whole, name, keep, top_k) for keep in params.keep for top_k in top_ks]
     return [row for row in rows if row is not None]

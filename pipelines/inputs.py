@@ -14,7 +14,7 @@ from ocvtp.json_files import read_json
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import CatalogEntry
 from pipelines.grid import Cell, PrunerCell, settings
-from pipelines.params.fitting import unreachable
+from pipelines.params.fitting import lacking, unreachable
 from pipelines.params.model import Params
 from pipelines.stage import outputs
 from pipelines.stage.context import Stage
@@ -31,10 +31,14 @@ class Input:
 
 
 def wanted_settings(params: Params, vlms: Mapping[str, CatalogEntry]) -> list[Cell]:
-    """Of the grid, without those whose method cannot keep so few tokens there: tables have a dash for them."""
+    """Of the grid, without those whose method has no meaning on the VLM, or cannot keep so few tokens there.
+
+    Tables have a dash for them.
+    """
     kept = []
     for setting in settings(params, REGISTRY, {name: entry.tokens for name, entry in vlms.items()}):
-        why = unreachable(REGISTRY[setting.method], vlms[setting.vlm], setting.tokens, setting.options)
+        method, vlm = REGISTRY[setting.method], vlms[setting.vlm]
+        why = lacking(method, vlm, setting.options) or unreachable(method, vlm, setting.keep, setting.options)
         if why is None:
             kept.append(setting)
         else:

@@ -120,13 +120,17 @@ def _package(wanted: Any, extra: str) -> Finding:
 
 def _vlms() -> Iterator[Finding]:
     from ocvtp.commands import catalog
+    from ocvtp.vlms.catalogue import catalog as entries
 
-    shipped = Path(__file__).parent.parent / "vlms" / "tiny_llava"
-    if (shipped / "model.safetensors").is_file():
-        yield Finding("VLMs", "tiny-llava", "ok", str(shipped))
-    else:
-        mend = "python -m pipelines.tiny train"
-        yield Finding("VLMs", "tiny-llava", "missing", f"no weights in {shipped}", mend)
+    for name, entry in entries().items():
+        if "folder" not in entry:
+            continue
+        shipped = Path(__file__).parent.parent / "vlms" / entry["folder"]
+        if (shipped / "model.safetensors").is_file():
+            yield Finding("VLMs", name, "ok", str(shipped))
+        else:
+            mend = f"python -m pipelines.tiny train --model {name}"
+            yield Finding("VLMs", name, "missing", f"no weights in {shipped}", mend)
     yield from _catalogue("VLMs", catalog.vlms)
 
 

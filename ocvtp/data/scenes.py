@@ -1,7 +1,8 @@
 """Synthetic scenes in COCO format: small pictures of which everything is known.
 
-A scene is 96 x 96 pixels: two to six coloured shapes, about half of them small (8 to 11 pixels wide, so one to
-two patches of a tower with 8-pixel patches in area), often a digit drawn as text, on an uneven, noisy background.
+A scene is 96 x 96 pixels, or of any size that its style allows: two to six coloured shapes, about half of them small
+(8 to 11 pixels wide, so one to two patches of a tower with 8-pixel patches in area), often a digit drawn as text, on an
+uneven, noisy background.
 Every scene is a pure function of (seed, split, index, style), so splits never share a scene and a scene does not
 depend on how many others are made.
 """
@@ -22,7 +23,9 @@ from ocvtp.data.masks import Mask, encode_mask
 from ocvtp.errors import BadInput
 
 SIZE = 96
-"""Width and height of a scene in pixels."""
+"""Width and height of a scene in pixels, unless its style has others."""
+STEP = 16
+"""Pixels by which sides differ where scenes have different sizes."""
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
     "green": (35, 160, 60),
@@ -38,12 +41,14 @@ CATEGORIES = (*SHAPES, "digit")
 """COCO category ids are the positions in this tuple plus one."""
 
 Split = Literal["train", "benchmark", "vlm", "vlm-validation"]
-"""`train` is for pruners, `benchmark` for questions, the other two for making tiny-llava."""
+"""`train` is for pruners, `benchmark` for questions, the other two for making tiny-llava and tiny-qwen."""
 SizeName = Literal["small", "medium", "large"]
 _WIDTHS: dict[SizeName, tuple[int, int]] = {"small": (8, 11), "medium": (14, 22), "large": (26, 36)}
 _LARGER = {"medium": 0.6, "large": 0.4}  # of the shapes that are not small
 _DIGIT_SHARE = 0.6
 _OVERSAMPLING = 4
+MIN_SIDE = 4 * STEP
+"""Pixels below which large objects would leave no room for others."""
 
 BackgroundName = Literal["soft", "textured", "natural"]
 
@@ -59,11 +64,14 @@ class Style:
         background: `soft` (grey, with soft spots), `textured` (stripes of one direction and pitch over it), or
             `natural` (noise of the spectrum 1 / f in each colour, as photographs have).
         clutter: patches of dull colours and ragged outlines that are no objects and that no question asks about.
+        sides: the shortest and the longest side in pixels; width and height are drawn apart, in steps of 16. Objects
+            have as many pixels in scenes of any size.
     """
 
     small_share: float = 0.45
     background: BackgroundName = "soft"
     clutter: int = 0
+    sides: tuple[int, int] = (SIZE, SIZE)
 
     def __post_init__(self) -> None:
         if not 0 <= self.small_share <= 1:
@@ -72,6 +80,12 @@ class Style:
             raise BadInput(f"background is {self.background!r}: one of {', '.join(get_args(BackgroundName))} is needed")
         if self.clutter < 0:
             raise BadInput(f"clutter is {self.clutter}: it counts patches")
+        object.__setattr__(self, "sides", tuple(self.sides))  # JSON knows lists only
+        if len(self.sides) != 2 or not MIN_SIDE <= self.sides[0] <= self.sides[1] or any(s % STEP for s in self.sides):
+            raise BadInput(
+                f"sides are {list(self.sides)}: the shortest and the longest, each a multiple of {STEP} from "
+                f"{MIN_SIDE} on, are needed"
+            )
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -127,11 +141,21 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, RGB [96, 96, 3] of uint8, and all that is in it. `index` is its place in its split."""
+    """A picture, RGB [H, W, 3] of uint8, and all that is in it. `index` is its place in its split."""
 
     index: int
     pixels_HW3: NDArray[np.uint8]
     objects: tuple[SceneObject, ...]
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        return len(self.pixels_HW3)
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        return int(self.pixels_HW3.shape[1])
 
     @property
     def shapes(self) -> tuple[SceneObject, ...]:
@@ -148,8 +172,9 @@ def make_scene(seed: int, split: Split, index: int, style: Style = PLAIN) -> Sce
     """The scene number `index` of a split."""
     numbers = [seed, get_args(Split).index(split), index]
     rng, style_rng = np.random.default_rng(numbers), np.random.default_rng([*numbers, 1])
-    canvas_HW3 = _background(rng) + _texture(style_rng, style.background)
-    taken_HW = np.zeros((SIZE, SIZE), bool)
+    shape = _extent(np.random.default_rng([*numbers, 2]), style.sides)
+    canvas_HW3 = _background(rng, shape) + _texture(style_rng, style.background, shape)
+    taken_HW = np.zeros(shape, bool)
     objects: list[SceneObject] = []
     if rng.random() < _DIGIT_SHARE:
         _place(rng, canvas_HW3, taken_HW, objects, "digit", "medium")
@@ -167,9 +192,16 @@ def make_scenes(seed: int, split: Split, count: int, style: Style = PLAIN) -> It
     return (make_scene(seed, split, index, style) for index in range(count))
 
 
-def _background(rng: np.random.Generator) -> NDArray[np.float64]:
+def _extent(rng: np.random.Generator, sides: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a scene."""
+    height, width = STEP * rng.integers(sides[0] // STEP, sides[1] // STEP, 2, endpoint=True)
+    return int(height), int(width)
+
+
+def _background(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float64]:
     """Grey, tilted from one side to another, with a few soft spots."""
-    y_HW, x_HW = np.mgrid[0:SIZE, 0:SIZE] / SIZE
+    y_HW, x_HW = np.mgrid[0 : shape[0], 0 : shape[1]]
+    y_HW, x_HW = y_HW / shape[0], x_HW / shape[1]
     angle = rng.uniform(0, 2 * np.pi)
     light_HW = rng.uniform(70, 170) + rng.uniform(10, 50) * (np.cos(angle) * x_HW + np.sin(angle) * y_HW)
     for _ in range(3):
@@ -179,18 +211,18 @@ def _background(rng: np.random.Generator) -> NDArray[np.float64]:
     return np.asarray(light_HW[..., None] + tint_3, np.float64)
 
 
-def _texture(rng: np.random.Generator, name: BackgroundName) -> NDArray[np.float64]:
-    """What a style adds to the background, [96, 96, 1 or 3]."""
-    y_HW, x_HW = np.mgrid[0:SIZE, 0:SIZE]
+def _texture(rng: np.random.Generator, name: BackgroundName, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """What a style adds to the background, [H, W, 1 or 3]."""
+    y_HW, x_HW = np.mgrid[0 : shape[0], 0 : shape[1]]
     if name == "soft":
         return np.zeros((1, 1, 1))
     if name == "textured":
         angle, pitch = rng.uniform(0, np.pi), rng.uniform(4, 14)
         along_HW = np.cos(angle) * x_HW + np.sin(angle) * y_HW
         return np.asarray(rng.uniform(15, 40) * np.sin(2 * np.pi * along_HW / pitch + rng.uniform(0, 6))[..., None])
-    radius_HW = np.hypot(*np.meshgrid(np.fft.fftfreq(SIZE), np.fft.fftfreq(SIZE), indexing="ij"))
+    radius_HW = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"))
     radius_HW[0, 0] = np.inf  # the mean stays
-    white_HW3 = np.fft.fft2(rng.normal(size=(SIZE, SIZE, 3)), axes=(0, 1))
+    white_HW3 = np.fft.fft2(rng.normal(size=(*shape, 3)), axes=(0, 1))
     noise_HW3 = np.fft.ifft2(white_HW3 / radius_HW[..., None], axes=(0, 1)).real
     grey_HW1 = noise_HW3.mean(2, keepdims=True)
     mixed_HW3 = 0.75 * grey_HW1 / grey_HW1.std() + 0.25 * noise_HW3 / noise_HW3.std()
@@ -209,7 +241,7 @@ def _litter(rng: np.random.Generator, canvas_HW3: NDArray[np.float64], taken_HW:
     alpha_hw1 = _downsample(image)[..., None]
     ink_3 = rng.uniform(30, 190) + rng.uniform(-18, 18, 3)
     for _ in range(30):
-        y, x = (int(rng.integers(0, SIZE - width + 1)) for _ in range(2))
+        y, x = (int(rng.integers(0, side - width + 1)) for side in taken_HW.shape)
         if not taken_HW[max(0, y - 2) : y + width + 2, max(0, x - 2) : x + width + 2].any():
             taken_HW[y : y + width, x : x + width] = True
             window_hw3 = canvas_HW3[y : y + width, x : x + width]
@@ -233,7 +265,7 @@ def _place(
     alpha_hw = _glyph(text, width) if text else _shape(category, width)
     height, breadth = alpha_hw.shape
     for _ in range(30):
-        y, x = (int(rng.integers(0, SIZE - extent + 1)) for extent in (height, breadth))
+        y, x = (int(rng.integers(0, n - k + 1)) for n, k in zip(taken_HW.shape, alpha_hw.shape, strict=True))
         if taken_HW[max(0, y - 2) : y + height + 2, max(0, x - 2) : x + breadth + 2].any():
             continue
         taken_HW[y : y + height, x : x + breadth] = True
@@ -243,7 +275,7 @@ def _place(
         else:
             ink_3 = np.full(3, 250.0 if window_hw3.mean() < 128 else 5.0)
         window_hw3 += alpha_hw[..., None] * (ink_3 - window_hw3)
-        mask_HW = np.zeros((SIZE, SIZE), bool)
+        mask_HW = np.zeros(taken_HW.shape, bool)
         mask_HW[y : y + height, x : x + breadth] = alpha_hw >= 0.5
         objects.append(SceneObject(category, color, text, size, mask_HW))
         return
@@ -317,7 +349,7 @@ def write_scenes(
         scene = make_scene(seed, split, index, style)
         name = file_name(split, index)
         (images / name).write_bytes(jpeg(scene))
-        coco["images"].append({"id": index, "file_name": name, "width": SIZE, "height": SIZE})
+        coco["images"].append({"id": index, "file_name": name, "width": scene.width, "height": scene.height})
         for thing in scene.objects:
             coco["annotations"].append(_annotation(len(coco["annotations"]) + 1, index, thing))
     path = folder / annotations

@@ -43,17 +43,16 @@ class PositionEmbedding(nn.Module):
         Raises:
             BadInput: a grid that a table without resampling does not have.
         """
-        if set(layout.grids) == {self.grid} or not self.resample:
-            if layout.tokens != self.table.shape[1]:
-                raise BadInput(
-                    f"{layout.tokens} tokens, but a table of {self.table.shape[1]} positions: use positions='grid'"
-                )
+        fits = layout.tokens == self.table.shape[1]
+        if not self.resample and not fits:
+            raise BadInput(
+                f"{layout.tokens} tokens, but a table of {self.table.shape[1]} positions: use positions='grid'"
+            )
+        if fits and (set(layout.grids) == {self.grid} or not self.resample):
             return self.table
         rows = {grid: self._read(grid) for grid in dict.fromkeys(layout.grids)}
-        if len(rows) == 1:
-            return next(iter(rows.values()))[None]
         padded = {grid: F.pad(row_NC, (0, 0, 0, layout.tokens - len(row_NC))) for grid, row_NC in rows.items()}
-        return torch.stack([padded[grid] for grid in layout.grids])
+        return torch.stack([padded[grid] for grid in (layout.grids if len(rows) > 1 else rows)])
 
     def _read(self, grid: tuple[int, int]) -> Tensor:
         """The table at another grid, [h * w, C]."""

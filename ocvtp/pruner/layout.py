@@ -64,9 +64,13 @@ def layout(
         grids = grids[:1]
     elif len(grids) != batch:
         raise BadInput(f"{len(grids)} grids for {batch} images: one for all or one for each is needed")
-    largest = max(height * width for height, width in grids)
-    if largest != tokens or (mask_BN is None and any(height * width != tokens for height, width in grids)):
+    counts = [height * width for height, width in grids]
+    if max(counts) > tokens or (mask_BN is None and min(counts) != tokens):
         raise BadInput(f"grids {_show(grids)} do not make the batch's {tokens} tokens (smaller images need a mask)")
+    if mask_BN is not None and mask_BN.device.type == "cpu":  # elsewhere it would mean to wait for the device
+        there = mask_BN.sum(1).tolist()
+        if any(there[image] != counts[image % len(counts)] for image in range(batch)):
+            raise BadInput(f"grids {_show(grids)} do not make the {there} tokens that the mask has")
     return TokenLayout(batch, tokens, mask_BN, grids, tokens_BNC.device)
 
 

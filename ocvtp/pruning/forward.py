@@ -75,7 +75,7 @@ class Forward:
                     "places in a picture: leave positions out, or say 'original'"
                 )
             self._positions = "original" if places else self._positions
-            self._layers = Layers(model, self._method, family.added)
+            self._layers = Layers(model, self._method, family.facts.added)
         self._features = Features(model.model)
 
     def remove(self) -> None:

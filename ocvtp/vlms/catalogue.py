@@ -198,7 +198,7 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str]:
     if "folder" in entry:
         folder = Path(str(files(__package__).joinpath(entry["folder"])))
         if not (folder / "config.json").is_file():
-            raise NotAvailable(f"{name} is not in {folder}: `python -m pipelines.tiny train` makes it")
+            raise NotAvailable(f"{name} is not in {folder}: `python -m pipelines.tiny train --model {name}` makes it")
         return folder, ""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -95,11 +95,6 @@ class Family(ABC):
     def projectors(self) -> list[Any]:
         """The modules that make tokens of the language model of the tower's; they may lie in the tower."""
 
-    @property
-    def added(self) -> int:
-        """To what so many first layers of the language model make, vision features are added (DeepStack)."""
-        return 0
-
     @classmethod
     @abstractmethod
     def facts_of(cls, config: Any) -> Facts:

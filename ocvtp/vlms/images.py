@@ -24,6 +24,7 @@ class Facts:
         depth: encoder blocks of the tower.
         feature_layer: the layer that the language model is fed from, as index into `hidden_states`.
         cls: whether the tower has a CLS token.
+        added: to what so many first layers of the language model make, vision features are added (DeepStack).
     """
 
     tokens: int | None
@@ -32,6 +33,7 @@ class Facts:
     depth: int
     feature_layer: int
     cls: bool
+    added: int = 0
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,10 @@ def _methods(methods: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
 
 
 def _fitting(params: Params, entries: Sequence[CatalogEntry], problems: Problems, *, named: bool) -> Params:
-    """Methods that have no meaning on one of the VLMs: a problem where they are named, left out of `all`."""
+    """Methods that have no meaning on any of the VLMs: a problem where they are named, left out of `all`.
+
+    One that has on some is run on those.
+    """
     fitting = []
     for index, name in enumerate(params.method):
         reasons = [
@@ -97,7 +100,7 @@ def _fitting(params: Params, entries: Sequence[CatalogEntry], problems: Problems
             if name in REGISTRY
             if (reason := lacking(REGISTRY[name], entry, params.evaluate.options.get(name, {})))
         ]
-        if not reasons:
+        if not reasons or len(reasons) < len(entries):
             fitting.append(name)
         elif named:
             problems.add(_at("method", params.method, index), f"{name} {reasons[0]}")

@@ -9,6 +9,9 @@ from ocvtp.methods import options_of
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import CatalogEntry
 
+MANY = 1000
+"""Tokens of an image so large that rounding does not matter."""
+
 
 def lacking(method: Method, vlm: CatalogEntry, options: Mapping[str, Any]) -> str | None:
     """What the VLM lacks, as the rest of a sentence; None if nothing."""
@@ -19,7 +22,24 @@ def lacking(method: Method, vlm: CatalogEntry, options: Mapping[str, Any]) -> st
             f"needs the text tower of the CLIP that {vlm.name}'s tower was trained with, and the catalogue names none "
             f"(evaluate.options.{method.name}.clip may)"
         )
+    first = _first_pruned(method, vlm, options)
+    if first < vlm.facts.added:
+        return (
+            f"drops tokens before layer {first} (from 0), and {vlm.name} adds features of its tower (DeepStack) to the "
+            f"first {vlm.facts.added} layers"
+        )
     return None
+
+
+def _first_pruned(method: Method, vlm: CatalogEntry, options: Mapping[str, Any]) -> int:
+    """First layer of the language model that reads fewer tokens than there are, for a method between layers."""
+    if method.per_layer is None:
+        return vlm.llm_layers
+    try:
+        read = by_layer(method, vlm, MANY, MANY - 1, options)
+    except BadInput:
+        return vlm.llm_layers  # `unreachable` says so of each budget
+    return next((layer for layer, tokens in enumerate(read) if tokens < MANY), vlm.llm_layers)
 
 
 def by_layer(method: Method, vlm: CatalogEntry, whole: int, keep: int, options: Mapping[str, Any]) -> list[int]:
@@ -33,12 +53,16 @@ def by_layer(method: Method, vlm: CatalogEntry, whole: int, keep: int, options: 
     return method.per_layer(whole, keep, vlm.llm_layers, options_of(method, options))
 
 
-def unreachable(method: Method, vlm: CatalogEntry, keep: int | None, options: Mapping[str, Any]) -> str | None:
-    """Why the method cannot keep so few tokens of each image; None if it can, or if that depends on the image."""
-    if keep is None or vlm.tokens is None:
+def unreachable(method: Method, vlm: CatalogEntry, keep: Budget | None, options: Mapping[str, Any]) -> str | None:
+    """Why the method cannot keep so few tokens of each image; None if it can, or if that depends on the image.
+
+    A share does not: it is asked of an image of many tokens where images have different numbers.
+    """
+    whole = vlm.tokens or MANY
+    if keep is None or (vlm.tokens is None and keep.share is None):
         return None
     try:
-        by_layer(method, vlm, vlm.tokens, keep, options)
+        by_layer(method, vlm, whole, keep.tokens(whole), options)
     except BadInput as error:
         return str(error)
     return None

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field
 
 from cluster import ClusterConfig
 from cluster.validation import Section, Text, show
-from ocvtp.data.scenes import BackgroundName
+from ocvtp.data.scenes import SIZE, BackgroundName, Style
 from ocvtp.methods.budget import Budget
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.training.train_config import TrainConfig
@@ -47,6 +47,13 @@ class SceneStyle(Section):
     small_share: float = Field(default=0.45, ge=0, le=1)
     background: BackgroundName = "soft"
     clutter: Natural = 0
+    sides: list[int] = Field(default=[SIZE, SIZE])
+
+    @field_validator("sides")
+    @classmethod
+    def _of_scenes(cls, sides: list[int]) -> list[int]:
+        Style(sides=sides)  # type: ignore[arg-type] # checks
+        return sides
 
 
 class Sample(Section):

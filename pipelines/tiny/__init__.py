@@ -1,1 +1,1 @@
-"""How tiny-llava is made: `python -m pipelines.tiny train`."""
+"""How tiny-llava and tiny-qwen are made: `python -m pipelines.tiny train`."""

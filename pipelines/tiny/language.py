@@ -3,28 +3,34 @@
 Several questions about one scene are packed into one sequence: the mask lets each see the scene and itself alone, so
 that every question stands exactly as it does when it is asked by itself.
 
-Letters: B scenes, P patches, V vision tokens kept, Q questions a scene, L tokens a question, N = 2 + V + Q L positions
-of a sequence, D width of the language model, C width of the tower.
+Letters: B scenes, P tokens of an image, V of them that are kept, Q questions a scene, L tokens a question, M = Q L,
+N positions of a sequence (what stands before the image, V, what stands behind it, M), D width of the language model.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ocvtp.data.questions import KINDS, POST_PROMPT, Question, ask
 from ocvtp.data.scenes import DIGITS, Scene
+from pipelines.tiny.architecture import Architecture
 from pipelines.tiny.loop import Losses, autocast
-from pipelines.tiny.pool import COLOR_NAMES, SHAPE_NAMES, SIZE_NAMES, Pool
+from pipelines.tiny.pool import COLOR_NAMES, SHAPE_NAMES, SIZE_NAMES, Pool, Pools, draw
 
 LONGEST = 16
 """Tokens of a question with its answer; longer ones do not occur."""
 IGNORED = -100
+FEWEST = 1 / 18
+"""Share of its tokens that an image keeps at least: 8 of 144."""
+Encode = Callable[[int, NDArray[np.int64], Tensor], Tensor]
+"""`encode(number of the pool, scenes, chosen_BV)`: embeddings of the chosen tokens [B, V, D] or, with planes, more."""
 _KIND_SHARES = {"existence": 0.22, "color": 0.2, "shape": 0.2, "count": 0.23, "digit": 0.15}
 
 
@@ -36,11 +42,22 @@ class Packed:
     labels_BQL: Tensor
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Of images: embeddings of the tokens that are kept, with planes behind them if there are any, and their places."""
+
+    embedded_BVX: Tensor
+    chosen_BV: Tensor
+    grid: tuple[int, int]
+
+
 class Asker:
     """Draws and encodes questions; the encoding of a text is kept, since texts come again and again."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, questions: int) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, architecture: Architecture, questions: int) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = architecture.make_processor().tokenizer
+        self.lead: list[int] = self.tokenizer(architecture.lead).input_ids
+        self.tail: list[int] = self.tokenizer(architecture.tail, add_special_tokens=False).input_ids
         self.questions = questions
         self._known: dict[str, list[int]] = {}
 
@@ -76,7 +93,7 @@ class Asker:
 
 
 def choose_tokens(pool: Pool, indices: NDArray[np.int64], kept: int, rng: np.random.Generator) -> Tensor:
-    """Which patches stay, [B, V] ascending.
+    """Which tokens stay, [B, V] ascending.
 
     In three images of four a token in the middle of each object is kept before others, and tokens on objects are a
     little likelier than background, so that most questions stay answerable; in the fourth the choice is blind.
@@ -88,32 +105,43 @@ def choose_tokens(pool: Pool, indices: NDArray[np.int64], kept: int, rng: np.ran
     return score_BP.topk(kept, 1).indices.sort(1).values
 
 
-def draw_kept(patches: int, rng: np.random.Generator, *, most: int, all_share: float) -> int:
-    """How many tokens a batch keeps: all with probability `all_share`, else log-uniform between 8 and `most`."""
+def draw_kept(tokens: int, rng: np.random.Generator, *, most: float, all_share: float) -> int:
+    """How many tokens the images of a batch keep: all with probability `all_share`, else few to many.
+
+    Log-uniform between `FEWEST` and `most`, both shares.
+    """
     if rng.random() < all_share:
-        return patches
-    return round(float(np.exp(rng.uniform(np.log(8), np.log(most)))))
+        return tokens
+    least = max(1, round(FEWEST * tokens))
+    return round(float(np.exp(rng.uniform(np.log(least), np.log(max(least, round(most * tokens)))))))
 
 
 def answer_losses(
-    model: LlavaForConditionalGeneration, vision_BVD: Tensor, packed: Packed, bos_user: tuple[int, int]
+    architecture: Architecture, model: Any, shown: Shown, packed: Packed, asker: Asker
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers, and logits [B, Q, L, vocabulary] at all question positions."""
     embed = model.get_input_embeddings()
-    batch, kept, _ = vision_BVD.shape
+    batch, kept = shown.chosen_BV.shape
     questions, length = packed.ids_BQL.shape[1:]
-    device = vision_BVD.device
-    prefix_B2D = embed(torch.tensor([bos_user], device=device)).expand(batch, -1, -1)
-    asked_BND = embed(packed.ids_BQL.to(device)).flatten(1, 2)
-    inputs_BND = torch.cat([prefix_B2D, vision_BVD.to(prefix_B2D.dtype), asked_BND], 1)
-    mask_NN, positions_N = _block_mask(2 + kept, questions, length, device)
-    hidden_BND = model.model.language_model(
-        inputs_embeds=inputs_BND,
-        attention_mask=mask_NN.expand(batch, 1, -1, -1),
-        position_ids=positions_N.expand(batch, -1),
-        use_cache=False,
-    ).last_hidden_state
-    logits_BQLK = model.lm_head(hidden_BND[:, 2 + kept :]).float().unflatten(1, (questions, length))
+    device = shown.embedded_BVX.device
+    said = [embed(torch.tensor(ids, dtype=torch.long, device=device)).expand(batch, -1, -1)
+            for ids in (asker.lead, asker.tail)]  # fmt: skip
+    asked_BMD = embed(packed.ids_BQL.to(device)).flatten(1, 2)
+    embedded_BVD, *planes = shown.embedded_BVX.to(asked_BMD.dtype).split(embed.embedding_dim, 2)
+    before, behind = len(asker.lead), len(asker.tail)
+    mask_NN = _block_mask(before + kept + behind, questions, length)
+    place_M = torch.arange(length).repeat(questions)  # positions start anew with every question
+    places = torch.cat([torch.arange(behind), behind + place_M])
+    hidden_BND = architecture.decode(
+        model,
+        torch.cat([said[0], embedded_BVD, said[1], asked_BMD], 1),
+        mask_NN.to(device),
+        architecture.positions(shown.chosen_BV, shown.grid, before, places).to(device),
+        before,
+        planes,
+    )
+    hidden_BMD = hidden_BND[:, before + kept + behind :]
+    logits_BQLK = model.lm_head(hidden_BMD).float().unflatten(1, (questions, length))
     loss = F.cross_entropy(
         logits_BQLK[:, :, :-1].flatten(0, 2),
         packed.labels_BQL[:, :, 1:].to(device).flatten(),
@@ -122,17 +150,16 @@ def answer_losses(
     return loss, logits_BQLK
 
 
-def _block_mask(prefix: int, questions: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Who sees whom (bool [N, N]) and the positions [N], which start anew with every question."""
+def _block_mask(prefix: int, questions: int, length: int) -> Tensor:
+    """Who sees whom, bool [N, N]."""
     block_N = torch.cat([torch.full((prefix,), -1), torch.arange(questions).repeat_interleave(length)])
-    positions_N = torch.cat([torch.arange(prefix), prefix + torch.arange(length).repeat(questions)])
     same_NN = (block_N[:, None] == block_N[None]) | (block_N[None] == -1)
     causal_NN = torch.ones(len(block_N), len(block_N), dtype=torch.bool).tril()
-    return (same_NN & causal_NN).to(device), positions_N.to(device)
+    return same_NN & causal_NN
 
 
 class TextScenes(nn.Module):
-    """Scenes told in words: each patch is the sum of the embeddings of the words that describe it."""
+    """Scenes told in words: each token is the sum of the embeddings of the words that describe it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -146,7 +173,7 @@ class TextScenes(nn.Module):
         }
 
     def forward(self, embed: nn.Module, pool: Pool, indices: NDArray[np.int64], chosen_BV: Tensor) -> Tensor:
-        """Embeddings [B, V, D] of the chosen patches."""
+        """Embeddings [B, V, D] of the chosen tokens."""
         total: Tensor | None = None
         for name, table in self.tables.items():
             label_BV = getattr(pool, f"{name}_SP")[indices].gather(1, chosen_BV)
@@ -160,56 +187,57 @@ class TextScenes(nn.Module):
 
 
 def step_losses(
-    model: LlavaForConditionalGeneration,
+    architecture: Architecture,
+    model: Any,
     asker: Asker,
-    pool: Pool,
-    encode: Callable[[NDArray[np.int64], Tensor], Tensor],
-    kept_at: Callable[[int, np.random.Generator], int],
+    pools: Pools,
+    encode: Encode,
+    kept_at: Callable[[int, int, np.random.Generator], int],
     *,
     batch: int,
     seed: tuple[int, ...],
 ) -> Callable[[int], Losses]:
-    """The loss of a step; `encode(indices, chosen_BV)` gives the vision embeddings of the chosen patches."""
-    bos_user = _prefix(asker)
+    """The loss of a step; `kept_at(step, tokens, rng)` says how many tokens of an image are kept."""
 
     def losses(step: int) -> Losses:
         rng = np.random.default_rng([*seed, step])
-        indices = rng.integers(0, len(pool), batch)
-        chosen_BV = choose_tokens(pool, indices, kept_at(step, rng), rng)
+        number, indices = draw(pools, batch, rng)
+        pool = pools[number]
+        chosen_BV = choose_tokens(pool, indices, kept_at(step, pool.center_SP.shape[1], rng), rng)
         packed = asker.pack([pool.scenes[i] for i in indices], rng)
-        return {"answers": answer_losses(model, encode(indices, chosen_BV), packed, bos_user)[0]}
+        shown = Shown(encode(number, indices, chosen_BV), chosen_BV, pool.grid)
+        return {"answers": answer_losses(architecture, model, shown, packed, asker)[0]}
 
     return losses
 
 
 @torch.inference_mode()
 def answer_accuracy(
-    model: LlavaForConditionalGeneration,
-    asker: Asker,
-    pool: Pool,
-    encode: Callable[[NDArray[np.int64], Tensor], Tensor],
-    kept: int,
-    device: str,
+    architecture: Architecture, model: Any, asker: Asker, pools: Pools, encode: Encode, share: float, device: str
 ) -> Mapping[str, float]:
-    """Share of unseen questions of each kind whose first answer token is right, with `kept` tokens an image."""
+    """Share of unseen questions of each kind whose first answer token is right, with a share of an image's tokens."""
     hits: dict[str, list[bool]] = {}
-    for start in range(0, len(pool), 100):
-        rng = np.random.default_rng([7, start])
-        indices = np.arange(start, min(start + 100, len(pool)))
-        chosen_BV = choose_tokens(pool, indices, kept, rng)
-        for kind in KINDS:
-            asked = [(i, b, ask(pool.scenes[i], kind, rng)) for b, i in enumerate(indices)]
-            rows = [(b, q) for _, b, q in asked if q is not None]
-            packed = _pack_each(asker, [q for _, q in rows])
-            some = [b for b, _ in rows]
-            with autocast(device):
-                vision_BVD = encode(indices[some], chosen_BV[some])
-                _, logits_BQLK = answer_losses(model, vision_BVD, packed, _prefix(asker))
-            wanted_B1L = packed.labels_BQL
-            first_B = (wanted_B1L[:, 0] != IGNORED).float().argmax(1)
-            found_B = logits_BQLK[torch.arange(len(some)), 0, first_B - 1].argmax(-1).cpu()
-            hits.setdefault(kind, []).extend((found_B == wanted_B1L[torch.arange(len(some)), 0, first_B]).tolist())
-    return {f"{kind} @{kept}": float(np.mean(found)) for kind, found in hits.items()}
+    for number, pool in enumerate(pools):
+        kept = max(1, round(share * pool.center_SP.shape[1]))
+        for start in range(0, len(pool), 100):
+            rng = np.random.default_rng([7, start])
+            indices = np.arange(start, min(start + 100, len(pool)))
+            chosen_BV = choose_tokens(pool, indices, kept, rng)
+            for kind in KINDS:
+                asked = [(i, b, ask(pool.scenes[i], kind, rng)) for b, i in enumerate(indices)]
+                rows = [(b, q) for _, b, q in asked if q is not None]
+                if not rows:
+                    continue
+                packed = _pack_each(asker, [q for _, q in rows])
+                some = [b for b, _ in rows]
+                with autocast(device):
+                    shown = Shown(encode(number, indices[some], chosen_BV[some]), chosen_BV[some], pool.grid)
+                    _, logits_BQLK = answer_losses(architecture, model, shown, packed, asker)
+                wanted_B1L = packed.labels_BQL
+                first_B = (wanted_B1L[:, 0] != IGNORED).float().argmax(1)
+                found_B = logits_BQLK[torch.arange(len(some)), 0, first_B - 1].argmax(-1).cpu()
+                hits.setdefault(kind, []).extend((found_B == wanted_B1L[torch.arange(len(some)), 0, first_B]).tolist())
+    return {f"{kind} @{share:.1%}": float(np.mean(found)) for kind, found in hits.items()}
 
 
 def _pack_each(asker: Asker, questions: list[Question]) -> Packed:
@@ -221,8 +249,3 @@ def _pack_each(asker: Asker, questions: list[Question]) -> Packed:
         ids_B1L[b, 0, : len(asked)] = torch.tensor(asked)
         labels_B1L[b, 0, len(asked)] = answer[0]
     return Packed(ids_B1L, labels_B1L)
-
-
-def _prefix(asker: Asker) -> tuple[int, int]:
-    start, user = asker.tokenizer("USER:").input_ids
-    return start, user

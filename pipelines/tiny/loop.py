@@ -2,11 +2,9 @@
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.tiny.recipe import Schedule
+
 _log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 50
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps, peak learning rate and warm-up of one stage; the rate falls along a cosine to a hundredth."""
-
-    steps: int
-    learning_rate: float
-    warmup: int = 50
-    weight_decay: float = 0.01
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 Losses = Mapping[str, Tensor]

@@ -73,6 +73,13 @@ class TinyVLM(NamedTuple):
     """Of an image, where all images have as many."""
     mark: str = " <image>"
     """Where a prompt has an image."""
+    maker: str = ""
+    """In `MAKERS`, where the type of the model does not say it."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in `MAKERS`."""
+        return self.maker or str(self.model.config.model_type)
 
     def prompt(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str] = QUESTIONS) -> Any:
         """A batch: each prompt has its images, which may be none, and then a question."""
@@ -148,9 +155,10 @@ TEXT = LlamaConfig(
 )
 
 
-def ready(model: Any, seed: int) -> Any:
-    """With weights of a seed; answers do not end before they have to, as those of random weights would."""
-    model = enlarge(model, seed)
+def ready(model: Any, seed: int | None) -> Any:
+    """With weights of a seed, if one is given; answers do not end before they have to."""
+    if seed is not None:
+        model = enlarge(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     # Trained models do not say that there is an image, and transformers refuses prompts with more than were given.
@@ -252,6 +260,15 @@ def make_qwen3_vl(seed: int = 0) -> TinyVLM:
     model = ready(Qwen3VLForConditionalGeneration(config), seed)
     videos = Qwen3VLVideoProcessor(patch_size=14, size={"shortest_edge": 4 * 84 * 84, "longest_edge": 6 * 112 * 112})
     return TinyVLM(model, qwen_processor(Qwen3VLProcessor, videos), None, " <vision> <image> </vision>")
+
+
+def make_tiny_qwen(_: int = 0) -> TinyVLM:
+    """tiny-qwen with the weights that it is shipped with."""
+    from ocvtp.vlms import load
+
+    vlm = load("tiny-qwen")
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    return TinyVLM(ready(vlm.model, None), vlm.processor, None, mark, "tiny_qwen")
 
 
 def make_internvl(seed: int = 0) -> TinyVLM:
@@ -368,6 +385,7 @@ MAKERS: dict[str, Callable[[int], TinyVLM]] = {
     "llava_next": make_llava_next,
     "qwen2_5_vl": make_qwen2_5_vl,
     "qwen3_vl": make_qwen3_vl,
+    "tiny_qwen": make_tiny_qwen,
     "internvl": make_internvl,
     "llava_onevision": make_onevision,
     "gemma3": make_gemma3,

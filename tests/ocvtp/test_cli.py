@@ -228,10 +228,10 @@ def test_a_hub_out_of_reach_is_said_in_one_line(
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     """A tiny random LLaVA, and a `prune` that notes how it was called and keeps the first tokens."""
-    from pipelines.tiny.model import make_model, make_processor
+    from pipelines.tiny.llava import TinyLlava
 
     torch.manual_seed(0)
-    vlm = SimpleNamespace(model=make_model().eval(), processor=make_processor())
+    vlm = SimpleNamespace(model=TinyLlava().make_model().eval(), processor=TinyLlava().make_processor())
     calls: list[tuple[str, object]] = []
 
     @contextmanager

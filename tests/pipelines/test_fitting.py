@@ -27,14 +27,16 @@ def test_tokens_by_layer(tiny: CatalogEntry) -> None:
 
 
 def test_what_cannot_be_reached_is_said_with_what_can(tiny: CatalogEntry) -> None:
-    assert unreachable(REGISTRY["fastv"], tiny, 48, {}) is None
-    why = unreachable(REGISTRY["fastv"], tiny, 32, {})
+    assert unreachable(REGISTRY["fastv"], tiny, Budget.parse(48), {}) is None
+    why = unreachable(REGISTRY["fastv"], tiny, Budget.parse(32), {})
     assert why is not None
     assert "37" in why  # (144 + 3) / 4, rounded up
-    assert unreachable(REGISTRY["fastv"], tiny, 32, {"budget": "reference"}) is None
-    assert unreachable(REGISTRY["visionzip"], tiny, 1, {}) is None
+    assert unreachable(REGISTRY["fastv"], tiny, Budget.parse(32), {"budget": "reference"}) is None
+    assert unreachable(REGISTRY["visionzip"], tiny, Budget.parse(1), {}) is None
     varying = replace(tiny, facts=replace(tiny.facts, tokens=None))
-    assert unreachable(REGISTRY["fastv"], varying, 1, {}) is None
+    assert unreachable(REGISTRY["fastv"], varying, Budget.parse(1), {}) is None, "it depends on the image"
+    assert unreachable(REGISTRY["fastv"], varying, Budget.parse("33.3%"), {}) is None
+    assert "least" in str(unreachable(REGISTRY["fastv"], varying, Budget.parse("22.2%"), {}))
 
 
 def test_what_a_method_needs(tiny: CatalogEntry) -> None:
@@ -44,6 +46,29 @@ def test_what_a_method_needs(tiny: CatalogEntry) -> None:
     assert "the catalogue names none" in str(lacking(REGISTRY["trim"], tiny, {}))
     assert lacking(REGISTRY["trim"], tiny, {"clip": "folder"}) is None
     assert lacking(REGISTRY["trim"], replace(tiny, name="llava-1.5-7b"), {}) is None
+
+
+def test_nothing_is_dropped_before_deepstacks_last_addition(tiny: CatalogEntry) -> None:
+    """tiny-qwen adds features of its tower to the first two layers of four."""
+    qwen = resolve("tiny-qwen")
+    assert qwen.facts.added == 2
+    for name in ("fastv", "sparsevlm", "pyramiddrop"):
+        assert lacking(REGISTRY[name], tiny, {}) is None
+        assert "drops tokens before layer 1 (from 0)" in str(lacking(REGISTRY[name], qwen, {})), name
+    assert lacking(REGISTRY["fastv"], qwen, {"k": 2}) is None
+    assert lacking(REGISTRY["css"], qwen, {}) is None
+
+
+def test_a_method_runs_on_the_vlms_of_a_grid_that_it_fits(caplog: pytest.LogCaptureFixture) -> None:
+    grid = {"vlm": ("tiny-llava", "tiny-qwen"), "method": ("css", "tome", "fastv"), "keep": (Budget.parse("33.3%"),)}
+    vlms = {name: resolve(name) for name in grid["vlm"]}
+    with caplog.at_level(logging.WARNING):
+        found = wanted_settings(Params().model_copy(update=grid), vlms)
+    assert [(one.vlm, one.method) for one in found] == [
+        ("tiny-llava", "vanilla"), ("tiny-llava", "css"), ("tiny-llava", "tome"), ("tiny-llava", "fastv"),
+        ("tiny-qwen", "vanilla"), ("tiny-qwen", "css"),
+    ]  # fmt: skip
+    assert "tome-33.3pct is left out on tiny-qwen: needs a CLIP tower" in caplog.text
 
 
 def test_evaluate_leaves_out_what_cannot_be_reached(tiny: CatalogEntry, caplog: pytest.LogCaptureFixture) -> None:

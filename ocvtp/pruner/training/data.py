@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ocvtp.errors import BadInput
 from ocvtp.pruner.layout import Grid
@@ -42,6 +43,36 @@ class Batch(NamedTuple):
     grids: list[Grid]
     names: list[str] | None = None
     handed_on_BNV: Tensor | None = None
+
+
+class WithRoom:
+    """A source whose batches have at least so many columns: images of few tokens are padded for as many slots."""
+
+    def __init__(self, source: TokenSource, columns: int) -> None:
+        self.source, self.columns = source, columns
+        self.image_ids: Sequence[str] | None = getattr(source, "image_ids", None)
+        self.split = source.split
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, Sequence[Grid]]:
+        """As the source has it, padded at the end."""
+        tokens_BNC, mask_BN, grids = self.source.batch(indices)
+        missing = self.columns - tokens_BNC.shape[1]
+        if missing <= 0:
+            return tokens_BNC, mask_BN, grids
+        there_BN = torch.ones(tokens_BNC.shape[:2], dtype=torch.bool) if mask_BN is None else mask_BN
+        return pad(tokens_BNC, (0, 0, 0, missing)), pad(there_BN, (0, missing)), grids
+
+
+def with_room(source: TokenSource, slots: int) -> TokenSource:
+    """The source itself where all images of the VLM have as many tokens, else one with room for so many slots.
+
+    There an image of few tokens takes part in a step with more slots, as it does beside larger images of its batch.
+    """
+    meta = getattr(source, "meta", None)
+    return source if meta is None or meta.grid is not None else WithRoom(source, slots)
 
 
 def fetch(source: TokenSource, indices: Sequence[int], device: torch.device) -> Batch:

@@ -24,7 +24,7 @@ from ocvtp.pruner.provenance import TrainedFor
 from ocvtp.pruner.seeding import derive, generator
 from ocvtp.pruner.training import answers, records, state
 from ocvtp.pruner.training.answers import Teacher
-from ocvtp.pruner.training.data import Batch, Order, TokenSource
+from ocvtp.pruner.training.data import Batch, Order, TokenSource, with_room
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
 from ocvtp.pruner.training.train_config import TrainConfig
@@ -131,7 +131,10 @@ class _Run:
             raise BadInput(
                 "a pruner without decoder is trained with loss=span or answers only: or decoder=random_ar, mlp or ar"
             )
-        self.config, self.dataset, self.device, self.handed_on = config, dataset, device, handed_on
+        self.config, self.device = config, device
+        self.most = max(*config.slots, *config.validation_slots)
+        self.dataset = dataset = with_room(dataset, self.most)
+        self.handed_on = None if handed_on is None else with_room(handed_on, self.most)
         self.ranks = Ranks.current()
         images, self.held_out = dataset.split(config.validation_share, config.seed)
         self._check_tokens(pruner_config, images)
@@ -324,9 +327,10 @@ class _Run:
                 raise Incompatible("handed_on has other images than the tokens to train on, or in another order")
         if width != pruner_config.token_dim:
             raise Incompatible(f"the tokens are {width} wide, the pruner's token_dim is {pruner_config.token_dim}")
-        most = max(*self.config.slots, *self.config.validation_slots)
-        if most > count:
-            raise BadInput(f"slots has {most}, but an image has {count} tokens: at most one slot a token is possible")
+        if self.most > count:
+            raise BadInput(
+                f"slots has {self.most}, but an image has {count} tokens: at most one slot a token is possible"
+            )
 
     def _taught_by(
         self, teacher: Teacher | None, pruner_config: PrunerConfig, trained_for: TrainedFor

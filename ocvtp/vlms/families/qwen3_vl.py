@@ -6,22 +6,23 @@ them are cut by one choice, and where methods merge tokens they merge all of the
 Letters: N tokens of all images, X those that stay, S DeepStack's mergers, D width of the language model.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocvtp.vlms.images import Kind
+from ocvtp.vlms.images import Facts, Kind
 from ocvtp.vlms.native import NativeFamily
 
 
 class Qwen3VLFamily(NativeFamily):
     """`Qwen3VLForConditionalGeneration`."""
 
-    @property
-    def added(self) -> int:
-        """S."""
-        return len(self.tower.deepstack_visual_indexes)
+    @classmethod
+    def facts_of(cls, config: Any) -> Facts:
+        """With S."""
+        return replace(super().facts_of(config), added=len(config.vision_config.deepstack_visual_indexes))
 
     def merged(self, output: Any) -> Tensor:
         """[N, (1 + S) D]."""

@@ -14,6 +14,7 @@ from ocvtp.data.scenes import (
     CATEGORIES,
     COLORS,
     SIZE,
+    STEP,
     Style,
     digest,
     make_scene,
@@ -123,7 +124,28 @@ def test_the_share_of_small_shapes_is_what_is_asked_for() -> None:
     assert 0.87 < sizes.count("small") / len(sizes) < 0.94
 
 
-@pytest.mark.parametrize("wrong", [{"small_share": 1.5}, {"background": "grass"}, {"clutter": -1}])
+def test_sides_differ_where_the_style_says_so(tmp_path: Path) -> None:
+    style = Style(sides=(64, 160))
+    assert style == Style(sides=[64, 160]), "as JSON has it"  # type: ignore[arg-type]
+    scenes = list(make_scenes(0, "benchmark", 200, style))
+    for extent in ({scene.width for scene in scenes}, {scene.height for scene in scenes}):
+        assert extent == set(range(64, 161, STEP))
+    assert any(scene.width != scene.height for scene in scenes)
+    assert all(scene.shapes for scene in scenes)
+    assert all(thing.mask_HW.shape == scene.pixels_HW3.shape[:2] for scene in scenes for thing in scene.objects)
+    widths = [max(thing.box[2:]) for scene in scenes if scene.width == 160 for thing in scene.shapes]
+    assert max(widths) <= 36, "objects are as large as in other scenes"
+    coco = json.loads(write_scenes(tmp_path, 5, 0, "benchmark", style=style).read_text())
+    for image, scene in zip(coco["images"], scenes[:5], strict=True):
+        assert (image["width"], image["height"]) == (scene.width, scene.height)
+        with Image.open(tmp_path / "images" / image["file_name"]) as picture:
+            assert picture.size == (scene.width, scene.height)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"small_share": 1.5}, {"background": "grass"}, {"clutter": -1}, {"sides": (160, 64)}, {"sides": (64, 100)}],
+)
 def test_a_style_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=next(iter(wrong))):
         Style(**wrong)

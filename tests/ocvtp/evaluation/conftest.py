@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ocvtp.data.questions import write_benchmarks
-from pipelines.tiny.model import make_model, make_processor
+from pipelines.tiny.llava import TinyLlava
 
 
 @pytest.fixture(scope="session")
@@ -15,9 +15,9 @@ def vlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vlm")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = make_model()
+        model = TinyLlava().make_model()
     model.save_pretrained(folder)
-    make_processor().save_pretrained(folder)
+    TinyLlava().make_processor().save_pretrained(folder)
     return folder
 
 

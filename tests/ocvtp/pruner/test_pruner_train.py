@@ -6,6 +6,7 @@ import os
 import signal
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
 from ocvtp.pruner.rebuilding import rebuilding
-from ocvtp.pruner.training.data import Order
+from ocvtp.pruner.training.data import Order, with_room
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.run import NotFinite, TrainConfig, train
 from ocvtp.selection import css, prototype_error, span_error
@@ -307,6 +308,33 @@ def test_bad_input(tmp_path):
     with pytest.raises(BadInput, match="without decoder"):
         train(PrunerConfig(token_dim=16, decoder=None), TrainConfig(**FAST), Source(), **where)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("loss", "decoder"), [("aw_mse", "random_ar"), ("mse", "mlp"), ("mse", "ar"), ("span", None)])
+def test_images_of_few_tokens_take_any_number_of_slots_where_sizes_differ(tmp_path, loss, decoder):
+    class Native(Source):
+        meta = SimpleNamespace(grid=None)
+
+    pruner = PrunerConfig(**{**PRUNER.to_dict(), "decoder": decoder})
+    found, _ = run(tmp_path, "a", Native(), pruner, slots=[4, 17], loss=loss)
+
+    assert found["bad_steps"] == 0
+    assert math.isfinite(found["val_loss"])
+
+
+def test_room_for_slots_is_padding_that_changes_nothing():
+    class Native(Source):
+        meta = SimpleNamespace(grid=None)
+
+    assert with_room(Source(), 20).batch([0])[0].shape[1] == 16
+    tokens, mask, grids = with_room(Native(), 20).batch([0, 1])
+    assert tokens.shape[1] == mask.shape[1] == 20
+    assert not mask[:, 16:].any()
+    torch.manual_seed(0)
+    pruner, queries = OCPruner(PRUNER).eval(), torch.randn(2, 5, PRUNER.slot_dim)
+    alone = pruner(Source().batch([0, 1])[0].float(), 5, queries, grid=grids)
+    padded = pruner(tokens.float(), 5, queries, None, mask, grids)
+    torch.testing.assert_close(padded.attention[:, :, :16], alone.attention)
 
 
 @pytest.mark.parametrize("decoder", ["mlp", "ar"])

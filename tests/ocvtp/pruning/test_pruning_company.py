@@ -151,7 +151,9 @@ def test_a_pruned_model_drafts_for_no_other(make_vlm: Any, picture_of: Picture) 
     plain, draft = make_vlm("llava", 0), make_vlm("llava", 0)
     inputs = plain.prompt([[picture_of(0)]])
     expected = plain.model.generate(**inputs, **NEW)
-    with ocvtp.prune(draft.model, "random", 5), pytest.raises(BadInput, match="a pruned model drafts for no other one"):
+    # transformers 5.17 comes back to the draft with its cache before it asks for anything else.
+    refused = "a pruned model drafts for no other one|as a draft for another model"
+    with ocvtp.prune(draft.model, "random", 5), pytest.raises(BadInput, match=refused):
         plain.model.generate(**inputs, **NEW, assistant_model=draft.model)
     with ocvtp.prune(plain.model, "random", 5), pytest.raises(BadInput, match="assisted decoding checks several"):
         plain.model.generate(**inputs, **NEW, assistant_model=draft.model)

@@ -125,16 +125,18 @@ def test_layer_k_is_transformers_hidden_state_k(
 @pytest.mark.parametrize("preprocessing", ["pad", "squash"])
 def test_a_real_vlm_gives_the_papers_layers(records: list[ImageRecord], tmp_path: Path, preprocessing: str) -> None:
     from ocvtp.vlms.loading import load
-    from pipelines.tiny.model import make_model, make_processor
+    from pipelines.tiny.llava import TinyLlava
 
     torch.manual_seed(0)
-    make_model().save_pretrained(tmp_path / "vlm")
-    make_processor().save_pretrained(tmp_path / "vlm")
+    TinyLlava().make_model().save_pretrained(tmp_path / "vlm")
+    TinyLlava().make_processor().save_pretrained(tmp_path / "vlm")
     vlm = load(str(tmp_path / "vlm"))
     shards = extract_tokens(vlm, records, [9, 10, -2], tmp_path / "out", dtype="float32", preprocessing=preprocessing)
-    pixels = make_processor().image_processor(
-        images=[Image.open(record.path) for record in records], return_tensors="pt"
-    )["pixel_values"]  # scenes are 96 x 96: nothing to pad, squash or resize
+    pixels = (
+        TinyLlava()
+        .make_processor()
+        .image_processor(images=[Image.open(record.path) for record in records], return_tensors="pt")["pixel_values"]
+    )  # scenes are 96 x 96: nothing to pad, squash or resize
     with torch.no_grad():
         wanted = vlm.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     assert len(wanted) == 13

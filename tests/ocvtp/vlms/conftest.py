@@ -1,10 +1,12 @@
-"""Here each test that asks for a VLM runs with all families."""
+"""Here each test that asks for a VLM runs with all families: random weights of each, and tiny-qwen as it is shipped."""
 
 from typing import Any
 
 import pytest
 
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "gemma3", "smolvlm")
+FAMILIES = (
+    "llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "tiny_qwen", "internvl", "llava_onevision", "gemma3", "smolvlm",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

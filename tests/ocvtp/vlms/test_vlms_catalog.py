@@ -107,7 +107,7 @@ def test_types_of_weights(folder: Path) -> None:
 
 def test_what_is_missing_is_named_with_its_mend(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        BadInput, match=r"no VLM 'llava-2': a folder with a config.json, or one of tiny-llava, llava-1.5-7b"
+        BadInput, match=r"no VLM 'llava-2': a folder with a config.json, or one of tiny-llava, tiny-qwen, llava-1.5-7b"
     ):
         resolve("llava-2")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -121,7 +121,7 @@ def test_what_is_missing_is_named_with_its_mend(tmp_path: Path, folder: Path, mo
     with pytest.raises(NotAvailable, match=r"holds no \*.safetensors"):
         resolve(folder)
     monkeypatch.setattr(catalogue, "catalog", lambda: {"tiny-llava": {"folder": "not_made"}})
-    with pytest.raises(NotAvailable, match=r"`python -m pipelines.tiny train` makes it"):
+    with pytest.raises(NotAvailable, match=r"`python -m pipelines.tiny train --model tiny-llava` makes it"):
         resolve("tiny-llava")
 
 
@@ -163,11 +163,11 @@ def test_every_entry_says_where_it_is_and_what_the_paper_did_with_it() -> None:
         assert set(entry["layers"]) == {9, 10, -2} | ({16} if name.startswith("qwen2.5") else set()), name
         assert len(entry["budgets"]) == 3, name
         shares = [isinstance(budget, float) for budget in entry["budgets"]]
-        varies = name.startswith(("qwen", "internvl", "llava-onevision"))
+        varies = name.startswith(("qwen", "tiny-qwen", "internvl", "llava-onevision", "smolvlm"))
         assert all(shares) if varies else not any(shares), name
     assert list(catalog()) == [
-        "tiny-llava", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b",
-        "qwen3-vl-4b", "qwen3-vl-8b", "internvl3.5-8b", "llava-onevision-7b", "gemma-3-4b",
+        "tiny-llava", "tiny-qwen", "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b",
+        "qwen3-vl-4b", "qwen3-vl-8b", "internvl3.5-8b", "llava-onevision-7b", "gemma-3-4b", "smolvlm2-2.2b",
     ]  # fmt: skip
 
 
