@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
@@ -188,16 +187,3 @@ def whole(name: str, options: Mapping[str, Any], option: str, least: int = 0) ->
     value = options[option]
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise BadInput(f"{name} has no {option}={value!r}: a whole number, at least {least}, is needed")
-
-
-def highest(scores_GN: Tensor, number: int) -> Tensor:
-    """Numbers of the highest scores of each image, [G, number], ascending. Of equals the lower number."""
-    numbers_Gk: Tensor = scores_GN.argsort(dim=1, descending=True, stable=True)[:, :number].sort(1).values
-    return numbers_Gk
-
-
-def ascending(numbers_GX: Tensor) -> Tensor:
-    """Numbers of tokens sorted, with every -1, which stands for none, at the end."""
-    last = numbers_GX.max() + 1 if numbers_GX.numel() else 1
-    sorted_GX = torch.where(numbers_GX < 0, last, numbers_GX).sort(1).values
-    return torch.where(sorted_GX == last, -1, sorted_GX)

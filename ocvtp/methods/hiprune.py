@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.methods.base import Encoded, Entry, Kept, Method, ascending, behave, highest, no_pruner, one_of, whole
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.tiles import TILES, budgets, neighbours
+from ocvtp.selection.ranking import ascending, highest
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Layout, Part
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.methods.base import Encoded, Entry, Kept, Method, ascending, no_pruner, one_of
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, no_pruner, one_of
 from ocvtp.methods.tiles import TILES, budgets
 from ocvtp.selection import CHOICES
+from ocvtp.selection.ranking import ascending
 from ocvtp.vlms.family import Family
 
 

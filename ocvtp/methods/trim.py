@@ -3,8 +3,9 @@
 With f a patch's token of the layer that the LLM is fed from, P_v and P_t CLIP's projections and k the budget:
 
 1. I = P_v(post_layernorm(f)), t = P_t(text tower's end token) of the question, cut at the text tower's 77 tokens;
-2. the k - 1 patches with the lowest cosine of I and t stay. Lowest, as in the authors' code and not as in their paper:
-   single patches of CLIP are known to be least like the text that they show;
+2. the k - 1 patches with the lowest product I t stay, of vectors as they are: the authors' paper speaks of a cosine,
+   their code takes none (`similarity="cosine"`; about 4.5 of 64 tokens are others then). Lowest, as in their code and
+   not as in their paper: single patches of CLIP are known to be least like the text that they show;
 3. the mean of all others is one token more. It stands in the place of the last of them, and is listed by its number.
 
 The text tower comes from `clip` (a `CLIPModel`, or its folder or hub id; the catalogue names one for the VLMs that were
@@ -14,7 +15,6 @@ question; without a match it is all of the prompt.
 
 Where the release differs (`behaviour="reference"`; each is one option):
 
-- `similarity="dot"`: I and t are not normalised, although the paper speaks of a cosine;
 - `rank="softmax"`: patches are ranked by the softmax of their negated similarity in float32, in which those that are
   far behind become equal; by default by the similarity itself;
 - `mean="end"`: the mean stands behind all other tokens.
@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible, NotAvailable
-from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, highest, no_pruner, one_of
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of
+from ocvtp.selection.ranking import highest
 from ocvtp.vlms.family import Family
 
-_REFERENCE = {"similarity": ("cosine", "dot"), "rank": ("similarity", "softmax"), "mean": ("place", "end")}
+_REFERENCE = {"rank": ("similarity", "softmax"), "mean": ("place", "end")}
 QUESTION = r"(?s)USER:\s*(.*?)\s*(?:ASSISTANT:|$)|\[INST\]\s*(.*?)\s*\[/INST\]"
 """The question in prompts in the form of Vicuna and of Mistral."""
 
@@ -112,7 +113,7 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
 
     no_pruner("trim", pruner)
     options = behave("trim", options, _REFERENCE)
-    for option, legal in _REFERENCE.items():
+    for option, legal in {**_REFERENCE, "similarity": ("dot", "cosine")}.items():
         one_of("trim", options, option, legal)
     try:
         re.compile(options["question"])
@@ -184,7 +185,7 @@ ENTRY = Entry(
         "clip_tokenizer": None,
         "tokenizer": None,
         "question": QUESTION,
-        "similarity": None,
+        "similarity": "dot",
         "rank": None,
         "mean": None,
     },

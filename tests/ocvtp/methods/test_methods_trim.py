@@ -62,12 +62,13 @@ def make_clip(vlm: Any, seed: int = 0) -> CLIPModel:
 
 
 def slowly(
-    images_NP: Tensor, text_P: Tensor, values_NV: Tensor, keep: int, *, reference: bool
-) -> tuple[list[int], Tensor]:
+    images_NP: Tensor, text_P: Tensor, values_NV: Tensor, keep: int, *, reference: bool,
+    cosine: bool = False,
+) -> tuple[list[int], Tensor]:  # fmt: skip
     scores = []
     for image_P in images_NP:
         score = sum(float(a) * float(b) for a, b in zip(image_P, text_P, strict=True))
-        if not reference:
+        if cosine:
             score /= float(image_P.norm()) * float(text_P.norm())
         scores.append(score)
     picked = sorted(sorted(range(len(scores)), key=lambda i: (scores[i], i))[: keep - 1])
