@@ -8,8 +8,9 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
@@ -30,6 +31,7 @@ class Encoded:
         seeds: one an image, a function of the run's seed and of the image alone.
         grids: rows and columns of each image's tokens.
         prompts: token ids of the prompt that each image stands in, without placeholders and padding.
+        project: values [k, V] of each of some images as the language model reads them.
     """
 
     vision: Vision
@@ -38,6 +40,7 @@ class Encoded:
     seeds: list[int]
     grids: list[Grid]
     prompts: list[list[int]]
+    project: Callable[[Sequence[Tensor]], list[Tensor]] = list
 
     @property
     def layout(self) -> Layout:
@@ -57,6 +60,14 @@ class Encoded:
         """Attention that tokens receive in a block, [G, N], from `hidden_states[block]`."""
         return self.vision.received(block, self.members)
 
+    def attention(self, block: int, *, cls: bool) -> Tensor:
+        """How much tokens matter in a block, [G, N]: attention that CLS pays, or, without one, that they receive."""
+        return self.vision.from_cls(block, self.members) if cls else self.received(block)
+
+    def projected(self) -> Tensor:
+        """All tokens as the language model would read them, [G, N, D]: the projector runs on each of them."""
+        return torch.stack(self.project(list(self.vision.values(self.members))))
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -69,14 +80,19 @@ class Kept:
         indices_Gk: numbers of tokens, ascending and distinct; -1 at the end stands for none.
         values_GkV: what is handed on in place of those tokens' own values, in the order in which the LLM reads it;
             None: their own.
+        scores_Gk: a number for each of them that a method inside the LLM asks for (`Inside.reads_tower`).
     """
 
     indices_Gk: Tensor
     values_GkV: Tensor | None = None
+    scores_Gk: Tensor | None = None
 
 
 class Method(ABC):
     """A way to choose tokens before the LLM, made for one model."""
+
+    fewer: ClassVar[bool] = False
+    """It may keep fewer tokens than it is asked for."""
 
     def layers(self) -> Collection[int]:
         """Indices into `hidden_states` of the layers that it looks at."""
@@ -115,6 +131,7 @@ class Entry:
         per_layer: inside the LLM: from tokens of an image, keep, layers of the LLM and all options, how many tokens of
             the image each layer reads; `BadInput` for a budget that cannot be reached. None: `keep` in each.
         text_asks: inside the LLM: tokens are ranked by every token of the text after an image, not by the last alone.
+        without_cls: what it does where the vision tower has no CLS token, if it reads that.
         needs: what a VLM must have.
     """
 
@@ -129,6 +146,7 @@ class Entry:
     positions: Literal["compact", "original"] = "compact"
     per_layer: Callable[[int, int, int, Mapping[str, Any]], list[int]] | None = None
     text_asks: bool = False
+    without_cls: str = ""
     needs: frozenset[Literal["clip tower", "text tower"]] = frozenset()
 
 

@@ -31,14 +31,15 @@ V width of the values that the projector reads.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ocvtp.errors import Incompatible
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
-from ocvtp.methods.tiles import TILES, budgets
+from ocvtp.methods.picking import RECEIVED
+from ocvtp.methods.tiles import TILES, parts
 from ocvtp.selection.cosines import unit
 from ocvtp.selection.merging import into_nearest
 from ocvtp.selection.ranking import ranked, rows
@@ -66,6 +67,8 @@ class _Zipped:
 class VisionZip(Method):
     """Dominant and contextual tokens."""
 
+    fewer: ClassVar[bool] = True  # tiles="floor" loses what is left over
+
     def __init__(self, facts: Facts, options: Mapping[str, Any]) -> None:
         self._cls, self._block = facts.cls, facts.feature_layer - 1
         self._options = options
@@ -75,19 +78,13 @@ class VisionZip(Method):
 
     def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
         vision, members = encoded.vision, encoded.members
-        scores_GN = vision.from_cls(self._block, members) if self._cls else encoded.received(self._block)
+        scores_GN = encoded.attention(self._block, cls=self._cls)
         keys_GNE = unit(vision.keys(self._block, members))
         values_GNV = vision.values(members)
-        if self._options["tiles"] == "together":
-            everything_N = torch.arange(encoded.count, device=scores_GN.device)
-            zipped = [self._zip(everything_N, encoded.keep, scores_GN, keys_GNE, values_GNV)]
-        else:
-            zipped = [
-                self._zip(members_n, keep, scores_GN, keys_GNE, values_GNV)
-                for members_n, _, keep in budgets(
-                    encoded.layout, encoded.keep, self._options["tiles"], scores_GN.device
-                )
-            ]
+        zipped = [
+            self._zip(members_n, keep, scores_GN, keys_GNE, values_GNV)
+            for members_n, _, keep in parts(encoded.layout, encoded.keep, self._options["tiles"], scores_GN.device)
+        ]
         return self._joined(zipped, values_GNV, vision, members)
 
     def _zip(self, members_n: Tensor, keep: int, scores_GN: Tensor, keys_GNE: Tensor, values_GNV: Tensor) -> _Zipped:
@@ -173,4 +170,5 @@ ENTRY = Entry(
         "tiles": None,
     },
     build=_build,
+    without_cls=RECEIVED,
 )

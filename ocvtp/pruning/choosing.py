@@ -74,7 +74,8 @@ def encode_groups(
     vision = method.encode(family, images, keeps) if vision is None else vision
     for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
-        yield Encoded(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
+        grids_G = [vision.grids[i] for i in members]
+        yield Encoded(vision, members, keep, seeds_G, grids_G, prompts_G, family.project)
 
 
 def _keeps(budget: Budget, videos: VideoBudget, images: Images, counts: Sequence[int]) -> list[int]:

@@ -6,6 +6,8 @@ Letters: B images, P parts of an image.
 import torch
 from torch import Tensor
 
+from ocvtp.selection.ranking import ranked
+
 
 def apportion(weights_BP: Tensor, sizes_P: Tensor, total: int) -> Tensor:
     """Split a budget in proportion to weights, [B, P]; in all `total`, or all there are.
@@ -54,19 +56,26 @@ def filled(least_BP: Tensor, most_BP: Tensor, order_BP: Tensor, total_B: Tensor)
     return least_BP + torch.zeros_like(raised_BP).scatter(1, order_BP, raised_BP)
 
 
-def best_of_parts(scores_BN: Tensor, parts_BN: Tensor, quotas_BP: Tensor) -> Tensor:
-    """True at the highest scores of each part, as many as its quota, [B, N]. Of equals the lower number.
+def best_of_parts(scores_BN: Tensor, parts_BN: Tensor, quotas_BP: Tensor, number: int) -> Tensor:
+    """Tokens with the highest scores of each part, part by part, from the highest on, [B, number]; of equals the lower.
 
     Args:
         scores_BN: of tokens.
         parts_BN: the part of each token.
-        quotas_BP: not more than a part has.
+        quotas_BP: how many of each part; not more than it has, and not more than `number` in all.
+        number: -1 stands at the end where there are fewer.
     """
-    order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
+    order_BN = ranked(scores_BN)
     order_BN = order_BN.gather(1, parts_BN.gather(1, order_BN).argsort(dim=1, stable=True))
     of_BN = parts_BN.gather(1, order_BN)
     sizes_BP = torch.zeros_like(quotas_BP).scatter_add(1, parts_BN, torch.ones_like(parts_BN))
     starts_BP = sizes_BP.cumsum(1) - sizes_BP
     place_N = torch.arange(order_BN.shape[1], device=order_BN.device)
     best_BN = place_N - starts_BP.gather(1, of_BN) < quotas_BP.gather(1, of_BN)
-    return torch.zeros_like(best_BN).scatter(1, order_BN, best_BN)
+    return listed(order_BN, best_BN, number)
+
+
+def listed(numbers_BX: Tensor, which_BX: Tensor, number: int) -> Tensor:
+    """Those of some numbers that are marked, in their order, [B, number]; -1 at the end where there are fewer."""
+    order_BX = (~which_BX).to(torch.uint8).argsort(dim=1, stable=True)[:, :number]
+    return numbers_BX.gather(1, order_BX).masked_fill(~which_BX.gather(1, order_BX), -1)
