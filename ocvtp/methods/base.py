@@ -7,8 +7,8 @@ V width of the values that the projector reads.
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,8 +91,14 @@ class Kept:
 class Method(ABC):
     """A way to choose tokens before the LLM, made for one model."""
 
-    fewer: ClassVar[bool] = False
+    name: str = ""
+    """Of its entry in the register."""
+    fewer: bool = False
     """It may keep fewer tokens than it is asked for."""
+    needs_text: bool = False
+    """It reads the prompts, if it is given to `ocvtp.prune` itself; of one in the register its entry says so."""
+    random: bool = False
+    """It reads the seeds, likewise."""
 
     def layers(self) -> Collection[int]:
         """Indices into `hidden_states` of the layers that it looks at."""
@@ -114,7 +120,7 @@ class Method(ABC):
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """A method in the register.
 
@@ -136,13 +142,13 @@ class Entry:
     """
 
     name: str
-    acts: Acts
-    needs_text: bool
-    source: str
-    random: bool
-    trained: bool
-    options: Mapping[str, Any]
     build: Callable[[Family, Any, Mapping[str, Any]], Method | None]
+    source: str
+    acts: Acts = "before the LLM"
+    needs_text: bool = False
+    random: bool = False
+    trained: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     positions: Literal["compact", "original"] = "compact"
     per_layer: Callable[[int, int, int, Mapping[str, Any]], list[int]] | None = None
     text_asks: bool = False

@@ -92,3 +92,4 @@ WITHOUT_TEXT = Entry(
     options={"behaviour": "default", "tiles": None},
     build=_build_without,
 )
+ENTRIES = (ENTRY, WITHOUT_TEXT)

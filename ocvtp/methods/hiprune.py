@@ -24,7 +24,7 @@ Letters: G images of a group, N tokens of an image, k kept, a anchors.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ _REFERENCE: Mapping[str, tuple[Any, Any]] = {
 class HiPrune(Method):
     """Anchors, buffers and registers."""
 
-    fewer: ClassVar[bool] = True  # tiles="floor" and exclude="minus one" lose some
+    fewer: bool = True  # tiles="floor" and exclude="minus one" lose some
 
     def __init__(self, facts: Facts, shallow: int, options: Mapping[str, Any], merged: int = 1) -> None:
         """`shallow` is the number of the block that anchors come from, `merged` the queries that make one token."""

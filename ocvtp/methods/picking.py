@@ -5,7 +5,7 @@ Letters: G images of a group, N tokens of an image, n tokens of a tile, k tokens
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ ORDERS = ("raster", "picked")
 class Picking(Method):
     """Chooses in each tile what the tile's share of the budget lets it keep."""
 
-    fewer: ClassVar[bool] = True  # tiles="floor" loses what is left over
+    fewer: bool = True  # tiles="floor" loses what is left over
 
     def __init__(self, name: str, facts: Facts, tiles: str = "even", order: str = "raster") -> None:
         """`tiles` is one of `TILES`, `order` one of `ORDERS`."""

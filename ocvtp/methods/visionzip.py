@@ -31,7 +31,7 @@ V width of the values that the projector reads.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class _Zipped:
 class VisionZip(Method):
     """Dominant and contextual tokens."""
 
-    fewer: ClassVar[bool] = True  # tiles="floor" loses what is left over
+    fewer: bool = True  # tiles="floor" loses what is left over
 
     def __init__(self, facts: Facts, options: Mapping[str, Any]) -> None:
         self._cls, self._block = facts.cls, facts.feature_layer - 1

@@ -13,7 +13,7 @@ from ocvtp.methods import REGISTRY, options_of
 from ocvtp.methods.fastv import FastV
 from ocvtp.methods.pyramiddrop import PyramidDrop
 from ocvtp.methods.sparsevlm import SparseVLM
-from ocvtp.pruning import decoder_layers as layers_
+from ocvtp.pruning import scoring as layers_
 
 BUILD: dict[str, Any] = {"fastv": FastV, "pyramiddrop": PyramidDrop, "sparsevlm": SparseVLM}
 Picture = Callable[..., Any]
