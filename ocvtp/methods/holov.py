@@ -77,9 +77,9 @@ class HoloV(Picking):
         mean_Gn1 = (likeness_Gnn.sum(2) / others_n)[..., None]
         # A token's cosine with itself counts as 0 here, as in the release.
         variance_Gn = ((likeness_Gnn - mean_Gn1).square() * same_nn).sum(2) / others_n
-        variance_Gn = variance_Gn * (sizes_P[strips_n] > 1)
-        member_Pn = (strips_n == torch.arange(len(sizes_P), device=strips_n.device)[:, None]).float()
-        attention_GP = _SCALE * attention_Gn @ member_Pn.T / sizes_P
+        variance_Gn = (variance_Gn * (sizes_P[strips_n] > 1)).double()
+        member_Pn = (strips_n == torch.arange(len(sizes_P), device=strips_n.device)[:, None]).double()
+        attention_GP = _SCALE * attention_Gn.double() @ member_Pn.T / sizes_P
         variance_GP = variance_Gn @ member_Pn.T / sizes_P
         scores_GP = attention_GP + self._alpha * variance_GP * (attention_GP.abs() / (variance_GP.abs() + _TINY))
         return (

@@ -25,6 +25,7 @@ from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner
 from ocvtp.methods.picking import RECEIVED, Picking, number
 from ocvtp.selection.cosines import unit
 from ocvtp.selection.dpp import dpp
+from ocvtp.selection.greedy import TIE
 from ocvtp.selection.ranking import ranked
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts
@@ -52,7 +53,9 @@ class PromPrune(Picking):
         place_n = torch.arange(count, device=order_Gn.device)
         chosen_Gn = torch.zeros_like(order_Gn, dtype=torch.bool).scatter(1, order_Gn, place_n < first_G1)
         likest_Gn = self._likest(unit_GnD, order_Gn[:, :keep], place_n[:keep] < first_G1, chosen_Gn)
-        begin_G = torch.where(first_G1[:, 0] > 0, likest_Gn.argmin(1), 0)
+        # As in greedy picks: of those that are equal but for rounding the lower number.
+        least_Gn = likest_Gn <= likest_Gn.amin(1, keepdim=True) + TIE
+        begin_G = torch.where(first_G1[:, 0] > 0, least_Gn.to(torch.uint8).argmax(1), 0)
         diverse_Gk = dpp(unit_GnD, keep, exists_BN=~chosen_Gn, first_B=begin_G)
         # As many as each image may have by attention, then its first picks.
         place_k = place_n[:keep]

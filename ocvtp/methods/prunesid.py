@@ -81,8 +81,11 @@ class PruneSID(Picking):
             return kept
         device = kept.indices_Gk.device
         values_GNV, cls_GTV = encoded.vision.values(encoded.members), encoded.vision.cls_values(encoded.members)
-        shares = [(len(m), keep) for m, _, keep in parts(encoded.layout, encoded.keep, self._tiles, device)]
-        tiles_c = torch.tensor([tile for tile, (size, keep) in enumerate(shares) if 0 < keep < size], device=device)
+        shares = [
+            (len(members_n), share) for members_n, _, share in parts(encoded.layout, encoded.keep, self._tiles, device)
+        ]
+        ours = [tile for tile, (size, share) in enumerate(shares) if 0 < share < size]
+        tiles_c = torch.tensor(ours, dtype=torch.int64, device=device)
         free_Gc = others(kept.indices_Gk, encoded.count)[:, : len(tiles_c)]
         given_GkV = rows(values_GNV, kept.indices_Gk) if kept.values_GkV is None else kept.values_GkV
         indices_Gk, order_Gk = torch.cat([free_Gc, kept.indices_Gk], 1).sort(1)

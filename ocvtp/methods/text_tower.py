@@ -71,11 +71,13 @@ class TextTower:
         found: dict[str, Tensor] = {}
         for question in dict.fromkeys(questions):
             words = self._clip_tokenizer(question, add_special_tokens=False).input_ids
-            room = self._length - self._clip_tokenizer.num_special_tokens_to_add()
-            cut = [words[start : start + room] for start in range(0, len(words), room)] or [[]]
-            pieces = [self._clip_tokenizer.build_inputs_with_special_tokens(each) for each in cut]
-            if len(pieces) == 1:
-                pieces = [self._clip_tokenizer(question).input_ids]
+            whole = self._clip_tokenizer(question).input_ids
+            # What comes before and after the words, such as CLIP's tokens for start and end.
+            start = next(at for at in range(len(whole) + 1) if whole[at : at + len(words)] == words)
+            before, after = whole[:start], whole[start + len(words) :]
+            room = self._length - len(before) - len(after)
+            cut = [words[at : at + room] for at in range(0, len(words), room)] or [[]]
+            pieces = [[*before, *each, *after] for each in cut]
             rows = [self._read(torch.tensor([each], device=device), None)[0] for each in pieces]
             found[question] = torch.nn.functional.normalize(torch.stack(rows), dim=1).mean(0)
         return torch.stack([found[question] for question in questions])

@@ -66,7 +66,7 @@ class Options(TypedDict, total=False):
     image_pivots: int
     text_pivots: int
 
-    # vscan, and other pairs of a method before the LLM and one inside it; each may also take what its methods take, with
+    # vscan, and other pairs of a method before the LLM and one inside it; each also takes what its methods take, with
     # before_ and inside_ in front
     split: float
     before_behaviour: Literal["default", "reference"]
