@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ocvtp.errors import BadInput
@@ -116,9 +115,7 @@ def _of_instance(method: Method) -> Entry:
 
 
 def _own() -> Iterator[Registered]:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name == __name__.rpartition(".")[2]:
-            continue
+    for module in pkgutil.iter_modules(import_module(__package__).__path__):
         loaded = import_module(f"{__package__}.{module.name}")
         entries = getattr(loaded, "ENTRIES", None) or (getattr(loaded, "ENTRY", None),)
         yield from (Registered(entry, loaded.__name__, "ocvtp") for entry in entries if entry is not None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner
 from ocvtp.methods.picking import RECEIVED, Picking, number
-from ocvtp.selection import coverage
+from ocvtp.selection import facility
 from ocvtp.selection.cosines import cosines
 from ocvtp.selection.greedy import picks
 from ocvtp.vlms.family import Family
@@ -45,7 +45,7 @@ class Scope(Picking):
         likeness_Gnn = cosines(seen["tokens"]).clamp(min=0)
         exists_Gn = likeness_Gnn.new_ones(likeness_Gnn.shape[:2]).bool()
         weights_Gn = seen["attention"].float() ** self._alpha
-        return picks(exists_Gn, keep, *coverage.begin(likeness_Gnn, exists_Gn, weights_Gn))
+        return picks(exists_Gn, keep, *facility.begin(likeness_Gnn, exists_Gn, weights_Gn))
 
 
 def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:

@@ -1,6 +1,6 @@
 """Greedy k-medoids (facility location): each pick brings the tokens, by cosine, nearest to their nearest pick.
 
-What is raised is the sum over tokens of 1 + the cosine to the nearest pick (`ocvtp.selection.coverage`).
+What is raised is the sum over tokens of 1 + the cosine to the nearest pick (`ocvtp.selection.facility`).
 
 Letters: B images, N tokens, C token width.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ocvtp.selection import coverage
+from ocvtp.selection import facility
 from ocvtp.selection.cosines import cosines
 from ocvtp.selection.greedy import Step, choose
 
@@ -25,4 +25,4 @@ def medoids(
 
 
 def _begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
-    return coverage.begin((1 + cosines(tokens_BNC)).clamp(min=0), exists_BN)
+    return facility.begin((1 + cosines(tokens_BNC)).clamp(min=0), exists_BN)

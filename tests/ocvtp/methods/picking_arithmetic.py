@@ -1,7 +1,7 @@
 """Methods that choose in each tile, one image and one tile at a time, in plain loops and in float64.
 
-Each takes what it knows of the tokens of a tile and how many to keep, and gives their numbers as they are picked. Scores
-that greedy picks are made by are equal if they differ by less than 1e-5 of the best: then the lower number is picked.
+Each takes what it knows of the tokens of a tile and how many to keep, and gives their numbers as they are picked.
+Scores that greedy picks are made by are equal if they differ by less than 1e-5 of the best: the lower number is picked.
 """
 
 import math

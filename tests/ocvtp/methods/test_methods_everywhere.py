@@ -32,8 +32,8 @@ REFUSED = {
 }
 """What a family cannot have, and why: TRIM and CDPruner want a CLIP tower, ToMe images whose every patch is a token."""
 TEXT = ("trim", "cdpruner")
-GREEDY = {*CHOICES, "scope", "prunesid", "promprune", "cdpruner", "cdpruner-no-text", "divprune", "vispruner"}
-"""Whose picks depend on each other."""
+GREEDY = {*CHOICES, "holov", "scope", "prunesid", "promprune", "cdpruner", "cdpruner-no-text", "divprune", "vispruner"}
+"""Whose picks depend on each other, or on budgets of parts."""
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
 IN_BF16 = 2
 """Tokens of an image in which implementations of attention may differ in bfloat16: rounding decides between scores that

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ocvtp.selection import coverage
+from ocvtp.selection import facility
 from ocvtp.selection.cosines import cosines, mean_of_pairs
 from ocvtp.selection.dpp import dpp
 from ocvtp.selection.fps import fps
@@ -61,7 +61,7 @@ def test_coverage_is_facility_location_with_weights(seed):
     likeness = cosines(drawn(seed, 2, 11, 4)).clamp(min=0)
     weights = drawn(seed + 7, 2, 11, low=0)
     exists = torch.ones(2, 11, dtype=torch.bool)
-    found = picks(exists, 6, *coverage.begin(likeness, exists, weights))
+    found = picks(exists, 6, *facility.begin(likeness, exists, weights))
     for image, order in enumerate(found.tolist()):
         S, covered, left = likeness[image].double(), [0.0] * 11, list(range(11))
         for pick in order:
