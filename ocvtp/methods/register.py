@@ -7,6 +7,7 @@ second inside it (`ocvtp.methods.combined`).
 
 import pkgutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -19,6 +20,8 @@ from ocvtp.methods.inside import Inside
 from ocvtp.vlms.family import Family
 
 GROUP = "ocvtp.methods"
+AUTHORS = "-authors"
+_REFERENCE = {"budget": "reference"}
 _ORDER = ("nowhere", "before the LLM", "inside the LLM")
 
 
@@ -34,7 +37,9 @@ class Register(Mapping[str, Entry]):
     """Methods by name: first the unpruned model, then those before the LLM, then those inside it, each by the alphabet.
 
     What other packages bring is loaded when the first method is looked up. Pairs such as `visionzip+fastv` can be
-    looked up but are not listed.
+    looked up but are not listed. Of a method inside the LLM that has the option `budget` there is a second one,
+    `fastv-authors`, with `budget="reference"`: it keeps what its authors' setting of that number keeps, whatever the
+    layers then truly read, and stands in tables beside the one of equal cost.
     """
 
     def __getitem__(self, name: str) -> Entry:
@@ -64,7 +69,8 @@ class Register(Mapping[str, Entry]):
     @cached_property
     def _all(self) -> dict[str, Registered]:
         found: dict[str, Registered] = {}
-        for one in (*_own(), *_of_others()):
+        single = [*_own(), *_of_others()]
+        for one in (*single, *filter(None, map(_as_authors_count, single))):
             before = found.setdefault(one.entry.name, one)
             if before is not one:
                 raise BadInput(
@@ -112,6 +118,25 @@ def _of_instance(method: Method) -> Entry:
         random=method.random,
         positions=method.positions if isinstance(method, Inside) else "compact",
     )
+
+
+def _as_authors_count(one: Registered) -> Registered | None:
+    """The second entry of a method inside the LLM; None of others."""
+    entry = one.entry
+    if entry.acts != "inside the LLM" or "budget" not in entry.options:
+        return None
+    per_layer = entry.per_layer
+    made = replace(
+        entry,
+        name=f"{entry.name}{AUTHORS}",
+        source=f"{entry.source}, budgets as its authors count",
+        options={option: value for option, value in entry.options.items() if option != "budget"},
+        build=lambda family, pruner, options: entry.build(family, pruner, {**options, **_REFERENCE}),
+        per_layer=None
+        if per_layer is None
+        else lambda tokens, keep, depth, options: per_layer(tokens, keep, depth, {**options, **_REFERENCE}),
+    )
+    return one._replace(entry=made)
 
 
 def _own() -> Iterator[Registered]:
