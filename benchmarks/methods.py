@@ -146,7 +146,8 @@ def table(found: dict[str, Any]) -> str:
         head = "".join(f" batch {batch}, ms | ratio |" for batch in batches)
         size = f"{one['tokens']} tokens an image, {one['parameters'] / 1e6:.0f} M parameters"
         lines += ["", f"{one['model']}: {size}", "",
-                  f"| method | kept | against |{head} FLOPs added |", f"|:--|--:|:--|{'--:|--:|' * len(batches)}--:|"]  # fmt: skip
+                  f"| method | kept | against |{head} FLOPs added |",
+                  f"|:--|--:|:--|{'--:|--:|' * len(batches)}--:|"]  # fmt: skip
         for row in one["rows"]:
             times = [row[f"batch_{batch}"] for batch in batches]
             cells = "".join(f" {time['ms']:.1f} | {time['ratio']:.2f}x |" for time in times)
