@@ -69,8 +69,10 @@ def _mean(row: Row, layers: Mapping[Any, list[int]]) -> Cell:
 
 
 def _milliseconds(results: Results, vlm: str) -> dict[Any, float]:
-    """Of the newest file of benchmarks/methods.py, by method and share."""
-    files = sorted((results.root / "benchmarks" / "results").glob("methods-*.json"), key=lambda path: path.name[-15:])
+    """Of the newest `methods-cpu-DATE.json` or `methods-cuda-DATE.json` of benchmarks/methods.py, by method and share."""
+    files = sorted(
+        (results.root / "benchmarks" / "results").glob("methods-c*-????-??-??.json"), key=lambda path: path.name[-15:]
+    )
     for path in reversed(files):
         for model in read_json(path).get("models", []):
             if model["model"] == vlm:
