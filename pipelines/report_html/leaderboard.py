@@ -69,7 +69,7 @@ def _mean(row: Row, layers: Mapping[Any, list[int]]) -> Cell:
 
 
 def _milliseconds(results: Results, vlm: str) -> dict[Any, float]:
-    """Of the newest `methods-cpu-DATE.json` or `methods-cuda-DATE.json` of benchmarks/methods.py, by method and share."""
+    """Of the newest methods-cpu-DATE.json (or cuda) of benchmarks/methods.py, by method and share."""
     files = sorted(
         (results.root / "benchmarks" / "results").glob("methods-c*-????-??-??.json"), key=lambda path: path.name[-15:]
     )
