@@ -4,7 +4,9 @@
     python benchmarks/methods.py --device cuda
     python benchmarks/methods.py --quick         # tiny-llava alone, few runs, to see that it runs
 
-Methods inside the language model are compared with `vanilla`, which they shorten. All methods take turns within one
+Methods inside the language model are compared with `vanilla`, which they shorten. Beside the time stand the
+floating-point operations that choosing adds, in percent of those of the unpruned model's first token, as PyTorch counts
+them (matrix products; eigenvalues and QR are not among them). All methods take turns within one
 run, so that what else the machine does meets all of them. Needs ocvtp, torch and transformers.
 """
 
@@ -17,6 +19,7 @@ from machine import add_output, heading, machine, say
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
     CLIPConfig,
@@ -108,11 +111,19 @@ def cases(
     return made, budgets, left_out
 
 
+def operations(model: Any, make: Any) -> int:
+    """Of the first token after one prompt with one image."""
+    with make(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.generate(**inputs(model, 1), max_new_tokens=1, do_sample=False)
+    return counter.get_total_flops()
+
+
 def rows(
     model: Any, batches: list[int], repeats: int, options: dict[str, dict[str, Any]], only: Collection[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     made, budgets, left_out = cases(model, options, only)
     found: dict[str, dict[str, Any]] = {name: {"method": name, "keep": budgets[name]} for name in made}
+    flops = {name: operations(model, make) for name, make in made.items()}
     for batch in batches:
         times = measure(model, inputs(model, batch), made, new_tokens=1, repeats=repeats, warmup=1)
         took = {name: time.first_token.median for name, time in times.items()}
@@ -122,6 +133,8 @@ def rows(
             if rival == "random" and budgets[name] != budgets["random"]:
                 rival = f"random {budgets[name]}"
             row["against"] = rival
+            if name != "vanilla" and not inside:
+                row["added_flops"] = (flops[name] - flops[rival]) / flops["vanilla"]
             row[f"batch_{batch}"] = {"ms": took[name], "ratio": took[name] / took[rival]}
     return list(found.values()), left_out
 
@@ -133,11 +146,13 @@ def table(found: dict[str, Any]) -> str:
         head = "".join(f" batch {batch}, ms | ratio |" for batch in batches)
         size = f"{one['tokens']} tokens an image, {one['parameters'] / 1e6:.0f} M parameters"
         lines += ["", f"{one['model']}: {size}", "",
-                  f"| method | kept | against |{head}", f"|:--|--:|:--|{'--:|--:|' * len(batches)}"]  # fmt: skip
+                  f"| method | kept | against |{head} FLOPs added |",
+                  f"|:--|--:|:--|{'--:|--:|' * len(batches)}--:|"]  # fmt: skip
         for row in one["rows"]:
             times = [row[f"batch_{batch}"] for batch in batches]
             cells = "".join(f" {time['ms']:.1f} | {time['ratio']:.2f}x |" for time in times)
-            lines.append(f"| {row['method']} | {row['keep']} | {row['against']} |{cells}")
+            added = f"{100 * row['added_flops']:.2f}%" if "added_flops" in row else ""
+            lines.append(f"| {row['method']} | {row['keep']} | {row['against']} |{cells} {added} |")
         lines += [f"\nleft out: {name}: {why}" for name, why in one["left_out"].items()]
     return "\n".join(lines)
 
@@ -161,7 +176,7 @@ def main() -> None:
             model = AutoModelForImageTextToText.from_pretrained(resolve(name).folder, dtype=torch.float32)
         else:
             model = mid_size()
-            options["trim"] = text_tower(model)
+            options["trim"] = options["cdpruner"] = text_tower(model)
         model = model.eval().to(arguments.device)
         repeats = arguments.repeats or (5 if not tiny else 2 if arguments.quick else 20)
         made, left_out = rows(model, arguments.batches, repeats, options, arguments.methods)

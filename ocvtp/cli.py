@@ -13,7 +13,19 @@ from collections.abc import Sequence
 
 from ocvtp.errors import BadInput, OcvtpError
 
-COMMANDS = ("doctor", "prefetch", "train", "show", "inspect", "methods", "catalog", "flops", "latency", "store")
+COMMANDS = (
+    "doctor",
+    "prefetch",
+    "train",
+    "show",
+    "inspect",
+    "explain",
+    "methods",
+    "catalog",
+    "flops",
+    "latency",
+    "store",
+)
 """Modules of `ocvtp.commands`, in the order of the help."""
 
 

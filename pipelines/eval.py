@@ -22,7 +22,7 @@ from ocvtp.json_files import read_json
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines import tracking
 from pipelines.grid import Cell, PrunerCell, vlm_folder
-from pipelines.inputs import Input, pruners, questions, wanted_settings, weights
+from pipelines.inputs import Input, method_code, pruners, questions, wanted_settings, weights
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
@@ -98,6 +98,7 @@ def _of_setting(run: Stage, setting: Cell, vlm: CatalogEntry, pruner: Input | No
         "vlm": setting.vlm,
         "model": vlm.identity,
         "method": setting.method,
+        "method_code": method_code(setting.method),
         "keep": keep,
         "seed": setting.seed,
         "options": setting.options,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.fingerprint import fingerprint
 from ocvtp.errors import BadInput
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
@@ -44,6 +45,15 @@ def wanted_settings(params: Params, vlms: Mapping[str, CatalogEntry]) -> list[Ce
         else:
             log.warning("%s is left out on %s: %s", setting.name, setting.vlm, why)
     return kept
+
+
+def method_code(name: str) -> dict[str, str]:
+    """Fingerprints of the code of a method, and of what it imports, wherever it is installed.
+
+    The register finds methods by itself, so that no task imports them all: a task's key holds the code of the method
+    that it runs, and of no other.
+    """
+    return {part: fingerprint(module) for part, module in REGISTRY.modules(name).items()}
 
 
 def pruners(run: Stage, cells: Sequence[PrunerCell]) -> dict[PrunerCell, Input]:

@@ -23,7 +23,7 @@ from ocvtp.json_files import read_json
 from ocvtp.methods import REGISTRY
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.grid import Cell, PrunerCell, vlm_folder
-from pipelines.inputs import Input, pruners, wanted_settings, weights
+from pipelines.inputs import Input, method_code, pruners, wanted_settings, weights
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -110,6 +110,7 @@ def _task(
         "vlm": first.vlm,
         "model": vlm.identity,
         "method": first.method,
+        "method_code": method_code(first.method),
         "options": own,
         "pruner": None if pruner is None else weights(pruner),
         "keep": list(dict.fromkeys(cell.tokens or cell.share for cell in cells)),

@@ -12,6 +12,7 @@ import numpy as np
 from ocvtp.evaluation.listing import SCORE, read_samples
 from ocvtp.evaluation.scores import Average, interval, relative_average
 from pipelines.grid import Cell
+from pipelines.standings import BASELINE, hard, ranks
 
 Row = dict[str, Any]
 OURS = "oc-vtp"
@@ -93,7 +94,8 @@ def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples
 
     A benchmark without results has a row of None, and so has then the average. `difference` is, for a row of `ablate`,
     the points to the same setting of the grid; `against` has for OC-VTP the points to each other method at the same
-    budget; both are {points, ci_low, ci_high}, paired by question. `coverage` is of objects, see `_coverage`.
+    budget; both are {points, ci_low, ci_high}, paired by question. `coverage` is of objects, see `_coverage`; `rank`
+    and `hard` are of `pipelines.standings`.
     """
     grid = _Grid(results)
     groups = [(group[0].setting, group) for group in grid.groups.values()]
@@ -103,8 +105,8 @@ def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples
         runs = {name: [result.samples for result in group if result.benchmark == name] for name in benchmarks}
         whole = {name: vanilla.get(name, ()) for name in benchmarks}
         averages.append((setting, relative_average(whole, runs, resamples=resamples)))
-    rows = []
-    for (setting, group), (_, average) in zip(groups, averages, strict=True):
+    rows, standing = [], ranks(averages)
+    for place, ((setting, group), (_, average)) in enumerate(zip(groups, averages, strict=True)):
         found = average.to_dict()
         if setting.keep is None:  # 100 by definition
             for row in (*found["benchmarks"].values(), found["average"]):
@@ -117,8 +119,31 @@ def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples
             "difference": _difference(setting, average, averages),
             "against": _against(setting, average, averages),
             "coverage": _coverage(group, resamples),
+            "rank": standing.get(place),
+            "hard": _hard(setting, group, grid, resamples),
         })  # fmt: skip
     return rows
+
+
+def _hard(setting: Cell, group: Sequence[Result], grid: _Grid, resamples: int) -> Row | None:
+    """What the setting answers of what downsampling to its budget does not, see `pipelines.standings.hard`."""
+    if setting.keep is None:
+        return None
+
+    def by_benchmark(results: Sequence[Result]) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
+        found: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
+        for result in results:
+            found.setdefault(result.benchmark, []).append(result.samples)
+        return found
+
+    base = [
+        result
+        for result in grid.results
+        if result.setting.method == BASELINE
+        and (result.setting.vlm, result.setting.keep, result.setting.changes) == (setting.vlm, setting.keep, ())
+    ]
+    vanilla = {name: result.samples for name, result in grid.vanilla.get(setting.vlm, {}).items()}
+    return hard(by_benchmark(group), by_benchmark(base), vanilla, resamples)
 
 
 def _difference(setting: Cell, average: Average, averages: Sequence[tuple[Cell, Average]]) -> Row | None:

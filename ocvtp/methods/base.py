@@ -7,7 +7,7 @@ V width of the values that the projector reads.
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ class Encoded:
         seeds: one an image, a function of the run's seed and of the image alone.
         grids: rows and columns of each image's tokens.
         prompts: token ids of the prompt that each image stands in, without placeholders and padding.
+        project: values [k, V] of each of some images as the language model reads them.
     """
 
     vision: Vision
@@ -39,6 +40,7 @@ class Encoded:
     seeds: list[int]
     grids: list[Grid]
     prompts: list[list[int]]
+    project: Callable[[Sequence[Tensor]], list[Tensor]] = list
 
     @property
     def layout(self) -> Layout:
@@ -58,6 +60,14 @@ class Encoded:
         """Attention that tokens receive in a block, [G, N], from `hidden_states[block]`."""
         return self.vision.received(block, self.members)
 
+    def attention(self, block: int, *, cls: bool) -> Tensor:
+        """How much tokens matter in a block, [G, N]: attention that CLS pays, or, without one, that they receive."""
+        return self.vision.from_cls(block, self.members) if cls else self.received(block)
+
+    def projected(self) -> Tensor:
+        """All tokens as the language model would read them, [G, N, D]: the projector runs on each of them."""
+        return torch.stack(self.project(list(self.vision.values(self.members))))
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -70,14 +80,25 @@ class Kept:
         indices_Gk: numbers of tokens, ascending and distinct; -1 at the end stands for none.
         values_GkV: what is handed on in place of those tokens' own values, in the order in which the LLM reads it;
             None: their own.
+        scores_Gk: a number for each of them that a method inside the LLM asks for (`Inside.reads_tower`).
     """
 
     indices_Gk: Tensor
     values_GkV: Tensor | None = None
+    scores_Gk: Tensor | None = None
 
 
 class Method(ABC):
     """A way to choose tokens before the LLM, made for one model."""
+
+    name: str = ""
+    """Of its entry in the register."""
+    fewer: bool = False
+    """It may keep fewer tokens than it is asked for."""
+    needs_text: bool = False
+    """It reads the prompts, if it is given to `ocvtp.prune` itself; of one in the register its entry says so."""
+    random: bool = False
+    """It reads the seeds, likewise."""
 
     def layers(self) -> Collection[int]:
         """Indices into `hidden_states` of the layers that it looks at."""
@@ -99,7 +120,7 @@ class Method(ABC):
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """A method in the register.
 
@@ -116,20 +137,22 @@ class Entry:
         per_layer: inside the LLM: from tokens of an image, keep, layers of the LLM and all options, how many tokens of
             the image each layer reads; `BadInput` for a budget that cannot be reached. None: `keep` in each.
         text_asks: inside the LLM: tokens are ranked by every token of the text after an image, not by the last alone.
+        without_cls: what it does where the vision tower has no CLS token, if it reads that.
         needs: what a VLM must have.
     """
 
     name: str
-    acts: Acts
-    needs_text: bool
-    source: str
-    random: bool
-    trained: bool
-    options: Mapping[str, Any]
     build: Callable[[Family, Any, Mapping[str, Any]], Method | None]
+    source: str
+    acts: Acts = "before the LLM"
+    needs_text: bool = False
+    random: bool = False
+    trained: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     positions: Literal["compact", "original"] = "compact"
     per_layer: Callable[[int, int, int, Mapping[str, Any]], list[int]] | None = None
     text_asks: bool = False
+    without_cls: str = ""
     needs: frozenset[Literal["clip tower", "text tower"]] = frozenset()
 
 
@@ -188,16 +211,3 @@ def whole(name: str, options: Mapping[str, Any], option: str, least: int = 0) ->
     value = options[option]
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise BadInput(f"{name} has no {option}={value!r}: a whole number, at least {least}, is needed")
-
-
-def highest(scores_GN: Tensor, number: int) -> Tensor:
-    """Numbers of the highest scores of each image, [G, number], ascending. Of equals the lower number."""
-    numbers_Gk: Tensor = scores_GN.argsort(dim=1, descending=True, stable=True)[:, :number].sort(1).values
-    return numbers_Gk
-
-
-def ascending(numbers_GX: Tensor) -> Tensor:
-    """Numbers of tokens sorted, with every -1, which stands for none, at the end."""
-    last = numbers_GX.max() + 1 if numbers_GX.numel() else 1
-    sorted_GX = torch.where(numbers_GX < 0, last, numbers_GX).sort(1).values
-    return torch.where(sorted_GX == last, -1, sorted_GX)

@@ -1,6 +1,7 @@
 """How many tokens stay: a count, a share, or a percentage."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -47,6 +48,17 @@ class Budget:
     def at_most(self, whole: int) -> int:
         """As `tokens`, but all of an image that has fewer than the count: where images differ in size."""
         return whole if self.count is not None and self.count > whole else self.tokens(whole)
+
+
+@dataclass(frozen=True)
+class Entering(Budget):
+    """What a method inside the LLM lets enter it of an image, given the budget itself."""
+
+    of: Callable[[int, int], int] = lambda tokens, keep: tokens
+
+    def at_most(self, whole: int) -> int:
+        """Tokens that enter."""
+        return self.of(whole, super().at_most(whole))
 
 
 def _number(text: str) -> float:

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.methods.base import Encoded, Entry, Kept, Method, ascending, behave, highest, no_pruner, one_of, whole
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.tiles import TILES, budgets, neighbours
+from ocvtp.selection.ranking import ascending, highest
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Layout, Part
 
@@ -44,6 +45,8 @@ _REFERENCE: Mapping[str, tuple[Any, Any]] = {
 
 class HiPrune(Method):
     """Anchors, buffers and registers."""
+
+    fewer: bool = True  # tiles="floor" and exclude="minus one" lose some
 
     def __init__(self, facts: Facts, shallow: int, options: Mapping[str, Any], merged: int = 1) -> None:
         """`shallow` is the number of the block that anchors come from, `merged` the queries that make one token."""

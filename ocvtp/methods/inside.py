@@ -24,7 +24,7 @@ D width of the LLM.
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,30 @@ class Step:
         return self.kept + self.merged
 
 
+class HeadRows(NamedTuple):
+    """HeadRows of attention of some images, for a method that weighs heads and rows itself.
+
+    Attributes:
+        weights_IHRT: of each head, float32; each row a softmax over what it sees.
+        real_IR: which rows count.
+        vision_IT: which columns are tokens of the image.
+        near_IRT: how alike the positions of row and column are to a query and a key of ones, 1 for the same position;
+            computed when it is called.
+    """
+
+    weights_IHRT: Tensor
+    real_IR: Tensor
+    vision_IT: Tensor
+    near_IRT: Callable[[], Tensor]
+
+
+class Attention(Protocol):
+    """Attention that tokens receive."""
+
+    def __call__(self, weigh: Callable[[HeadRows], Tensor] | None = None) -> Tensor:
+        """[I, N] float32: mean over heads and rows, or what `weigh` makes of them, [I, T]."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """What a layer is about to read of some images, for a stage that scores their tokens.
@@ -65,25 +89,60 @@ class Scored:
     Attributes:
         states_IND: hidden states of each image's tokens, filled up with its first where it has fewer than others.
         there_IN: which of them are tokens.
-        attention: attention that they receive, [I, N] float32, mean over heads and over the rows that ask (`raters`,
-            or the last token of the prompt); computed when it is called.
+        attention: attention that they receive from the rows that ask (`raters`, or the last token of the prompt);
+            computed when it is called.
+        keys: length of the layer's keys at their positions, sum of absolute values, of each image's tokens [I, N] and
+            of the tokens that ask [I, R]; computed when it is called.
+        stage: its number.
+        tower_IN: what the method's own `choose` said of the tokens (`Kept.scores_Gk`); 0 where it said nothing.
     """
 
     states_IND: Tensor
     there_IN: Tensor
-    attention: Callable[[], Tensor]
+    attention: Attention
+    keys: Callable[[], tuple[Tensor, Tensor]]
+    stage: int
+    tower_IN: Tensor
+
+
+@dataclass(frozen=True)
+class Later:
+    """What the layer is about to read that drops tokens, for a method that ranks them anew there (`rank`).
+
+    Attributes:
+        states_IND: hidden states of each image's tokens, after the model's last norm.
+        there_IN: which of them are tokens.
+        asks_IRD: hidden states of the tokens that ask, likewise.
+        asks_IR: which of these count.
+        asks_keys_IR: length of their keys at the layer that scored.
+        asking: of each image how many ask.
+        counts: of each image how many tokens there are.
+        kept: of each image how many are to stay.
+    """
+
+    states_IND: Tensor
+    there_IN: Tensor
+    asks_IRD: Tensor
+    asks_IR: Tensor
+    asks_keys_IR: Tensor
+    asking: list[int]
+    counts: list[int]
+    kept: list[int]
 
 
 class Inside(Method):
     """A way to drop tokens between layers of the language model, made for models of one depth."""
 
-    name: ClassVar[str]
-    positions: ClassVar[Literal["compact", "original"]]
+    positions: Literal["compact", "original"]
     """Of the tokens that stay, unless the caller wants it otherwise."""
-    reads_attention: ClassVar[bool] = True
+    reads_attention: bool = True
     """Its scores are made of a layer's attention, whose parts must be such as can be read."""
-    reads_text: ClassVar[bool] = False
+    reads_text: bool = False
     """It has raters. Without them the one row of attention is that of the token which asks, the last of the prompt."""
+    reads_later: bool = False
+    """It ranks tokens once more at the layer that drops them (`rank`)."""
+    adapts_at: int | None = None
+    """The stage after whose scores it knows how many tokens of each image stay (`adapted`); None: it always does."""
 
     def __init__(self, depth: int, budget: str, stages: Sequence[PruneStage]) -> None:
         one_of(self.name, {"budget": budget}, "budget", BUDGETS)
@@ -116,6 +175,22 @@ class Inside(Method):
     def score(self, scored: Scored) -> Tensor:
         """Scores of the images' tokens at a stage, [I, N]: the highest stay, of equals the first. Here: attention."""
         return scored.attention()
+
+    def rank(self, scores_IN: Tensor, later: Later) -> Tensor:
+        """Scores anew, [I, N], of a method that `reads_later`. Here: as they are."""
+        return scores_IN
+
+    def information(self, scored: Scored) -> Tensor:
+        """What `adapted` reads of each image, [I], at the stage `adapts_at`."""
+        raise NotImplementedError
+
+    def adapted(self, tokens: int, keep: int, information: float) -> list[Step]:
+        """As `steps`, for an image of which that is known: costs may not be above those of `steps` on average."""
+        raise NotImplementedError
+
+    def enter(self, tokens: int, keep: int) -> int:
+        """How many tokens of an image enter the language model. Here: all."""
+        return tokens
 
     def merge(self, dropped_GdD: Tensor, scores_Gd: Tensor, merged: int) -> tuple[Tensor, Tensor]:
         """Tokens made of dropped ones, [G, c, D], and which of those [G, c] each stands for; none by default."""
@@ -191,19 +266,20 @@ def fill(kept: Sequence[int], total: Callable[[Sequence[int]], int | None], limi
         best = more[-max(costs)[1]]
 
 
-def depth_of(family: Family) -> int:
-    """Layers of the language model.
+def depth_of(name: str, family: Family) -> int:
+    """Layers of the language model, for the method of that name.
 
     Raises:
-        Incompatible: layers that look at a window only, whose masks and caches follow another rule.
+        Incompatible: layers without attention, or that look at a window only, whose masks and caches follow another
+            rule.
     """
     config = family.model.get_decoder().config
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention"} or (window is not None and not kinds):
         raise Incompatible(
-            f"tokens cannot be dropped inside a language model with sliding windows (sliding_window={window}, "
-            f"layer_types={sorted(kinds)}): full attention in every layer, or a method before the LLM, is needed"
+            f"{name} drops tokens inside the language model, which cannot be done here: its layers are not all of full "
+            f"attention (sliding_window={window}, layer_types={sorted(kinds)}); choose a method before the LLM"
         )
     return int(config.num_hidden_layers)
 

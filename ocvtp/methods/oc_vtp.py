@@ -30,6 +30,8 @@ _SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surp
 class OCVTP(Method):
     """A pruner looks at one layer; the tokens that its slots attend to most are handed on from the last."""
 
+    fewer: bool = True  # fill="none" leaves gaps
+
     def __init__(self, pruner: OCPruner, layer: int, facts: Facts, selection: Mapping[str, Any]) -> None:
         """`layer` is an index into `hidden_states`."""
         self.pruner, self._layer, self._selection = pruner, layer, selection
@@ -158,3 +160,4 @@ UNTRAINED = Entry(
     options={**_SELECTION, "layer": 9, "weights_seed": 0, "queries": None},
     build=_build_untrained,
 )
+ENTRIES = (ENTRY, UNTRAINED)

@@ -15,7 +15,7 @@ budget allows. `reference` does as the authors: s with two digits, the nearest o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ocvtp.methods.base import Entry, no_pruner
 from ocvtp.methods.inside import Inside, PruneStage, Step, counts, depth_of, fill, largest, listed, per_layer, scaled
@@ -27,8 +27,8 @@ _LAYERS = (2, 8, 16)
 class PyramidDrop(Inside):
     """Stages with geometric shares."""
 
-    name: ClassVar[str] = "pyramiddrop"
-    positions: ClassVar[Literal["compact", "original"]] = "compact"
+    name: str = "pyramiddrop"
+    positions: Literal["compact", "original"] = "compact"
 
     def __init__(self, depth: int, options: Mapping[str, Any]) -> None:
         """`options`: as in `ENTRY`."""
@@ -63,7 +63,7 @@ class PyramidDrop(Inside):
 
 def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> PyramidDrop:
     no_pruner("pyramiddrop", pruner)
-    return PyramidDrop(depth_of(family), options)
+    return PyramidDrop(depth_of("pyramiddrop", family), options)
 
 
 ENTRY = Entry(

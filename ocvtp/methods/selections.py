@@ -11,44 +11,40 @@ share of the budget (`tiles`, as in `visionzip`).
 Letters: G images of a group, N tokens of an image, k tokens kept.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ocvtp.methods.base import Encoded, Entry, Kept, Method, ascending, no_pruner, one_of
-from ocvtp.methods.tiles import TILES, budgets
+from ocvtp.methods.base import Encoded, Entry, Method, no_pruner
+from ocvtp.methods.picking import Picking
 from ocvtp.selection import CHOICES
 from ocvtp.vlms.family import Family
+from ocvtp.vlms.images import Facts
 
 
-class Selection(Method):
+class Selection(Picking):
     """One of `ocvtp.selection.CHOICES` on one layer."""
 
-    def __init__(self, choice: Callable[..., Tensor], layer: int, tiles: str) -> None:
+    def __init__(self, name: str, facts: Facts, layer: int, tiles: str) -> None:
         """`layer` is an index into `hidden_states`."""
-        self._choice, self._layer, self._tiles = choice, layer, tiles
+        super().__init__(name, facts, tiles)
+        self._choice, self._layer = CHOICES[name], layer
 
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
         return {self._layer}
 
-    def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
-        tokens_GNC = encoded.tokens(self._layer)
-        if self._tiles == "together" or len(encoded.layout) == 1:
-            return Kept(self._choice(tokens_GNC, encoded.keep))
-        found = [torch.empty(len(tokens_GNC), 0, dtype=torch.int64, device=tokens_GNC.device)]
-        for members_n, _, keep in budgets(encoded.layout, encoded.keep, self._tiles, tokens_GNC.device):
-            if keep:
-                found.append(members_n[self._choice(tokens_GNC[:, members_n], keep)])
-        return Kept(ascending(torch.cat(found, 1)))
+    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+        return {"tokens": encoded.tokens(self._layer)}
+
+    def pick(self, keep: int, **seen: Tensor) -> Tensor:  # noqa: D102
+        return self._choice(seen["tokens"], keep)
 
 
 def _build(name: str, family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     no_pruner(name, pruner)
-    one_of(name, options, "tiles", TILES)
-    return Selection(CHOICES[name], family.index(options["layer"]), options["tiles"])
+    return Selection(name, family.facts, family.index(options["layer"]), options["tiles"])
 
 
 def _entry(name: str, source: str, layer: int = 9) -> Entry:

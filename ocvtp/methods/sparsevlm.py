@@ -1,6 +1,7 @@
 """SparseVLM: words of the prompt that look at the image rate its tokens; part of what is dropped is merged.
 
-The first version of the authors' code. Once, on the embeddings that layer 0 reads: every image token spreads its
+Version 1.5 of the authors' code (March 2025; the first one prunes at layers 2, 6, 15 and 19 by the rank of attention;
+version 2 is `sparsevlm-plus`). Once, on the embeddings that layer 0 reads: every image token spreads its
 attention (dot products, softmax) over the text after the image, and text tokens that get more than the mean of it are
 raters; all of them if none does (a text of one token), the last token of the prompt if no text follows. Then at layers
 2, 6 and 15 (counted from 0; at the same share of other depths) image tokens are scored by that layer's attention, mean
@@ -25,18 +26,17 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ocvtp.methods.base import BEHAVIOURS, Entry, no_pruner, one_of
 from ocvtp.methods.inside import Inside, PruneStage, Step, counts, depth_of, fill, largest, listed, per_layer, scaled
+from ocvtp.selection import density_peaks
 from ocvtp.vlms.family import Family
 
 _LAYERS = (2, 6, 15)
 _WHOLE = 576
-_NOISE = 1e-6
-"""At most, where equal densities are told apart as the authors do."""
-_LISTS: Sequence[tuple[int, tuple[int, int, int]]] = (
+Lists = Sequence[tuple[int, tuple[int, int, int]]]
+_LISTS: Lists = (
     (0, (0, 0, 0)),
     (64, (66, 30, 17)),
     (96, (238, 48, 26)),
@@ -49,9 +49,11 @@ _LISTS: Sequence[tuple[int, tuple[int, int, int]]] = (
 class SparseVLM(Inside):
     """Stages with fixed numbers of kept tokens, and merged ones beside them."""
 
-    name: ClassVar[str] = "sparsevlm"
-    positions: ClassVar[Literal["compact", "original"]] = "compact"
-    reads_text: ClassVar[bool] = True
+    name: str = "sparsevlm"
+    positions: Literal["compact", "original"] = "compact"
+    reads_text: bool = True
+    lists: ClassVar[Lists] = _LISTS
+    """Of the authors: kept at each stage, by budget, of 576 tokens."""
 
     def __init__(self, depth: int, options: Mapping[str, Any]) -> None:
         """`options`: as in `ENTRY`."""
@@ -65,7 +67,7 @@ class SparseVLM(Inside):
         one_of(self.name, options, "behaviour", BEHAVIOURS)
         one_of(self.name, options, "recycle", (True, False))
         super().__init__(depth, options["budget"], [PruneStage(layer - 1, layer) for layer in pruned])
-        self._reference, self._recycle = options["behaviour"] == "reference", options["recycle"]
+        self.reference, self._recycle = options["behaviour"] == "reference", options["recycle"]
 
     # --- How many ----------------------------------------------------------------------------------------------------
 
@@ -85,7 +87,9 @@ class SparseVLM(Inside):
     def _line(self, tokens: int, share: float) -> list[int]:
         """Kept at each stage at a share of the budget: between two of the authors' lists."""
         at = share * _WHOLE
-        (low, less), (high, more) = next(pair for pair in pairwise(_LISTS) if at <= pair[1][0] or pair[1][0] == _WHOLE)
+        (low, less), (high, more) = next(
+            pair for pair in pairwise(self.lists) if at <= pair[1][0] or pair[1][0] == _WHOLE
+        )
         part = (at - low) / (high - low)
         line = [(a + part * (b - a)) / _WHOLE for a, b in zip(less, more, strict=True)]
         # More stages than the authors' go on with their last share.
@@ -95,8 +99,8 @@ class SparseVLM(Inside):
     def _steps(self, tokens: int, kept: Sequence[int]) -> list[Step]:
         steps, there = list[Step](), tokens
         for number in kept:
-            number = min(number, there - 1 if self._reference else there)
-            steps.append(Step(number, clusters(there - number) if self._recycle else 0))
+            number = min(number, there - 1 if self.reference else there)
+            steps.append(Step(number, density_peaks.clusters(there - number) if self._recycle else 0))
             there = steps[-1].tokens
         return steps
 
@@ -116,24 +120,19 @@ class SparseVLM(Inside):
         return rates_T | ~rates_T.any()
 
     def merge(self, dropped_GdD: Tensor, scores_Gd: Tensor, merged: int) -> tuple[Tensor, Tensor]:  # noqa: D102
-        number = recycled(dropped_GdD.shape[1])
-        best_Gr = scores_Gd.argsort(dim=1, descending=True, stable=True)[:, :number]
-        tokens_GrD = dropped_GdD.gather(1, best_Gr[..., None].expand(-1, -1, dropped_GdD.shape[2]))
-        with torch.no_grad():
-            centres_Gc, belongs_Gr = cluster(tokens_GrD, merged, noise=self._reference)
-        return means(tokens_GrD, belongs_Gr, merged), best_Gr.gather(1, centres_Gc)
+        return density_peaks.merged(dropped_GdD, scores_Gd, merged, noise=self.reference)
 
 
 def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> SparseVLM:
     no_pruner("sparsevlm", pruner)
-    return SparseVLM(depth_of(family), options)
+    return SparseVLM(depth_of("sparsevlm", family), options)
 
 
 ENTRY = Entry(
     name="sparsevlm",
     acts="inside the LLM",
     needs_text=True,
-    source="SparseVLM, arXiv 2410.04417 (first version)",
+    source="SparseVLM, arXiv 2410.04417 (version 1.5)",
     random=False,
     trained=False,
     options={"budget": "average", "behaviour": "default", "layers": None, "recycle": True},
@@ -141,54 +140,3 @@ ENTRY = Entry(
     per_layer=per_layer(SparseVLM),
     text_asks=True,
 )
-
-
-def recycled(dropped: int) -> int:
-    """How many of the dropped tokens are used again: three tenths, and one."""
-    return min(dropped, int(0.3 * dropped) + 1)
-
-
-def clusters(dropped: int) -> int:
-    """How many tokens they become: a tenth, and one; none if nothing is dropped."""
-    return int(recycled(dropped) / 10) + 1 if dropped else 0
-
-
-def cluster(tokens_GrD: Tensor, number: int, *, noise: bool = False) -> tuple[Tensor, Tensor]:
-    """Centres [G, c], numbers of tokens with the strongest first, and the cluster [G, r] that each token falls to.
-
-    A token's density is exp of minus the mean squared distance (divided by the root of D) to its c nearest, itself
-    among them; its reach is the distance to the nearest denser token. Centres have the largest product of both. Of
-    equals the first token is denser, and the first is taken.
-
-    Args:
-        tokens_GrD: r of each image, at least c.
-        number: c.
-        noise: tell equal densities apart as the authors do, by noise of up to 1e-6; from a generator of its own.
-    """
-    tokens_GrD = tokens_GrD.float()
-    count, width = tokens_GrD.shape[1:]
-    distance_Grr = torch.cdist(tokens_GrD, tokens_GrD, compute_mode="donot_use_mm_for_euclid_dist") / width**0.5
-    nearest_Grc = distance_Grr.topk(number, dim=2, largest=False).values
-    density_Gr = (-nearest_Grc.square().mean(2)).exp()
-    if noise:
-        # In float32 the noise would be a few steps of rounding, and could leave densities equal.
-        density_Gr = density_Gr.double()
-        density_Gr = density_Gr + _NOISE * torch.rand(count, generator=torch.Generator().manual_seed(0)).to(density_Gr)
-    order_r = torch.arange(count, device=tokens_GrD.device)
-    first_rr = (order_r[None, :] < order_r[:, None]) & (not noise)
-    equal_Grr = density_Gr[:, None, :] == density_Gr[:, :, None]
-    denser_Grr = (density_Gr[:, None, :] > density_Gr[:, :, None]) | (equal_Grr & first_rr)
-    farthest_G11 = distance_Grr.amax((1, 2), keepdim=True)
-    reach_Gr = torch.where(denser_Grr, distance_Grr, farthest_G11).amin(2)
-    centres_Gc = (reach_Gr * density_Gr).argsort(dim=1, descending=True, stable=True)[:, :number]
-    to_centre_Grc = distance_Grr.gather(2, centres_Gc[:, None, :].expand(-1, count, -1))
-    belongs_Gr = to_centre_Grc.argmin(2)
-    ranks_c = torch.arange(number, device=tokens_GrD.device)
-    return centres_Gc, belongs_Gr.scatter(1, centres_Gc, ranks_c.expand(len(tokens_GrD), -1))
-
-
-def means(tokens_GrD: Tensor, belongs_Gr: Tensor, number: int) -> Tensor:
-    """The mean of each cluster, [G, c, D], in the type of the tokens."""
-    in_Gcr = torch.nn.functional.one_hot(belongs_Gr, number).transpose(1, 2).float()
-    sums_GcD = in_Gcr @ tokens_GrD.float()
-    return (sums_GcD / in_Gcr.sum(2, keepdim=True)).to(tokens_GrD.dtype)

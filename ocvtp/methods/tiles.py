@@ -1,4 +1,4 @@
-"""Where the tokens of an image stand: neighbours, tiles, cells of a coarser grid.
+"""Where the tokens of an image stand: neighbours, tiles, strips, windows, cells of a coarser grid.
 
 Letters: N tokens of an image, k cells.
 """
@@ -79,6 +79,41 @@ def budgets(layout: Layout, keep: int, how: str, device: torch.device) -> list[t
     sizes = [len(members_n) for members_n, _ in found]
     shares = share_evenly(keep, sizes) if how == "even" else [min(keep // len(sizes), size) for size in sizes]
     return [(*tile, share) for tile, share in zip(found, shares, strict=True)]
+
+
+def parts(layout: Layout, keep: int, how: str, device: torch.device) -> list[tuple[Tensor, Grid, int]]:
+    """As `budgets`, for all of `TILES`: together, all tokens are one part, whose grid is that of the whole image."""
+    if how != "together":
+        return budgets(layout, keep, how, device)
+    everything_N = torch.arange(sum(math.prod(part.grid) for part in layout), device=device)
+    return [(everything_N, layout[0].grid, keep)]
+
+
+@lru_cache(maxsize=64)
+def strips(count: int, pieces: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens in their order, cut into strips of equal length, the first of which are longer by one.
+
+    Returns:
+        the strip of each token, [count], and how many each has, [pieces]; no more pieces than tokens.
+    """
+    pieces = min(pieces, count)
+    sizes = [count // pieces + int(piece < count % pieces) for piece in range(pieces)]
+    sizes_P = torch.tensor(sizes, device=device)
+    return torch.arange(pieces, device=device).repeat_interleave(sizes_P, output_size=count), sizes_P
+
+
+@lru_cache(maxsize=64)
+def windows(grid: Grid, side: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """A grid cut into windows of side x side tokens, smaller at its right and lower edge.
+
+    Returns:
+        the window of each token, row by row, [rows x columns], and how many each has.
+    """
+    rows, columns = grid
+    across = -(-columns // side)
+    of_hw = torch.arange(rows)[:, None] // side * across + torch.arange(columns) // side
+    sizes = torch.bincount(of_hw.flatten(), minlength=across * -(-rows // side)).tolist()
+    return of_hw.flatten().to(device), sizes
 
 
 @lru_cache(maxsize=32)

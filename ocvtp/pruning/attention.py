@@ -8,12 +8,14 @@ H heads, K heads of keys, E width of a head, D width of the LLM.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ocvtp.errors import Incompatible
+from ocvtp.methods.inside import HeadRows
 
 _NUMBERS = 1 << 26
 """Of keys and attention in memory at the same time: 256 MiB."""
@@ -54,26 +56,34 @@ def readable(layer: Any, method: str) -> None:
 
 
 @torch.no_grad()
-def attended(layer: Any, read: Read, rows: Rows) -> Tensor:
-    """Attention that the rows of each image pay to every column, mean over heads and rows, [I, S] float32."""
+def attended(
+    layer: Any,
+    read: Read,
+    rows: Rows,
+    vision_IS: Tensor | None = None,
+    weigh: Callable[[HeadRows], Tensor] | None = None,
+) -> Tensor:
+    """Attention that the rows of each image pay to every column, [I, S] float32.
+
+    Args:
+        layer: of the language model.
+        read: what it reads.
+        rows: which rows.
+        vision_IS: for `weigh`: which columns are tokens of each image.
+        weigh: what to make of heads and rows; None: their mean.
+    """
     attention = layer.self_attn
-    project = attention.q_proj  # packed weights may be buffers
-    device = next((held.device for held in (*project.parameters(), *project.buffers())), read.states_BSD.device)
-    if device.type == "meta":  # its weights come from elsewhere when it runs
-        device = read.states_BSD.device
-    states_BSD = layer.input_layernorm(read.states_BSD.to(device))
-    batch, length = states_BSD.shape[:2]
-    cos_BSE, sin_BSE = (each.to(device).expand(batch, -1, -1) for each in read.rotation)
-    keys_BKTE = _heads(attention, states_BSD, "k")
-    keys_BKTE = _rotated(attention, keys_BKTE, cos_BSE, sin_BSE)
+    device, states_BSD, cos_BSE, sin_BSE = _here(layer, read)
+    keys_BKTE = _keys(attention, states_BSD, cos_BSE, sin_BSE)
     if read.past_BKPE is not None:
         keys_BKTE = torch.cat([read.past_BKPE.to(keys_BKTE), keys_BKTE], 2)
     prompts_I, columns_IR, real_IR = (each.to(device) for each in rows)
     where = (prompts_I[:, None], columns_IR)
     queries_IHRE = _rotated(attention, _heads(attention, states_BSD[where], "q"), cos_BSE[where], sin_BSE[where])
-    past = keys_BKTE.shape[2] - length
-    order_T = torch.arange(past + length, device=device)
+    past = keys_BKTE.shape[2] - states_BSD.shape[1]
+    order_T = torch.arange(keys_BKTE.shape[2], device=device)
     mask_BT = read.mask_BS.to(device).bool()
+    vision_IT = None if vision_IS is None else torch.nn.functional.pad(vision_IS.to(device), (past, 0))
     found = []
     together = _together(queries_IHRE, keys_BKTE)
     for start in range(0, len(prompts_I), together):
@@ -81,10 +91,48 @@ def attended(layer: Any, read: Read, rows: Rows) -> Tensor:
         prompts_i = prompts_I[part]
         seen_iRT = mask_BT[prompts_i][:, None] & (order_T <= columns_IR[part][..., None] + past)
         scores_iHRT = _products(queries_IHRE[part].float(), keys_BKTE[prompts_i].float()) * attention.scaling
-        weights_iRT = scores_iHRT.masked_fill(~seen_iRT[:, None], -torch.inf).softmax(3).mean(1)
+        weights_iHRT = scores_iHRT.masked_fill(~seen_iRT[:, None], -torch.inf).softmax(3)
+        if weigh is not None and vision_IT is not None:
+            near = partial(_near, attention, cos_BSE, sin_BSE, (prompts_i, columns_IR[part]), past)
+            found.append(weigh(HeadRows(weights_iHRT, real_IR[part], vision_IT[part], near))[:, past:])
+            continue
         counts_i1 = real_IR[part].sum(1, keepdim=True)
-        found.append((weights_iRT * real_IR[part][..., None]).sum(1)[:, past:] / counts_i1)
+        found.append((weights_iHRT.mean(1) * real_IR[part][..., None]).sum(1)[:, past:] / counts_i1)
     return torch.cat(found).to(read.states_BSD.device)
+
+
+@torch.no_grad()
+def key_lengths(layer: Any, read: Read) -> Tensor:
+    """Sum of the absolute values of each column's keys, at their positions, over all heads, [B, S] float32."""
+    _, states_BSD, cos_BSE, sin_BSE = _here(layer, read)
+    keys_BKSE = _keys(layer.self_attn, states_BSD, cos_BSE, sin_BSE)
+    return keys_BKSE.float().abs().sum((1, 3)).to(read.states_BSD.device)
+
+
+def _here(layer: Any, read: Read) -> tuple[torch.device, Tensor, Tensor, Tensor]:
+    """Where the layer computes, and there: its normed states, and cosines and sines of their positions."""
+    project = layer.self_attn.q_proj  # packed weights may be buffers
+    device = next((held.device for held in (*project.parameters(), *project.buffers())), read.states_BSD.device)
+    if device.type == "meta":  # its weights come from elsewhere when it runs
+        device = read.states_BSD.device
+    states_BSD = layer.input_layernorm(read.states_BSD.to(device))
+    cos_BSE, sin_BSE = (each.to(device).expand(len(states_BSD), -1, -1) for each in read.rotation)
+    return device, states_BSD, cos_BSE, sin_BSE
+
+
+def _keys(attention: Any, states_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
+    return _rotated(attention, _heads(attention, states_BSD, "k"), cos_BSE, sin_BSE)
+
+
+def _near(
+    attention: Any, cos_BSE: Tensor, sin_BSE: Tensor, where: tuple[Tensor, Tensor], past: int
+) -> Tensor:  # fmt: skip
+    """How alike positions of rows and columns are to queries and keys of ones, [i, R, T]; 1 where there is a past."""
+    ones_B1SE = torch.ones_like(cos_BSE)[:, None].float()
+    turned_BSE = _rotated(attention, ones_B1SE, cos_BSE.float(), sin_BSE.float())[:, 0]
+    prompts_i, columns_iR = where
+    near_iRS = turned_BSE[prompts_i[:, None], columns_iR] @ turned_BSE[prompts_i].transpose(1, 2)
+    return torch.nn.functional.pad(near_iRS / turned_BSE.shape[2], (past, 0), value=1.0)
 
 
 def _heads(attention: Any, states_XTD: Tensor, kind: str) -> Tensor:

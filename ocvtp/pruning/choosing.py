@@ -4,10 +4,12 @@ Letters: I images, G images with equally many tokens, N tokens of an image, k to
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Encoded, Kept, Method
 from ocvtp.pruning.phases import phase
 from ocvtp.pruning.videos import VideoBudget
@@ -27,18 +29,34 @@ def choose(
     """What stays of each image. Images whose tokens stand alike go through the method together.
 
     `seeds` and `prompts` (token ids, without placeholders and padding) are one an image.
+
+    Raises:
+        BadInput: the method chose what cannot be; names it.
     """
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
+    scores: dict[int, Tensor] = {}
     for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
         with torch.no_grad(), phase("method"):
             kept = method.choose(encoded)
-            taken = _taken(kept, encoded)
+            taken = _taken(kept, encoded, method)
         for member, (chosen, values_kV) in zip(encoded.members, taken, strict=True):
             indices[member], values[member] = chosen, values_kV
+        if kept.scores_Gk is not None:
+            scores |= dict(zip(encoded.members, kept.scores_Gk, strict=True))
     order = range(len(images))
     features = family.project([values[i] for i in order])
-    return [family.place(images, i, indices[i], features[i]) for i in order]
+    placed = [family.place(images, i, indices[i], features[i]) for i in order]
+    return [
+        _scored(each, indices[i], scores[i]) if i in scores else each for i, each in zip(order, placed, strict=True)
+    ]
+
+
+def _scored(placed: Placed, indices_k: Tensor, scores_k: Tensor) -> Placed:
+    """With the numbers of the tokens that stay, in their places."""
+    numbers_X = placed.numbers_X.to(scores_k.device)
+    places_X = torch.searchsorted(indices_k.to(numbers_X), numbers_X.clamp(min=0))
+    return replace(placed, scores_X=scores_k[places_X].masked_fill(numbers_X < 0, 0))
 
 
 def slots(
@@ -78,7 +96,8 @@ def encode_groups(
             vision = method.encode(family, images, keeps)
     for (_, keep), members in _groups(vision, keeps).items():
         seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
-        yield Encoded(vision, members, keep, seeds_G, [vision.grids[i] for i in members], prompts_G)
+        grids_G = [vision.grids[i] for i in members]
+        yield Encoded(vision, members, keep, seeds_G, grids_G, prompts_G, family.project)
 
 
 def _keeps(budget: Budget, videos: VideoBudget, images: Images, counts: Sequence[int]) -> list[int]:
@@ -98,13 +117,52 @@ def _groups(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int],
     return groups
 
 
-def _taken(kept: Kept, encoded: Encoded) -> list[tuple[Tensor, Tensor]]:
+def _taken(kept: Kept, encoded: Encoded, method: Method) -> list[tuple[Tensor, Tensor]]:
     """Numbers, on the CPU, and values of what stays of each image."""
+    indices_Gk = _checked(kept, encoded, method)
     values_GkV = kept.values_GkV
     if values_GkV is None:
         values_GNV = encoded.vision.values(encoded.members)
-        indices_Gk = kept.indices_Gk.to(values_GNV.device).clamp(min=0)
-        values_GkV = values_GNV.gather(1, indices_Gk[..., None].expand(-1, -1, values_GNV.shape[2]))
-    indices_Gk = kept.indices_Gk.cpu()
+        on_device_Gk = kept.indices_Gk.to(values_GNV.device).clamp(min=0)
+        values_GkV = values_GNV.gather(1, on_device_Gk[..., None].expand(-1, -1, values_GNV.shape[2]))
     numbers_G = (indices_Gk >= 0).sum(1).tolist()
     return [(indices_Gk[i, :number], values_GkV[i, :number]) for i, number in enumerate(numbers_G)]
+
+
+def _checked(kept: Kept, encoded: Encoded, method: Method) -> Tensor:
+    """The numbers, on the CPU; `BadInput` names a method that chose what cannot be."""
+
+    def refuse(what: str) -> BadInput:
+        return BadInput(f"method {method.name or type(method).__name__} {what}")
+
+    images, count, keep = len(encoded.members), encoded.count, encoded.keep
+    indices, values = kept.indices_Gk, kept.values_GkV
+    if not isinstance(indices, Tensor) or indices.ndim != 2 or len(indices) != images or indices.is_floating_point():
+        what = (
+            f"{indices.dtype} of shape {list(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+        )
+        raise refuse(f"chose {what} for {images} images: whole numbers [{images}, {keep}] are needed")
+    if values is not None and (values.ndim != 3 or values.shape[:2] != indices.shape):
+        raise refuse(f"gave values {list(values.shape)} for tokens {list(indices.shape)}: a row for each is needed")
+    if kept.scores_Gk is not None and kept.scores_Gk.shape != indices.shape:
+        raise refuse(f"gave scores {list(kept.scores_Gk.shape)} for tokens {list(indices.shape)}: one each is needed")
+    indices_Gk = indices.cpu()
+    there_Gk = indices_Gk >= 0
+    if indices_Gk.numel() and (int(indices_Gk.max()) >= count or int(indices_Gk.min()) < -1):
+        strange = int(indices_Gk.max()) if int(indices_Gk.max()) >= count else int(indices_Gk.min())
+        raise refuse(f"chose token {strange} of an image that has {count}: 0 to {count - 1}, or -1 for none, are legal")
+    if (there_Gk[:, 1:] & ~there_Gk[:, :-1]).any():
+        raise refuse("has -1, which stands for none, before other tokens: it belongs at the end")
+    if (there_Gk[:, 1:] & (indices_Gk[:, 1:] <= indices_Gk[:, :-1])).any():
+        row = indices_Gk[(there_Gk[:, 1:] & (indices_Gk[:, 1:] <= indices_Gk[:, :-1])).any(1)][0]
+        twice = len(set(row[row >= 0].tolist())) < int((row >= 0).sum())
+        raise refuse(f"chose {'a token twice' if twice else 'tokens that do not rise'}: {row[:12].tolist()}")
+    numbers_G = there_Gk.sum(1)
+    wrong = numbers_G > keep if method.fewer else numbers_G != keep
+    if wrong.any():
+        number = int(numbers_G[wrong][0])
+        raise refuse(
+            f"keeps {number} of {count} tokens of an image, but was asked for {keep}"
+            + ("" if number > keep else " (it may say `fewer = True`)")
+        )
+    return indices_Gk

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods.inside import Inside, PruneStage, Scored, Step, counts
+from ocvtp.methods.inside import Inside, PruneStage, Step, counts
 from ocvtp.pruning import calls
-from ocvtp.pruning.attention import Read, attended, readable
+from ocvtp.pruning.attention import Read, readable
 from ocvtp.pruning.prefix import Held, Prefix
 from ocvtp.pruning.prompts import Prompts
+from ocvtp.pruning.scoring import later, scored
 from ocvtp.pruning.splice import Positions
 
 
@@ -111,6 +112,8 @@ class Shortening(Run):
         mode: Positions,
         *,
         texts: Sequence[Sequence[int]],
+        keeps: Sequence[int],
+        tower_IN: Tensor | None,
         next_B: Tensor,
         before_BS: Tensor | None = None,
         prefix: Prefix | None = None,
@@ -124,6 +127,8 @@ class Shortening(Run):
             steps: of each image, one a stage.
             mode: how tokens that stay are numbered.
             texts: columns of the text after each image.
+            keeps: budget of each image.
+            tower_IN: numbers of the images' tokens that the method itself gave before the LLM.
             next_B: position of the next token in the first layer.
             before_BS: mask of the cache as the first layer has it; None if it is empty.
             prefix: of the cache.
@@ -131,11 +136,13 @@ class Shortening(Run):
         super().__init__(decoder)
         self.prompts, self.held = prompts, list[Held]()
         self._method, self._steps, self._mode, self._texts = method, steps, mode, texts
+        self._keeps, self._tower_IN = keeps, tower_IN
         self._next_B, self._before_BS, self._prefix = next_B, before_BS, prefix
         self._lengths, self._whole_spans = prompts.lengths, prompts.spans
         self._full = before_BS is None or bool(before_BS.all())
         self._starts = {held.first for held in prefix.later} if prefix is not None else set()
         self._scores_IN: Tensor | None = None
+        self._asks_keys_IR: Tensor | None = None
         self._idle = all(len(set(layers)) == 1 for layers in self.counts())
         """Nothing is dropped or merged anywhere."""
 
@@ -152,7 +159,7 @@ class Shortening(Run):
         for number, stage in self._stages(scored=index):
             if not self._drops(number):
                 continue
-            self._score(layer, index, states_BqD, {**call, **self._changed}, cache)
+            self._score(layer, index, states_BqD, {**call, **self._changed}, cache, number)
             if stage.pruned == index:
                 was, states_BqD = self.prompts, self._shorten(number, states_BqD)
                 if self.prompts is not was:
@@ -183,22 +190,34 @@ class Shortening(Run):
                 found.append(self._method.raters(row_qD[span.start : span.start + span.count], row_qD[list(text)]))
         self.prompts = self.prompts.asked_by(found, self._texts)
 
-    def _score(self, layer: Any, index: int, states_BqD: Tensor, call: Mapping[str, Any], cache: Any) -> None:
+    def _score(
+        self, layer: Any, index: int, states_BqD: Tensor, call: Mapping[str, Any], cache: Any, number: int
+    ) -> None:
         past = cache.layers[index].keys if cache is not None and cache.get_seq_length(index) else None
-        read = Read(states_BqD, call["position_embeddings"], self._whole(index), past)
-        prompts, (columns_IN, there_IN) = self.prompts, self.prompts.places()
-        rows_I1 = prompts.rows.prompts_I[:, None]
-        scored = Scored(
-            states_BqD[rows_I1, columns_IN], there_IN, lambda: prompts.vision(attended(layer, read, prompts.rows))
-        )
-        self._scores_IN = prompts.guarded(self._method.score(scored))
+        read, method = Read(states_BqD, call["position_embeddings"], self._whole(index), past), self._method
+        told = scored(layer, read, self.prompts, number, self._tower_IN)
+        self._scores_IN = self.prompts.guarded(method.score(told))
+        if method.reads_later:
+            self._asks_keys_IR = told.keys()[1]
+        if method.adapts_at == number:
+            # The one place where numbers of tokens wait for the device.
+            self._steps = [
+                method.adapted(span.count, keep, information)
+                for span, keep, information in zip(
+                    self._whole_spans, self._keeps, method.information(told).tolist(), strict=True
+                )
+            ]
 
     def _shorten(self, number: int, states_BqD: Tensor) -> Tensor:
         assert self._scores_IN is not None  # noqa: S101 - no stage prunes before it has scored
         steps = [image[number] for image in self._steps]
-        self.prompts, states_BqD = self.prompts.shorter(
-            states_BqD, self._scores_IN, steps, self._method.merge, self._mode
-        )
+        scores_IN = self._scores_IN
+        if self._asks_keys_IR is not None:
+            asking = [max(1, len(text)) for text in self._texts]
+            kept = [step.kept for step in steps]
+            now = later(self._decoder.norm, states_BqD, self.prompts, self._asks_keys_IR, asking, kept)
+            scores_IN = self.prompts.guarded(self._method.rank(scores_IN, now))
+        self.prompts, states_BqD = self.prompts.shorter(states_BqD, scores_IN, steps, self._method.merge, self._mode)
         return states_BqD
 
     def _enter(self, index: int, states_BqD: Tensor, cache: Any) -> None:

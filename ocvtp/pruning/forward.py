@@ -98,7 +98,8 @@ class Forward:
             return
         self._layers.check(call.get("past_key_values"))
         for count in counts:
-            self._method.planned(count, self._budget.at_most(count))
+            keep = self._budget.at_most(count)
+            self._method.planned(self._method.enter(count, keep), keep)
 
     def check_images(self, images: Images) -> None:
         """`BadInput` for videos under M-RoPE whose frames, which overlap in place, would be numbered anew."""

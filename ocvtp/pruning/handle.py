@@ -13,20 +13,20 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Entry, Keep, Method, entry_of, options_of
+from ocvtp.methods.budget import Entering
 from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
 from ocvtp.pruning.choosing import choose, slots
 from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.memory import Remembering, VisionMemory
-from ocvtp.pruning.options import Options
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.pruning.videos import VideoBudget
@@ -34,24 +34,28 @@ from ocvtp.vlms.families import family_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Images
 
+if TYPE_CHECKING:  # so that an option of one method is in the keys of no other's results
+    from ocvtp.pruning.options import Options
+
 
 def prune(
     model: Any,
-    method: str = "css",
+    method: str | Method = "css",
     keep: Keep | None = None,
     pruner: Any = None,
     *,
     video_keep: Keep | None = None,
     seed: int = 0,
     positions: Positions | None = None,
-    **options: Unpack[Options],
+    **options: "Unpack[Options]",
 ) -> "Handle":
     """Prune the vision tokens of a model from now on, in place.
 
     Args:
         model: a supported model of transformers (`ocvtp.vlms.families.FAMILIES`), on any device.
-        method: a name that `ocvtp methods` lists. By default the greedy column subset, which needs no training and was
-            ahead of what was trained (docs/findings.md).
+        method: a name that `ocvtp methods` lists; two, one before the LLM and one inside it, as "visionzip+fastv"
+            (`ocvtp.methods.combined`); or a `Method` of your own (docs/your-own-method.md). By default the greedy
+            column subset, which needs no training and was ahead of what was trained (docs/findings.md).
         keep: tokens an image (int), a share of them in (0, 1], or a percentage such as "11.1%". Only `vanilla` needs
             none.
         pruner: for `oc-vtp`: an `OCPruner`, a folder, or an id on the hub.
@@ -78,22 +82,22 @@ def prune(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise BadInput(f"seed is {seed!r}: a whole number is needed")
     if keep is None and entry.acts != "nowhere":
-        raise BadInput(f"{method} needs keep: tokens an image, or a share of them")
+        raise BadInput(f"{entry.name} needs keep: tokens an image, or a share of them")
     budget = Budget.parse(1.0 if keep is None else keep)
     if family.facts.tokens is not None:
         budget.tokens(family.facts.tokens)
     built = entry.build(family, pruner, options_of(entry, options))
+    if built is not None and not built.name:
+        built.name = entry.name
     if isinstance(built, Inside) and family.facts.tokens is not None:
-        built.planned(family.facts.tokens, budget.tokens(family.facts.tokens))
+        keep_tokens = budget.tokens(family.facts.tokens)
+        built.planned(built.enter(family.facts.tokens, keep_tokens), keep_tokens)
     videos = VideoBudget(budget) if video_keep is None else VideoBudget.parse(video_keep)
     if video_keep is not None and "pixel_values_videos" not in family.vision_inputs:
         raise BadInput(f"video_keep is {video_keep!r}, but videos of this family are not pruned: leave it out")
     if video_keep is not None and isinstance(built, Inside):
-        raise BadInput(f"video_keep is {video_keep!r}, but {method} drops tokens inside the LLM by keep alone")
+        raise BadInput(f"video_keep is {video_keep!r}, but {entry.name} drops tokens inside the LLM by keep alone")
     return Handle(model, entry, family, built, budget, seed, positions, videos)
-
-
-_EVERYTHING = Budget.parse(1.0)
 
 
 class Handle(calls.Uncopied):
@@ -121,8 +125,11 @@ class Handle(calls.Uncopied):
         self.last_layers: list[list[int]] = []
         self.last_columns: Tensor | None = None
         self._family, self._method = family, method
-        # A method inside the LLM chooses there: before it everything stays.
-        self._budget = _EVERYTHING if isinstance(method, Inside) else budget
+        # A method inside the LLM chooses there: before it everything stays, or what it lets enter.
+        if isinstance(method, Inside):
+            self._budget: Budget = Entering(budget.written, budget.count, budget.share, method.enter)
+        else:
+            self._budget = budget
         self._videos = VideoBudget(self._budget) if isinstance(method, Inside) or videos is None else videos
         self._depth: int = model.get_decoder().config.num_hidden_layers
         self._samples: list[str] | None = None
@@ -262,8 +269,10 @@ class Handle(calls.Uncopied):
                 each.whole,
                 *where,
                 "image" if number < images.stills else "video",
+                count,
+                scores_X=each.scores_X,
             )
-            for number, (where, each) in enumerate(zip(found, placed, strict=True))
+            for number, (where, each, count) in enumerate(zip(found, placed, self._family.counts(images), strict=True))
         ]
         return EncodedCall(spots, *ids_BL.shape)
 

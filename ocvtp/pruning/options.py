@@ -27,29 +27,50 @@ class Options(TypedDict, total=False):
     other_vlm: bool
     weights_seed: int
 
-    # visionzip, tome
+    # visionzip, tome, prunesid, holov, promprune
     contextual: int
     cls: bool
     merge: Literal["mean", "sum"]
-    order: Literal["raster", "appended", "merged"]
+    order: Literal["raster", "appended", "merged", "picked"]
 
-    # hiprune
+    # hiprune, scope, holov
     object_layer: int
     alpha: float
     edges: Literal["cut", "wrap"]
     exclude: Literal["always", "minus one"]
 
-    # trim
+    # holov, promprune, vispruner, vscan-before
+    strips: int
+    overflow: Literal["shared", "lost"]
+    single: Literal["scaled", "raw"]
+    mu: float
+    tau: float
+    important: float
+    removed: int
+    window: int
+
+    # trim, cdpruner
     clip: Any
     clip_tokenizer: Any
     tokenizer: Any
     question: str
-    similarity: Literal["cosine", "dot"]
+    similarity: Literal["dot", "cosine"]
     rank: Literal["similarity", "softmax"]
     mean: Literal["place", "end"]
 
     # inside the LLM
     budget: Literal["average", "reference"]
-    k: int
+    k: int | Literal["middle"]
     layers: Sequence[int]
     recycle: bool
+    image_pivots: int
+    text_pivots: int
+
+    # vscan, and other pairs of a method before the LLM and one inside it; each also takes what its methods take, with
+    # before_ and inside_ in front
+    split: float
+    before_behaviour: Literal["default", "reference"]
+    before_window: int
+    before_recycle: bool
+    before_tiles: Literal["even", "floor"]
+    inside_budget: Literal["average", "reference"]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ocvtp.methods import Budget
-from ocvtp.methods.inside import Inside, Step
+from ocvtp.methods.inside import Inside
 from ocvtp.pruning.decoder_layers import Layers, Shortening
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.prompts import prompts_of
@@ -44,18 +45,37 @@ def shortening(
     asks = _asks(near, labels_BS, length)
     prompts = prompts_of(spliced, near, spots, asks)
     texts = [_text(near, span.row, span.start + span.count, asks[span.row]) for span in prompts.spans]
-    steps = [_steps(method, budget, spot) for spot in spots]
+    plans = [_plan(method, budget, spot) for spot in spots]
+    given = [spot.scores_X for spot in spots]
+    # A number for each token of an image, by the token's number.
+    tower_IN = None if any(each is None for each in given) else _by_number(spots)
     return Shortening(
-        layers.decoder, method, prompts, steps, mode,
-        texts=texts, next_B=spliced.next_B, before_BS=before_BS, prefix=prefix,
+        layers.decoder, method, prompts, [method.planned(*plan) for plan in plans], mode,
+        texts=texts, keeps=[keep for _, keep in plans], tower_IN=tower_IN, next_B=spliced.next_B, before_BS=before_BS,
+        prefix=prefix,
     )  # fmt: skip
 
 
-def _steps(method: Inside, budget: Budget, spot: Spot) -> list[Step]:
-    """Of an image. What stands among its tokens, such as the ends of rows in LLaVA-NeXT, counts like these."""
+def _plan(method: Inside, budget: Budget, spot: Spot) -> tuple[int, int]:
+    """Of an image, tokens that enter and its budget.
+
+    What stands among its tokens, such as the ends of rows in LLaVA-NeXT, counts like these where all of them enter.
+    """
     read, tokens = len(spot.numbers_X), int((spot.numbers_X >= 0).sum())
+    if tokens < spot.tokens:  # some are gone before
+        return read, min(read, budget.at_most(spot.tokens))
     everything = budget.at_most(tokens) == tokens
-    return method.planned(read, read if everything else budget.at_most(read))
+    return read, (read if everything else budget.at_most(read))
+
+
+def _by_number(spots: Sequence[Spot]) -> Tensor:
+    """What a method said of each image's tokens, [I, N]; 0 for others."""
+    rows = torch.zeros(len(spots), max(spot.tokens for spot in spots))
+    for row_N, spot in zip(rows, spots, strict=True):
+        assert spot.scores_X is not None  # noqa: S101 - as the caller has made sure
+        there_X = spot.numbers_X >= 0
+        row_N[spot.numbers_X[there_X]] = spot.scores_X.float().cpu()[there_X]
+    return rows
 
 
 def _asks(spliced: Spliced, labels_BS: Tensor | None, length: int | None) -> list[list[int]]:

@@ -27,12 +27,14 @@ class Spot(Placed):
     Attributes:
         row, start, length: where its placeholders stand.
         kind: of these.
+        tokens: of the image, before any is dropped.
     """
 
     row: int
     start: int
     length: int
     kind: Kind = "image"
+    tokens: int = 0
 
     @property
     def columns_X(self) -> Tensor:

@@ -7,25 +7,30 @@ Letters: B images, N tokens, C token width.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ocvtp.selection.cosines import cosines, unit
 from ocvtp.selection.greedy import TIE, Step, choose, row
 
 
 def fps(
-    tokens: Tensor, keep: int | Sequence[int], mask: Tensor | None = None, *, check_values: bool | None = None
-) -> Tensor:
+    tokens: Tensor, keep: int | Sequence[int], mask: Tensor | None = None, *, check_values: bool | None = None,
+    first: Literal["far", "lonely"] = "far",
+) -> Tensor:  # fmt: skip
     """Indices [B, keep]: arguments and results are those of `ocvtp.selection.greedy.choose`.
 
-    The first pick is the token least like the mean of all, each at unit length. Costs N C multiply-accumulates a pick.
+    The first pick is the token least like the mean of all, each at unit length (`far`); or the one farthest from its
+    nearest neighbour (`lonely`), which costs N^2 C multiply-accumulates. Then N C a pick.
     """
-    return choose(tokens, keep, mask, check_values, _begin)
+    return choose(tokens, keep, mask, check_values, partial(_begin, first))
 
 
-def _begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
-    unit_BNC = torch.nn.functional.normalize(tokens_BNC, dim=2)
+def _begin(first: str, tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
+    unit_BNC = unit(tokens_BNC)
     nearest_BN = torch.full_like(tokens_BNC[:, :, 0], 2)
 
     def distances(to_BC: Tensor) -> Tensor:
@@ -36,4 +41,9 @@ def _begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, S
         torch.minimum(nearest_BN, distances(row(unit_BNC, pick_B)), out=nearest_BN)
         return nearest_BN
 
-    return distances(torch.nn.functional.normalize(unit_BNC.sum(1), dim=1)), step
+    if first == "far":
+        return distances(torch.nn.functional.normalize(unit_BNC.sum(1), dim=1)), step
+    itself_NN = torch.eye(exists_BN.shape[1], dtype=torch.bool, device=exists_BN.device)
+    alone_BNN = (1 - cosines(tokens_BNC)).masked_fill(itself_NN | ~exists_BN[:, None, :], 2)
+    lonely_BN = alone_BNN.amin(2)
+    return torch.where(lonely_BN > TIE, lonely_BN, 0), step

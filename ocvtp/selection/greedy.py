@@ -53,45 +53,48 @@ def choose(
         BadInput: tokens of another shape or type, or not finite; a mask or keep that does not fit.
     """
     exists_BN = check(tokens, mask, check_values)
-    keeps = _keeps(keep, len(tokens))
-    count = tokens.shape[1]
-    width = min(max(keeps), count)
+    keeps, count = _keeps(keep, len(tokens)), tokens.shape[1]
     if min(keeps) >= count:
         place_N = torch.arange(count, device=tokens.device)
         return _finish(torch.where(exists_BN, place_N, count), keeps, count)
+    steps = min(max(keeps), count)
 
-    def picks(tokens: Tensor, exists_BN: Tensor) -> Tensor:
-        return _picks(tokens, exists_BN, width, begin)
+    def ordered(tokens_BNC: Tensor, exists_BN: Tensor) -> Tensor:
+        with torch.autocast(tokens_BNC.device.type, enabled=False):
+            present_BNC = tokens_BNC.float().masked_fill(~exists_BN[:, :, None], 0)
+            return picks(exists_BN, steps, *begin(present_BNC, exists_BN, steps))
 
-    picks_BX = _REPLAYS((begin, width), picks, tokens, exists_BN)
-    return _finish(picks_BX, keeps, count)
+    return _finish(_REPLAYS((begin, steps), ordered, tokens, exists_BN), keeps, count)
 
 
 _REPLAYS: Final = Replays()
 """A pick is a score of small kernels."""
 
 
-def _picks(
-    tokens: Tensor, exists_BN: Tensor, width: int, begin: Callable[[Tensor, Tensor, int], tuple[Tensor, Step]]
-) -> Tensor:
-    """The picks in their order, [B, X], N where an image has no token left."""
-    count = tokens.shape[1]
-    place_N = torch.arange(count, device=tokens.device)
-    picks = []
-    with torch.autocast(tokens.device.type, enabled=False):
-        left_BN = exists_BN.clone()
-        score_BN, step = begin(tokens.float().masked_fill(~exists_BN[:, :, None], 0), exists_BN, width)
-        for number in range(width):
-            score_BN = score_BN.masked_fill(~left_BN, -1)
-            best_B1 = score_BN.amax(1, keepdim=True)
-            pick_B = torch.where(score_BN >= best_B1 * (1 - TIE), place_N, count).amin(1)
-            # An image without tokens left has no best: its pick is beyond them all.
-            picks.append(pick_B)
-            pick_B = pick_B.clamp(max=count - 1)
-            left_BN = left_BN.scatter(1, pick_B[:, None], False)
-            if number + 1 < width:
-                score_BN = step(pick_B, best_B1[:, 0] > 0)
-    return torch.stack(picks, 1)
+@torch.no_grad()
+def picks(exists_BN: Tensor, steps: int, score_BN: Tensor, step: Step) -> Tensor:
+    """The tokens that a greedy choice picks, in its order, [B, steps]; N where an image has no token left.
+
+    Args:
+        exists_BN: True where there is a token to pick.
+        steps: how many.
+        score_BN: the first scores, none negative.
+        step: what follows a pick.
+    """
+    count = exists_BN.shape[1]
+    place_N = torch.arange(count, device=exists_BN.device)
+    left_BN, found = exists_BN.clone(), []
+    for number in range(steps):
+        score_BN = score_BN.masked_fill(~left_BN, -1)
+        best_B1 = score_BN.amax(1, keepdim=True)
+        pick_B = torch.where(score_BN >= best_B1 * (1 - TIE), place_N, count).amin(1)
+        # An image without tokens left has no best: its pick is beyond them all.
+        found.append(pick_B)
+        pick_B = pick_B.clamp(max=count - 1)
+        left_BN = left_BN.scatter(1, pick_B[:, None], False)
+        if number + 1 < steps:
+            score_BN = step(pick_B, best_B1[:, 0] > 0)
+    return torch.stack(found, 1) if found else place_N.new_empty(len(exists_BN), 0)
 
 
 def centred(tokens_BNC: Tensor, exists_BN: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
 """Greedy k-medoids (facility location): each pick brings the tokens, by cosine, nearest to their nearest pick.
 
-What is raised is the sum over tokens of 1 + the cosine to the nearest pick; it is monotone and submodular, so that k
-picks have at least 1 - 1/e of what the best k have (Nemhauser, Wolsey and Fisher 1978).
+What is raised is the sum over tokens of 1 + the cosine to the nearest pick (`ocvtp.selection.facility`).
 
 Letters: B images, N tokens, C token width.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ocvtp.selection.greedy import TIE, Step, choose, row
+from ocvtp.selection import facility
+from ocvtp.selection.cosines import cosines
+from ocvtp.selection.greedy import Step, choose
 
 
 def medoids(
@@ -25,18 +25,4 @@ def medoids(
 
 
 def _begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
-    unit_BNC = torch.nn.functional.normalize(tokens_BNC, dim=2)
-    likeness_BNN = (1 + unit_BNC @ unit_BNC.transpose(1, 2)).clamp(min=0) * exists_BN[:, None, :]
-    """Of each token (row) to each that is there."""
-    best_BN = torch.zeros_like(unit_BNC[:, :, 0])
-    least_B1 = 2 * TIE * exists_BN.sum(1, keepdim=True)
-
-    def gains() -> Tensor:
-        gain_BN = (likeness_BNN - best_BN[:, None, :]).clamp_(min=0).sum(2)
-        return torch.where(gain_BN > least_B1, gain_BN, 0)
-
-    def step(pick_B: Tensor, counts_B: Tensor) -> Tensor:
-        torch.maximum(best_BN, row(likeness_BNN, pick_B), out=best_BN)
-        return gains()
-
-    return gains(), step
+    return facility.begin((1 + cosines(tokens_BNC)).clamp(min=0), exists_BN)

@@ -3,7 +3,7 @@
 Letters: I images, N tokens of an image (CLS is none of them), C tower width, D width of the language model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -97,12 +97,14 @@ class Placed:
         numbers_X: the number of the token there; -1 for what is no token, such as the end of a row. On the CPU.
         whole: places that the image would have with all tokens. If there are more than placeholders, the prompt is as
             if it had had so many.
+        scores_X: a number for each token, if the method that chose it gave any; 0 for what is no token.
     """
 
     features_XD: Tensor
     places_X: Tensor
     numbers_X: Tensor
     whole: int
+    scores_X: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def kept(self) -> list[int]:

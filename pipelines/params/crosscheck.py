@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cluster.validation import Problems, S, nearest, show, walk
 from ocvtp.errors import BadInput, OcvtpError
 from ocvtp.evaluation.benchmarks import benchmarks
-from ocvtp.methods import REGISTRY
+from ocvtp.methods import REGISTRY, entry_of
 from ocvtp.vlms import CatalogEntry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
 from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Ablate, Change
@@ -83,8 +83,23 @@ def _names(path: str, values: Sequence[str], legal: Iterable[str], problems: Pro
 def _methods(methods: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
     if methods == (ALL,):
         return tuple(REGISTRY)
-    _names("method", methods, [*REGISTRY, *([ALL] if len(methods) == 1 else [])], problems)
+    legal = [*REGISTRY, *([ALL] if len(methods) == 1 else [])]
+    for index, name in enumerate(methods):
+        if (pair := _pair(name)) is not None:
+            problems.add(_at("method", methods, index), pair)
+        elif name not in legal and name not in REGISTRY:
+            problems.add(_at("method", methods, index), f"{show(name)} is not legal{nearest(name, legal)}")
     return methods
+
+
+def _pair(name: str) -> str | None:
+    """Why a pair of methods, `before+inside`, cannot be; None if it can, and for single methods."""
+    try:
+        if "+" in name:
+            entry_of(name)
+    except BadInput as error:
+        return str(error)
+    return None
 
 
 def _fitting(params: Params, entries: Sequence[CatalogEntry], problems: Problems, *, named: bool) -> Params:
@@ -97,7 +112,7 @@ def _fitting(params: Params, entries: Sequence[CatalogEntry], problems: Problems
         reasons = [
             reason
             for entry in entries
-            if name in REGISTRY
+            if name in REGISTRY and _pair(name) is None
             if (reason := lacking(REGISTRY[name], entry, params.evaluate.options.get(name, {})))
         ]
         if not reasons or len(reasons) < len(entries):
@@ -149,7 +164,9 @@ def _options(params: Params, problems: Problems) -> None:
 
 
 def _option(path: str, method: str, option: str, params: Params, problems: Problems) -> None:
-    if method not in REGISTRY:
+    if (pair := _pair(method)) is not None:
+        problems.add(path, pair)
+    elif method not in REGISTRY:
         problems.add(path, f"there is no method {method!r}{nearest(method, REGISTRY)}")
     elif option == "layer" and option in REGISTRY[method].options and not REGISTRY[method].trained:
         return  # in place of the axis, which is that of pruners

@@ -21,6 +21,19 @@ METHODS = {
     "pyramiddrop": "PyramidDrop",
     "trim": "TRIM",
     "tome": "ToMe",
+    "scope": "SCOPE",
+    "prunesid": "PruneSID",
+    "holov": "HoloV",
+    "promprune": "PromPrune",
+    "cdpruner": "CDPruner",
+    "cdpruner-no-text": "CDPruner, no text",
+    "divprune": "DivPrune",
+    "vispruner": "VisPruner",
+    "vscan": "VScan",
+    "vscan-before": "VScan, before the LLM",
+    "dart": "DART",
+    "autoprune": "AutoPrune",
+    "sparsevlm-plus": "SparseVLM+",
 }
 BENCHMARKS = {
     "gqa": "GQA",
@@ -55,8 +68,13 @@ RATIOS = {
 
 
 def method(name: str) -> str:
-    """A method's name."""
-    return METHODS.get(name, name)
+    """A method's name; of a pair, of both."""
+    if name in METHODS:
+        return METHODS[name]
+    if "+" in name:
+        return " + ".join(map(method, name.split("+")))
+    single = name.removesuffix("-authors")
+    return f"{METHODS.get(single, single)}, as its authors count" if single != name else name
 
 
 def benchmark(name: str) -> str:

@@ -15,6 +15,7 @@ from pipelines.report_html.ablation_tables import ablations
 from pipelines.report_html.claims import Finding, findings
 from pipelines.report_html.data import Results
 from pipelines.report_html.headline import Headline, headline
+from pipelines.report_html.leaderboard import leaderboard
 from pipelines.report_html.measures import measures_tables
 from pipelines.report_html.scenes import Gallery, gallery
 from pipelines.report_html.tables import Table, coverage_table, main_table
@@ -29,6 +30,7 @@ class Section:
     vlm: str
     headline: Headline
     table: Table
+    leaderboard: Table | None
     ablations: list[Table]
     findings: list[Finding]
     coverage: Table | None
@@ -66,6 +68,7 @@ def _section(results: Results, vlm: str) -> Section:
         vlm=vlm,
         headline=headline(results, vlm),
         table=main_table(results, vlm),
+        leaderboard=leaderboard(results, vlm),
         ablations=ablations(results, vlm),
         findings=findings(results, vlm),
         coverage=coverage_table(results, vlm),

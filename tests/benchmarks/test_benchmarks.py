@@ -69,11 +69,14 @@ def test_the_pruner() -> None:
 
 def test_methods() -> None:
     (one,) = run("methods.py", "--batches", "2")["models"]
-    assert {row["method"] for row in one["rows"]} - {"random 33.3%"} == set(REGISTRY) - {"oc-vtp", "trim"}
-    assert list(one["left_out"]) == ["trim"]
+    assert {row["method"] for row in one["rows"]} - {"random 33.3%"} == set(REGISTRY) - {"oc-vtp", "trim", "cdpruner"}
+    assert set(one["left_out"]) == {"trim", "cdpruner"}
     against = {row["method"]: row["against"] for row in one["rows"]}
     assert (against["tome"], against["fastv"], against["random"]) == ("random", "vanilla", "random")
     assert all(row["batch_2"]["ms"] > 0 for row in one["rows"])
+    added = {row["method"]: row["added_flops"] for row in one["rows"] if "added_flops" in row}
+    assert added["random"] == 0
+    assert 0 < added["cdpruner-no-text"] < added["divprune"]
 
 
 def test_the_gpu_benchmark_on_a_cpu() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipelines.report_html.ablation_tables import ablations
 from pipelines.report_html.claims import findings
 from pipelines.report_html.data import Results, load
 from pipelines.report_html.headline import headline
+from pipelines.report_html.leaderboard import leaderboard
 from pipelines.report_html.measures import measures_tables
 from pipelines.report_html.page import documents, render
 from pipelines.report_html.tables import chosen_rows, coverage_table, main_table, reference
@@ -159,6 +161,7 @@ def test_there_are_no_ablation_tables_without_a_grid(page: Page) -> None:
     assert set(page.tables) <= {
         "table-main-tiny-llava", "table-efficiency-tiny-llava", "table-pruners", "table-paper", "findings-tiny-llava",
         "table-coverage-tiny-llava", "table-measures-tiny-llava", "table-correlation-tiny-llava",
+        "table-leaderboard-tiny-llava",
     }  # fmt: skip
 
 
@@ -360,3 +363,27 @@ def test_object_coverage_has_a_table(ablated: Results) -> None:
     assert table is not None
     assert table.head == ["Method", "All 900 objects", "400 small ones"]
     assert [line.label for line in table.blocks[0].lines] == ["Random", "OC-VTP"]
+
+
+def test_the_leaderboard_has_ranks_hard_questions_true_means_and_milliseconds(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root, tmp_path / "again")
+    times = {"method": "oc-vtp", "keep": "11.1%", "batch_8": {"ms": 47.25}}
+    place = folder / "benchmarks/results/methods-cpu-2026-01-02.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"models": [{"model": "tiny-llava", "rows": [times]}]}))
+    results = load(folder)
+    table = leaderboard(results, "tiny-llava")
+    assert table is not None
+    assert [block.title.split()[1] for block in table.blocks] == ["48", "32", "16"]
+    for block in table.blocks:
+        assert [line.cells[0].top for line in block.lines] == [str(n + 1) for n in range(len(block.lines))]
+        assert all(line.cells[2].top == "50.0%" and "of 77" in line.cells[2].bottom for line in block.lines)
+    ours = next(line for line in table.blocks[2].lines if line.label == "OC-VTP")
+    assert [cell.top for cell in ours.cells[3:]] == ["16.0", "47.2"]
+    assert "No conclusion about methods inside the LLM follows from tiny-llava: its LLM has 4 layers" in table.note
+    assert "Leaderboard" in render(results)["report.md"].decode()
+    summary = json.loads((folder / "results/summary.json").read_text())
+    for row in summary:
+        row.pop("rank", None)
+    (folder / "results/summary.json").write_text(json.dumps(summary))
+    assert leaderboard(load(folder), "tiny-llava") is None

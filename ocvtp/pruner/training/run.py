@@ -282,12 +282,16 @@ class _Run:
                 self.kept, self.config, self.dataset, self.held_out, self.device, self.teacher, self.handed_on
             )
         else:
-            row = evaluate(self.kept, self.config, [batch], self.config.validation_slots, self.teacher)
+            # As the authors' code: as often as there are batches of held-out images, each time with fresh noise.
+            times = max(1, -(-len(self.held_out) // self.config.batch_size))
+            slots = self.config.validation_slots
+            row = evaluate(self.kept, self.config, [batch] * times, slots, self.teacher, draws=[self.state.step])
         self.row |= row
         current, config = self.state, self.config
         value = row["span_error" if config.best_by == "span" else config.best_by]
         # What is not finite is never the best; the first validation stands in until there is one.
-        if current.best is None or value < current.best:
+        equal = config.validate_on != "held_out" and value == current.best  # the authors take the later of equals
+        if current.best is None or value < current.best or equal:
             current.best, current.best_step = (value if math.isfinite(value) else math.inf), current.step
             current.worse = 0
             self.tensors.best = {name: t.detach().cpu().clone() for name, t in self.kept.state_dict().items()}

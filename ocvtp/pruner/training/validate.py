@@ -123,15 +123,17 @@ def evaluate(
     batches: Iterable[Batch],
     slots: Sequence[int],
     teacher: Teacher | None = None,
+    *,
+    draws: Sequence[int] = (),
 ) -> Row:
-    """`validate` over batches that are at hand."""
+    """`validate` over batches that are at hand; `draws` makes the noise of the queries another one."""
     training = pruner.training
     pruner.eval()
     sums: Row = {}
     count = 0
     for number, batch in enumerate(batches):
         for one in slots:
-            noise = generator("ocvtp validation", config.seed, number, one) if _fresh(pruner) else None
+            noise = generator("ocvtp validation", config.seed, number, one, *draws) if _fresh(pruner) else None
             with autocast(config, batch.tokens_BNC.device):
                 out = pruner(batch.tokens_BNC, one, None, noise, batch.mask_BN, batch.grids, check_values=False)
                 row = _losses(config, pruner, out, batch, teacher)

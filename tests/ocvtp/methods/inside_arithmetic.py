@@ -126,15 +126,33 @@ class Slow:
         grain = more.get("grain")
         columns, layers, lengths = self.columns, [], []
         states = list(self.answer)
-        rows = raters_of(columns, self.images) if method == "sparsevlm" else {}
+        rows = {} if method in ("fastv", "pyramiddrop") else raters_of(columns, self.images, method)
         scores: dict[int, list[float]] = {}
+        pivots: dict[int, list[float]] = {}
         for index, layer in enumerate(self.decoder.layers):
             if index in stages:
                 if method == "pyramiddrop":
                     scores = self.scores(layer, columns, rows, grain)
+                if method == "dart":
+                    scores = self.least_alike(columns, rows, scores, pivots, stages[index])
                 columns = dropped(columns, scores, stages[index], positions, noise=more.get("noise", False))
-            if index + 1 in stages and method != "pyramiddrop":
+            if index + 1 in stages and method == "dart":
+                scores, pivots = self.key_lengths(layer, columns, rows)
+            elif index + 1 in stages and method == "sparsevlm-plus":
+                scores = self.few_heads(layer, columns, rows, more["least"])
+            elif index + 1 in stages and method != "pyramiddrop":
                 scores = self.scores(layer, columns, rows, grain)
+            if method == "autoprune" and index < 2:
+                bits = self.bits(layer, columns, rows)
+                if index == 0:
+                    words = {image: max(1, len(asks)) for image, asks in rows.items()}
+                    for image, each in scores.items():
+                        numbers = [c.number for c in columns if c.image == image]
+                        tower = [0.0 if n is None else more["tower"][image][n] for n in numbers]
+                        weight = 0.3 * bits[image] / words[image]
+                        scores[image] = [weight * text + a for text, a in zip(each, tower, strict=True)]
+                else:
+                    stages = more["adapt"](bits)
             layers.append([sum(c.image == image for c in columns) for image in range(self.images)])
             lengths.append(len(columns))
             start = self.next if positions == "original" else len(columns)
@@ -165,12 +183,88 @@ class Slow:
                 found[image] = [round(score * grain) / grain for score in found[image]]
         return found
 
+    def asking(self, columns: list[Column], rows: dict[int, list[int]], image: int) -> list[int]:
+        """Places of the columns that ask for an image."""
+        return [row for row, c in enumerate(columns) if c.at in rows.get(image, [])] or [len(columns) - 1]
+
+    def key_lengths(
+        self, layer: Any, columns: list[Column], rows: dict[int, list[int]]
+    ) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+        """Of the tokens of each image, and of the words that ask for it."""
+        states = self.norm(torch.stack([c.state for c in columns]), layer.input_layernorm.weight)
+        made = states @ layer.self_attn.k_proj.weight.T
+        if layer.self_attn.k_proj.bias is not None:
+            made = made + layer.self_attn.k_proj.bias
+        heads = made.view(len(columns), self.config.num_key_value_heads, -1).transpose(0, 1)
+        keys = self.rotated(heads, [c.position for c in columns]).abs().sum((0, 2)).tolist()
+        vision = {i: [keys[at] for at, c in enumerate(columns) if c.image == i] for i in range(self.images)}
+        return vision, {i: [keys[at] for at in self.asking(columns, rows, i)] for i in range(self.images)}
+
+    def least_alike(
+        self, columns: list[Column], rows: dict[int, list[int]], keys: dict[int, list[float]],
+        words: dict[int, list[float]], steps: Sequence[tuple[int, int]],
+    ) -> dict[int, list[float]]:  # fmt: skip
+        """1 for the tokens that DART keeps, 0 for others."""
+        normed = self.norm(torch.stack([c.state for c in columns]), self.decoder.norm.weight)
+        unit = normed / normed.norm(dim=1, keepdim=True)
+        found = {}
+        for image in range(self.images):
+            vision, kept = [at for at, c in enumerate(columns) if c.image == image], steps[image][0]
+            order = sorted(range(len(vision)), key=lambda n: (-keys[image][n], n))
+            chosen = order[: min(4, kept)]
+            asks = self.asking(columns, rows, image)
+            long = sorted(range(len(asks)), key=lambda n: (-words[image][n], n))[:4]
+            pivots = [vision[n] for n in chosen] + [asks[n] for n in long]
+            rest = kept - len(chosen)
+            for place, pivot in enumerate(pivots):
+                more = rest // len(pivots) + (place < rest % len(pivots))
+                left = [n for n in range(len(vision)) if n not in chosen]
+                chosen = chosen + sorted(left, key=lambda n: (float(unit[pivot] @ unit[vision[n]]), n))[:more]
+            found[image] = [float(n in chosen) for n in range(len(vision))]
+        return found
+
+    def few_heads(
+        self, layer: Any, columns: list[Column], rows: dict[int, list[int]], least: float | None
+    ) -> dict[int, list[float]]:
+        """Attention less the pull of near positions, of 14 of 32 heads."""
+        weights = self.weights(layer, columns)[0]
+        width = layer.self_attn.head_dim
+        ones = self.rotated(torch.ones(1, len(columns), width), [c.position for c in columns])[0]
+        near = ones @ ones.T / width
+        near = near.clamp(min=least) if least is not None else torch.where(near.abs() < 1e-6, 1e-6, near)
+        weights = weights / near
+        found = {}
+        for image in range(self.images):
+            asks = self.asking(columns, rows, image)
+            vision = [at for at, c in enumerate(columns) if c.image == image]
+            part = weights[:, asks][:, :, vision]
+            looks = part.sum((1, 2)).tolist()
+            heads = sorted(range(len(looks)), key=lambda h: (-looks[h], h))[: max(1, round(14 * len(looks) / 32))]
+            found[image] = part[heads].mean((0, 1)).tolist()
+        return found
+
+    def bits(self, layer: Any, columns: list[Column], rows: dict[int, list[int]]) -> list[float]:
+        """Mutual information of the words and the tokens of each image, over heads."""
+        weights, found = self.weights(layer, columns)[0].double(), []
+        for image in range(self.images):
+            asks = self.asking(columns, rows, image)
+            vision = [at for at, c in enumerate(columns) if c.image == image]
+            total = 0.0
+            for head in weights[:, asks][:, :, vision].tolist():
+                tokens = [sum(row[n] for row in head) / len(asks) for n in range(len(vision))]
+                for row in head:
+                    for given, token in zip(row, tokens, strict=True):
+                        both = given / len(asks)
+                        total += both * math.log2(max(1e-6, both / (token / len(asks) + 1e-6)))
+            found.append(total)
+        return found
+
 
 # --- Spec sheets -----------------------------------------------------------------------------------------------------
 
 
-def raters_of(columns: list[Column], images: int) -> dict[int, list[int]]:
-    """Of each image, text after it that the image's tokens look at more than at the mean of that text."""
+def raters_of(columns: list[Column], images: int, method: str) -> dict[int, list[int]]:
+    """Of each image, text after it that the image's tokens look at more than at the mean of that text, or all."""
     found = {}
     for image in range(images):
         vision = [c for c in columns if c.image == image]
@@ -184,6 +278,8 @@ def raters_of(columns: list[Column], images: int) -> dict[int, list[int]]:
                 received[i] += math.exp(product - top) / total / len(vision)
         mean = sum(received) / max(1, len(received))
         rates = [word.at for word, each in zip(text, received, strict=True) if each > mean + 1e-9]
+        if method in ("dart", "autoprune"):
+            rates = []
         found[image] = rates or [word.at for word in text]
     return found
 

@@ -26,10 +26,14 @@ NEW = {"max_new_tokens": 5, "do_sample": False}
 BEFORE = sorted(name for name, entry in REGISTRY.items() if entry.acts == "before the LLM")
 REFUSED = {
     ("qwen2_5_vl", "trim"): "trim needs",
+    ("qwen2_5_vl", "cdpruner"): "cdpruner needs",
     ("qwen2_5_vl", "tome"): "tome merges tokens inside a CLIP tower",
     ("llava_next", "tome"): "only 56 are tokens: set mm_patch_merge_type",
 }
-"""What a family cannot have, and why: TRIM wants a CLIP tower, ToMe images whose every patch is a token."""
+"""What a family cannot have, and why: TRIM and CDPruner want a CLIP tower, ToMe images whose every patch is a token."""
+TEXT = ("trim", "cdpruner")
+GREEDY = {*CHOICES, "holov", "scope", "prunesid", "promprune", "cdpruner", "cdpruner-no-text", "divprune", "vispruner"}
+"""Whose picks depend on each other, or on budgets of parts."""
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
 IN_BF16 = 2
 """Tokens of an image in which implementations of attention may differ in bfloat16: rounding decides between scores that
@@ -61,7 +65,7 @@ def prune(vlm: Any, method: str, keep: Any) -> Any:
         options = {"pruner": OCPruner(PrunerConfig(facts.width, grid=(4, 4))).eval(), "layer": 2}
     elif method in ("oc-vtp-untrained", *CHOICES):
         options = {"layer": 2}
-    elif method == "trim":
+    elif method in TEXT:
         options = {
             "clip": make_clip(vlm), "clip_tokenizer": clip_tokenizer(), "tokenizer": vlm.processor.tokenizer
         }  # fmt: skip
@@ -166,4 +170,4 @@ def test_implementations_of_attention_keep_the_same(vlm: Any, images: Any, metho
 
 def allowed(method: str) -> int:
     """In bfloat16. What goes late inside the LLM depends on all that went before, as greedy picks do on each other."""
-    return 8 if REGISTRY[method].acts != "before the LLM" or method in CHOICES else IN_BF16
+    return 8 if REGISTRY[method].acts != "before the LLM" or method in GREEDY else IN_BF16

@@ -1,6 +1,7 @@
 """Methods inside the LLM against a language model in plain loops: what stays, what layers read, what follows."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import inside_arithmetic
@@ -10,12 +11,19 @@ import torch
 import ocvtp
 from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY, options_of
+from ocvtp.methods.autoprune import AutoPrune
+from ocvtp.methods.dart import Dart
 from ocvtp.methods.fastv import FastV
 from ocvtp.methods.pyramiddrop import PyramidDrop
 from ocvtp.methods.sparsevlm import SparseVLM
-from ocvtp.pruning import decoder_layers as layers_
+from ocvtp.methods.sparsevlm_plus import SparseVLMPlus
+from ocvtp.pruning import scoring as layers_
+from ocvtp.vlms import family_of
 
-BUILD: dict[str, Any] = {"fastv": FastV, "pyramiddrop": PyramidDrop, "sparsevlm": SparseVLM}
+BUILD: dict[str, Any] = {"fastv": FastV, "pyramiddrop": PyramidDrop, "sparsevlm": SparseVLM, "dart": Dart,
+                         "autoprune": AutoPrune, "sparsevlm-plus": SparseVLMPlus}  # fmt: skip
+ROUNDED = ("fastv", "pyramiddrop", "sparsevlm")
+"""Whose scores are attention and nothing else, so that it can be rounded to make ties."""
 Picture = Callable[..., Any]
 NEW = {"max_new_tokens": 4, "do_sample": False}
 CASES = [
@@ -27,6 +35,12 @@ CASES = [
     ("sparsevlm", 0.6, {}),
     ("sparsevlm", 0.4, {"budget": "reference", "behaviour": "reference"}),
     ("sparsevlm", 0.6, {"recycle": False, "layers": [1]}),
+    ("dart", 0.6, {}),
+    ("dart", 0.5, {"budget": "reference", "behaviour": "reference", "k": 2}),
+    ("autoprune", 0.7, {}),
+    ("autoprune", 0.4, {"budget": "reference", "behaviour": "reference"}),
+    ("sparsevlm-plus", 0.6, {}),
+    ("sparsevlm-plus", 0.5, {"budget": "reference", "behaviour": "reference"}),
 ]
 
 
@@ -64,6 +78,28 @@ def stages_of(
     return found
 
 
+def tower_of(model: Any, inputs: Any) -> list[list[float]]:
+    """Attention of CLS to each token of each image, or, without one, what tokens receive."""
+    family = family_of(model)
+    block = family.facts.feature_layer - 1
+    vision = family.encode(family.images(inputs), {block})
+    attention = vision.from_cls if family.facts.cls else vision.received
+    return [attention(block, [image])[0].tolist() for image in range(len(vision.counts))]
+
+
+def adapted(
+    counts: Sequence[int], keep: float, depth: int, options: dict[str, Any], bits: Sequence[float]
+) -> dict[int, list[tuple[int, int]]]:
+    """The stages of AutoPrune once the mutual information of each image is known."""
+    made = AutoPrune(depth, options_of(REGISTRY["autoprune"], options))
+    found: dict[int, list[tuple[int, int]]] = {stage.pruned: [] for stage in made.stages}
+    for count, information in zip(counts, bits, strict=True):
+        steps = made.adapted(count, max(1, int(keep * count + 0.5)), information)
+        for stage, step in zip(made.stages, steps, strict=True):
+            found[stage.pruned].append((step.kept, step.merged))
+    return found
+
+
 @pytest.fixture
 def images(picture_of: Picture) -> list[list[Any]]:
     """Six ragged prompts: one, two, three images and none, of several sizes."""
@@ -71,8 +107,10 @@ def images(picture_of: Picture) -> list[list[Any]]:
     return [[picture_of(7 * row + i, *size) for i, size in enumerate(each)] for row, each in enumerate(sizes)]
 
 
-@pytest.mark.parametrize(("method", "keep", "options"), CASES)
-@pytest.mark.parametrize("grain", [None, 256], ids=["", "ties"])
+@pytest.mark.parametrize(
+    ("method", "keep", "options", "grain"),
+    [(*case, None) for case in CASES] + [(*case, 256) for case in CASES if case[0] in ROUNDED],
+)
 @torch.no_grad()
 def test_what_stays_and_what_follows_is_as_in_plain_loops(
     vlm: Any, images: list[list[Any]], method: str, keep: float, options: dict[str, Any], grain: int | None,
@@ -108,10 +146,13 @@ def test_what_stays_and_what_follows_is_as_in_plain_loops(
         slow = inside_arithmetic.Slow(model, alone, answer[:-1], numbers)
         plan = {key: value for key, value in options.items() if key != "positions"}
         stages = stages_of(method, [len(each) for each in numbers], keep, depth, plan)
-        mode = "original" if method == "fastv" or "image_grid_thw" in batch else "compact"
+        mode = "original" if method in ("fastv", "dart", "sparsevlm-plus") or "image_grid_thw" in batch else "compact"
         found = slow.run(
             method, stages if pictures else {}, options.get("positions", mode),
             noise=options.get("behaviour") == "reference", grain=grain,
+            least=None if options.get("behaviour") == "reference" else 0.05,
+            tower=tower_of(model, alone) if method == "autoprune" and pictures else [],
+            adapt=partial(adapted, [len(each) for each in numbers], keep, depth, plan),
         )  # fmt: skip
         assert found.kept == [next(kept) for _ in pictures]
         assert found.layers == [[next(layer) for _ in pictures] for layer in layers]

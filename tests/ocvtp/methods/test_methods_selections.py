@@ -26,7 +26,7 @@ def test_each_tile_has_its_share(tools: Any, name: str, where: str) -> None:
     layout = tools.layouts[where]
     vision, tiles = tools.numbers(layout), tools.owners(layout)
     for keep in (1, 3, 7, vision.count // 2, vision.count):
-        found, _ = tools.choose(Selection(CHOICES[name], 2, "even"), vision, keep)
+        found, _ = tools.choose(Selection(name, tools.facts, 2, "even"), vision, keep)
         tokens = vision.tokens(2, [0, 1, 2])
         for image, row in enumerate(found.tolist()):
             expected = []
@@ -41,11 +41,11 @@ def test_each_tile_has_its_share(tools: Any, name: str, where: str) -> None:
 def test_how_tiles_share(tools: Any, name: str) -> None:
     vision = tools.numbers(tools.layouts["tiles"])
     tokens = vision.tokens(2, [0, 1, 2])
-    together, _ = tools.choose(Selection(CHOICES[name], 2, "together"), vision, 8)
+    together, _ = tools.choose(Selection(name, tools.facts, 2, "together"), vision, 8)
     assert torch.equal(together, CHOICES[name](tokens, 8))
-    floor, _ = tools.choose(Selection(CHOICES[name], 2, "floor"), vision, 9)
+    floor, _ = tools.choose(Selection(name, tools.facts, 2, "floor"), vision, 9)
     assert (floor >= 0).sum(1).tolist() == [5] * 3  # one for each of five tiles
-    none, _ = tools.choose(Selection(CHOICES[name], 2, "floor"), vision, 3)
+    none, _ = tools.choose(Selection(name, tools.facts, 2, "floor"), vision, 3)
     assert none.shape == (3, 0)
 
 

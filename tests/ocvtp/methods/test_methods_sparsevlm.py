@@ -9,7 +9,8 @@ import torch
 from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY, options_of
 from ocvtp.methods.base import Entry
-from ocvtp.methods.sparsevlm import SparseVLM, cluster, clusters, means, recycled
+from ocvtp.methods.sparsevlm import SparseVLM
+from ocvtp.selection.density_peaks import cluster, clusters, means, recycled
 
 ENTRY: Entry = REGISTRY["sparsevlm"]
 LISTS = {192: (309, 204, 113), 128: (312, 117, 39), 64: (82, 32, 18)}

@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, PreTrainedTokeni
 import ocvtp
 from ocvtp.errors import BadInput, Incompatible, NotAvailable
 from ocvtp.methods import entry_of, options_of
+from ocvtp.methods.text_tower import TextTower
 from ocvtp.methods.trim import Trim
 from ocvtp.vlms.images import Part
 
@@ -62,12 +63,13 @@ def make_clip(vlm: Any, seed: int = 0) -> CLIPModel:
 
 
 def slowly(
-    images_NP: Tensor, text_P: Tensor, values_NV: Tensor, keep: int, *, reference: bool
-) -> tuple[list[int], Tensor]:
+    images_NP: Tensor, text_P: Tensor, values_NV: Tensor, keep: int, *, reference: bool,
+    cosine: bool = False,
+) -> tuple[list[int], Tensor]:  # fmt: skip
     scores = []
     for image_P in images_NP:
         score = sum(float(a) * float(b) for a, b in zip(image_P, text_P, strict=True))
-        if not reference:
+        if cosine:
             score /= float(image_P.norm()) * float(text_P.norm())
         scores.append(score)
     picked = sorted(sorted(range(len(scores)), key=lambda i: (scores[i], i))[: keep - 1])
@@ -137,8 +139,9 @@ def made_of_numbers(tools: Any, text: Tensor, **options: Any) -> Trim:
     tokenizer = SimpleNamespace(batch_decode=lambda prompts, **_: ["" for _ in prompts])
     entry = entry_of("trim")
     filled = {"similarity": "dot", "rank": "similarity", "mean": "place", **options}
-    made = Trim(clip, None, tokenizer, tools.facts.feature_layer, options_of(entry, filled))
-    made.embed = lambda questions, device: text.expand(len(questions), -1)  # type: ignore[method-assign]
+    tower = TextTower(clip, None, tokenizer)
+    made = Trim(tower, tools.facts.feature_layer, options_of(entry, filled))
+    tower.embed = lambda questions, device: text.expand(len(questions), -1)  # type: ignore[method-assign]
     return made
 
 
@@ -186,8 +189,8 @@ def test_softmax_makes_those_far_behind_equal(tools: Any) -> None:
 )
 def test_the_question_is_cut_out_of_the_prompt(tools: Any, prompt: str, question: str) -> None:
     made = made_of_numbers(tools, torch.ones(5))
-    made._tokenizer = SimpleNamespace(batch_decode=lambda prompts, **_: [prompt for _ in prompts])
-    assert made.questions([[1]]) == [question]
+    made.tower._tokenizer = SimpleNamespace(batch_decode=lambda prompts, **_: [prompt for _ in prompts])
+    assert made.tower.questions([[1]]) == [question]
 
 
 @torch.no_grad()

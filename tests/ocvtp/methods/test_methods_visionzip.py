@@ -56,7 +56,7 @@ def zipped(
 
 def slowly(
     layout: Layout, owners: list[list[int]], keep: int, scores_N: Tensor, keys_NE: Tensor, values_NV: Tensor,
-    cls_TV: Tensor | None, *, how: str,
+    cls_TV: Tensor | None, *, how: str, merge: str = "sum",
 ) -> tuple[list[int], Tensor]:  # fmt: skip
     if how != "reference":
         if how == "together":
@@ -68,7 +68,7 @@ def slowly(
             shares[next(tile for tile in room if shares[tile] == least)] += 1
         pairs: Rows = []
         for tile, share in zip(owners, shares, strict=True):
-            dominant, rows, _ = zipped(tile, share, scores_N, keys_NE, values_NV, cls=False, merge="mean")
+            dominant, rows, _ = zipped(tile, share, scores_N, keys_NE, values_NV, cls=False, merge=merge)
             pairs += [*((i, values_NV[i]) for i in dominant), *rows]
         pairs.sort(key=lambda pair: pair[0])
         return [i for i, _ in pairs], torch.stack([value for _, value in pairs])
@@ -105,14 +105,14 @@ def test_ties_and_all(tools: Any, name: str, behaviour: str, has_cls: bool) -> N
         for keep in {len(owners), 8, 12, vision.count * 3 // 4, vision.count}:
             if reference and keep // len(owners) > min(map(len, owners)):
                 continue
-            how = {"tiles": "together"} if behaviour == "together" else {"behaviour": behaviour}
+            how = {"tiles": "together", "merge": "mean"} if behaviour == "together" else {"behaviour": behaviour}
             indices, values = tools.choose(method(facts, **how), vision, keep)
             scores = (vision.from_cls if has_cls else vision.received)(block, [0, 1, 2])
             keys, given, cls = vision.keys(block, [0, 1, 2]), vision.values([0, 1, 2]), vision.cls_values([0, 1, 2])
             for image in range(3):
                 expected, rows = slowly(
                     layout, owners, keep, scores[image], keys[image], given[image],
-                    cls[image] if has_cls else None, how=behaviour,
+                    cls[image] if has_cls else None, how=behaviour, merge=how.get("merge", "sum"),
                 )  # fmt: skip
                 assert indices[image].tolist() == expected
                 assert len(set(expected)) == len(expected) == (keep // len(owners) * len(owners) if reference else keep)

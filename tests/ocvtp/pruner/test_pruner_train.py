@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
 from ocvtp.pruner.rebuilding import rebuilding
+from ocvtp.pruner.training import run as run_module
 from ocvtp.pruner.training.data import Order, with_room
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.run import NotFinite, TrainConfig, train
@@ -226,6 +228,27 @@ def test_validation_is_held_out_and_always_the_same(tmp_path):
     assert len(held_out) == 4
     assert all(not set(asked) & {0, 1, 2, 3} for asked in source.asked if asked not in held_out)
     assert metrics["validation_images"] == 4
+
+
+def test_validation_of_the_reference_repeats_the_last_batch_with_fresh_noise(tmp_path, monkeypatch):
+    """As often as there are held-out batches; of equal validations the later is the best."""
+    seen = []
+
+    def evaluate(pruner, config, batches, slots, teacher, *, draws):
+        batches = list(batches)
+        noise = [float(run_module.evaluate_(pruner, config, [b], slots, draws=[*draws, i])["val_loss"])
+                 for i, b in enumerate(batches)]  # fmt: skip
+        seen.append((len(batches), len({id(b) for b in batches}), len({*noise}), list(draws)))
+        return {"val_loss": 1.0, "val_mse": 1.0, "distinct_picks": 1.0, "span_error": 0.5, "random_span_error": 0.5,
+                "prototype_error": 0.5}  # fmt: skip
+
+    monkeypatch.setattr(run_module, "evaluate_", run_module.evaluate, raising=False)
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    metrics, _ = run(
+        tmp_path, "a", Source(40), replace(PRUNER, query_noise="fresh"), validate_on="last_batch", batch_size=3
+    )
+    assert seen == [(3, 1, 3, [step]) for step in (2, 4, 6)]
+    assert metrics["best_step"] == 6
 
 
 def test_learning_rates_of_the_reference():
