@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     table = common.table("", "name", "acts", "reads the prompt", "source")
     for row in rows:
-        table.add_row(row["name"], row["acts"], "yes" if row["needs_text"] else "no", row["source"])
+        source = row["source"] + (f"; without CLS: {row['without_cls']}" if row["without_cls"] else "")
+        table.add_row(row["name"], row["acts"], "yes" if row["needs_text"] else "no", source)
     common.console().print(table)
     return 0
