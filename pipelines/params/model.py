@@ -244,9 +244,7 @@ class Params(Section):
     keep: Axis[Keep] = tuple(map(Budget.parse, (48, 32, 16, 8, 4)))
     method: Axis[Text] = (
         "vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "qr", "css", "fps", "medoids",
-        "visionzip", "hiprune", "tome", "scope", "prunesid", "holov", "promprune", "cdpruner-no-text", "divprune",
-        "vispruner", "vscan", "fastv", "sparsevlm", "sparsevlm-plus", "pyramiddrop", "dart", "autoprune",
-        "fastv-authors", "sparsevlm-authors", "pyramiddrop-authors",
+        "visionzip", "hiprune", "tome", "fastv", "sparsevlm", "pyramiddrop",
     )  # fmt: skip
     benchmark: Axis[Text] = ("gqa", "mme", "pope", "textvqa")
     seed: Axis[Seed] = (0, 1, 2)
