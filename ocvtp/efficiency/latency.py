@@ -5,15 +5,16 @@ them. Medians are given with quartiles. Times are not deterministic: nothing her
 results.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from ocvtp.errors import BadInput
-from ocvtp.pruning.phases import PHASES, now, timed
+from ocvtp.phases import LISTENS, PHASES, Stopwatch, now, phase
+from ocvtp.vlms.families import family_of
 
 Case = Callable[[], AbstractContextManager[Any]]
 """Makes a context in which the model is pruned, such as `lambda: ocvtp.prune(model, ...)`."""
@@ -44,7 +45,7 @@ class Latency:
     Attributes:
         first_token: from the call of `generate` to the first token.
         vision: the part of it before the language model starts: tower, method, projector.
-        phases: each of `ocvtp.pruning.phases.PHASES` of a first token, from runs of their own: the device is waited for
+        phases: each of `ocvtp.phases.PHASES` of a first token, from runs of their own: the device is waited for
             between phases, so that their sum may exceed `first_token`.
         next_token: each further token.
         total: the whole answer.
@@ -153,6 +154,32 @@ def _run(runs: _Runs, model: Any, inputs: Mapping[str, Any], new_tokens: int) ->
     runs.total.append(seconds(new_tokens) if new_tokens > 1 else runs.first[-1])
     if device.type == "cuda":
         runs.memory.append(torch.cuda.max_memory_allocated(device))
+
+
+@contextmanager
+def timed(model: Any, device: torch.device) -> Iterator[Mapping[str, float]]:
+    """Seconds of each of `PHASES` of what a model does within; complete when the context is left.
+
+    The device is waited for at both ends of a phase, so nothing overlaps: the sum may exceed what the same call takes
+    unwatched.
+
+    Raises:
+        BadInput: a model of no supported family.
+    """
+    family, watch = family_of(model), Stopwatch(device)
+    parts = {"tower": [family.tower], "projector": family.projectors, "prefill": [model.get_decoder()]}
+    with ExitStack() as undo:
+        for name, modules in parts.items():
+            for module in modules:
+                before = module.register_forward_pre_hook(lambda *_, name=name: watch.enter(name), prepend=True)
+                # Always: towers are left by an exception after the deepest layer that is needed.
+                after = module.register_forward_hook(lambda *_: watch.leave(), always_call=True)
+                undo.callback(before.remove)
+                undo.callback(after.remove)
+        token = LISTENS.set(watch)
+        undo.callback(LISTENS.reset, token)
+        with phase("other"):
+            yield watch.seconds
 
 
 def _generate(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from ocvtp.efficiency.flops import MAC, kv_cache_bytes, llm_layer_flops, prefill_flops
 from ocvtp.efficiency.shapes import VlmShape, llm_parameters, projector_parameters, tower_parameters
 from ocvtp.errors import BadInput
-from ocvtp.pruning.phases import now
+from ocvtp.phases import now
 
 _SIZES = {"cpu": (2048, 1 << 28), "cuda": (8192, 1 << 32)}
 """Side of the matrices, and bytes of the copy."""
@@ -68,7 +68,7 @@ def least(
     tiles: int | None = None,
     bytes_per_number: int = 2,
 ) -> dict[str, float]:
-    """The least milliseconds of each phase of `ocvtp.pruning.phases`, of a first token and of each later one.
+    """The least milliseconds of each phase of `ocvtp.phases`, of a first token and of each later one.
 
     Args:
         shape: of the VLM.

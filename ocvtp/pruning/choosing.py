@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Encoded, Kept, Method
-from ocvtp.pruning.phases import phase
+from ocvtp.phases import phase
 from ocvtp.pruning.videos import VideoBudget
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Layout, Placed
@@ -37,9 +37,10 @@ def choose(
     indices: dict[int, Tensor] = {}
     scores: dict[int, Tensor] = {}
     for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
-        with torch.no_grad(), phase("method"):
-            kept = method.choose(encoded)
-            taken = _taken(kept, encoded, method)
+        with phase("method"):
+            with torch.no_grad():
+                kept = method.choose(encoded)
+            taken = _taken(kept, encoded, method)  # with gradients
         for member, (chosen, values_kV) in zip(encoded.members, taken, strict=True):
             indices[member], values[member] = chosen, values_kV
         if kept.scores_Gk is not None:

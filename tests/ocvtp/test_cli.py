@@ -313,14 +313,14 @@ def test_latency_measures_every_case(tiny: list[tuple[str, object]], capsys: pyt
 
 
 def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.tiny.model import make_model
+    from pipelines.tiny.llava import TinyLlava
 
     torch.manual_seed(0)
     asked: list[tuple[str, str]] = []
 
     def random_vlm(name: str, *, device: str) -> object:
         asked.append((name, device))
-        return make_model().eval()
+        return TinyLlava().make_model().eval()
 
     monkeypatch.setattr("ocvtp.efficiency.random_vlm.random_vlm", random_vlm)
     arguments = ["latency", "llava-1.5-7b", "--random-weights", "--device", "cpu", "--repeats", "1", "--warmup", "0"]

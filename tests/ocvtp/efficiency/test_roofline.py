@@ -5,11 +5,12 @@ import torch
 
 import ocvtp
 from ocvtp.efficiency.flops import prefill_flops
+from ocvtp.efficiency.latency import timed
 from ocvtp.efficiency.random_vlm import config_of, random_inputs
 from ocvtp.efficiency.roofline import Ceilings, distance, least
 from ocvtp.efficiency.shapes import KNOWN, known_shape, parameters, shape_of
 from ocvtp.errors import BadInput
-from ocvtp.pruning.phases import PHASES, phase, timed
+from ocvtp.phases import PHASES, phase
 
 CEILINGS = Ceilings(flops=790e12, bandwidth=4.3e12)
 """Of an H200, as measured."""
