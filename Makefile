@@ -34,8 +34,8 @@ system:  # what Debian must provide for all tests; needs root
 # Two files at once, but for tests that wait for jobs, daemons and browsers, or measure.
 ALONE := tests/benchmarks tests/cluster tests/integration
 test: $(STAMP) system  ## run the tests
-	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile $(ALONE:%=--ignore=%)
-	pytest $(ALONE)
+	@failed=; OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile $(ALONE:%=--ignore=%) || failed=1; \
+	pytest $(ALONE) || failed=1; [ -z "$$failed" ]
 
 nightly: $(STAMP) system  ## run the tests that take minutes each
 	pytest -m nightly
