@@ -6,7 +6,6 @@
 import hashlib
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any],
         "vlm": vlm,
         "model": resolve(vlm).identity,
         "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
-        "scenes": None if scenes is None else asdict(scenes),
+        "scenes": None if scenes is None else scenes.to_dict(),
         "prompts": None if prompts is None else hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
     }
     found = None if prompts is None else str(Path(prompts).resolve())

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -107,6 +107,10 @@ class SceneSet:
     def of_sample(cls, about: Mapping[str, Any]) -> "SceneSet | None":
         """Which scenes `sample.json` of stage `sample` is about; None if the images are something else."""
         return cls(about["seed"], Style(**about["style"])) if about["source"] == "scenes" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON of this."""
+        return {"seed": self.seed, "style": {**asdict(self.style), "sides": list(self.style.sides)}}
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,6 @@ def test_the_register_says_what_there_is() -> None:
     rows = {row["name"]: row for row in describe()}
     assert {"vanilla", "random", "oc-vtp", "oc-vtp-untrained"} <= set(rows)
     for row in rows.values():
-        assert set(row) == {"name", "acts", "needs_text", "source"}
+        assert set(row) == {"name", "acts", "needs_text", "source", "without_cls"}
     with pytest.raises(BadInput, match="no method 'ocvtp'; did you mean 'oc-vtp'"):
         entry_of("ocvtp")
