@@ -53,7 +53,9 @@ def test_killed_at_a_random_moment_it_ends_in_the_same_bytes(
 @pytest.mark.parametrize(
     ("setting", "untouched", "axis", "values"),
     [
-        ("keep=[48,32,16]", {"sample", "extract", "train"}, "tokens", {144, 48, 32, 16}),
+        pytest.param(
+            "keep=[48,32,16]", {"sample", "extract", "train"}, "tokens", {144, 48, 32, 16}, marks=pytest.mark.nightly
+        ),
         ("loss=mse", {"sample", "extract"}, "loss", {None, "mse"}),
         pytest.param("layer=-2", {"sample"}, "layer", {None, -2}, marks=pytest.mark.nightly),
     ],

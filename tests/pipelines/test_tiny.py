@@ -63,11 +63,10 @@ def test_it_answers_questions_about_unseen_scenes(architecture: Architecture, sh
     model, processor = shipped
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     answers: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for start in range(0, 320, 64):
+    scenes = list(make_scenes(11, "benchmark", 320, architecture.style))
+    for start in range(0, len(scenes), 64):
         asked, images = [], []
-        for scene in make_scenes(11, "benchmark", start + 64, architecture.style):
-            if scene.index < start:
-                continue
+        for scene in scenes[start : start + 64]:
             for kind in KINDS:
                 question = ask(scene, kind, np.random.default_rng([5, scene.index]))
                 if question is not None:
