@@ -8,6 +8,9 @@ import pytest
 from pipeline_workspace import ROOT, Workspace
 
 pytestmark = pytest.mark.pipeline
+TWO_FAMILIES = (
+    "dvc exp run -S 'vlm=[tiny-llava,tiny-qwen]' -S 'keep=[0.333,0.222,0.111]' -S 'sample.style.sides=[64,160]'"
+)
 ELSEWHERE = {
     "make repro": "the workspace that all tests here share: `dvc repro`",
     "make test": "this very run",
@@ -18,6 +21,7 @@ ELSEWHERE = {
     "dvc exp run -S layer=-2": "test_pipeline.py",
     "dvc exp run -S 'keep=[72,16]'": "test_pipeline.py",
     "dvc exp run -S 'loss=[mse,aw_mse]'": "tests/pipelines: grids",
+    TWO_FAMILIES: "tests/pipelines/test_two_families.py",
     "ocvtp prefetch llava-1.5-7b gqa mme pope textvqa": "needs the internet",
 }
 """Commands that this file does not run, and what does."""
