@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from rich.console import Console
@@ -172,16 +173,20 @@ def _transfer(store: Store, options: argparse.Namespace) -> Said:
             raise BadConfig(f"there is no result {wanted}: give KIND or KIND/KEY")
     asked = [name for name in source if not options.names or {name, name.partition("/")[0]} & set(options.names)]
     todo, failed = [name for name in asked if name not in target], {}
-    outs = [store.path(*name.split("/")) for name in todo]
+    waiting, ended = iter(todo), SimpleQueue[None]()  # of a list: threads may share its iterator
 
-    def move(out: Path) -> None:
-        try:
-            (remote.push if pushing else remote.pull)(out)
-        except Exception as error:  # whatever a client raises: the others go on
-            failed[_name(store, out)] = " ".join(f"{type(error).__name__}: {error}".split())
+    def work() -> None:
+        for name in waiting:
+            try:
+                (remote.push if pushing else remote.pull)(store.path(*name.split("/")))
+            except Exception as error:  # whatever a client raises: the others go on
+                failed[name] = " ".join(f"{type(error).__name__}: {error}".split())
+            ended.put(None)
 
-    with ThreadPool(AT_ONCE) as pool:  # of daemons: when we are interrupted nothing waits for a transfer that hangs
-        list(pool.imap_unordered(move, outs))
+    for _ in range(AT_ONCE):  # no pool: when we are interrupted nothing waits for a transfer that hangs
+        Thread(target=work, daemon=True).start()
+    for _ in todo:
+        ended.get()
     did, done, before = f"{options.name}ed", sorted(set(todo) - set(failed)), len(asked) - len(todo)
     lines = [f"{name} was not {did}: {text}" for name, text in sorted(failed.items())]
     lines.append(f"{len(done)} results {did}, {before} there before, {len(failed)} failed")

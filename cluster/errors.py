@@ -42,12 +42,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}")
-        self.signum = signum
-
-    @property
-    def exit_code(self) -> int:
-        """What a program ended by that signal returns: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + self.signum
+        self.exit_code = 128 + signum  # what shells say of a program ended by it: 130 for Ctrl-C, 143 for SIGTERM
 
 
 class Stopped(KeyboardInterrupt):
