@@ -31,8 +31,8 @@ repro: $(STAMP)  ## run the whole experiment (dvc repro)
 system:  # what Debian must provide for all tests; needs root
 	@scripts/system-packages
 
-# Two files at once, but for tests that wait for jobs, daemons and browsers, or measure.
-ALONE := tests/benchmarks tests/cluster tests/integration
+# Two files at once, but for tests that wait for jobs, daemons and browsers.
+ALONE := tests/cluster tests/integration
 test: $(STAMP) system  ## run the tests
 	@failed=; OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile $(ALONE:%=--ignore=%) || failed=1; \
 	pytest $(ALONE) || failed=1; [ -z "$$failed" ]

@@ -16,7 +16,7 @@ from pipelines import efficiency, extract, measure, report, sample, train
 from pipelines import eval as evaluate
 from pipelines.stage import outputs
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.slow]
+pytestmark = [pytest.mark.pipeline, pytest.mark.nightly]
 VLMS = ["tiny-llava", "tiny-qwen"]
 SHARES = ["33.3%", "22.2%", "11.1%"]
 CHANGES: dict[str, Any] = {

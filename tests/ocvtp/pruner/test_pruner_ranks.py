@@ -55,7 +55,13 @@ def trained(tokens: tuple[Path, Path], out: Path, processes: int, *more: str) ->
     return list(csv.DictReader(io.StringIO((out / "curves.csv").read_text())))
 
 
-@pytest.mark.parametrize("more", [(), ("loss=mse", "pruner.decoder=ar", "drop_last=false", "batch_size=10")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("loss=mse", "pruner.decoder=ar", "drop_last=false", "batch_size=10"), marks=pytest.mark.nightly),
+    ],
+)
 def test_two_processes_have_the_curve_of_one(tokens, tmp_path: Path, more: tuple[str, ...]) -> None:
     one, two = trained(tokens, tmp_path / "one", 1, *more), trained(tokens, tmp_path / "two", 2, *more)
     assert len(one) == len(two) == 9
