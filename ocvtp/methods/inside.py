@@ -148,6 +148,9 @@ class Inside(Method):
         one_of(self.name, {"budget": budget}, "budget", BUDGETS)
         if not stages:
             raise BadInput(f"{self.name} drops tokens between layers, but the language model has {depth} of them")
+        for needed in ("information", "adapted"):
+            if self.adapts_at is not None and getattr(type(self), needed) is getattr(Inside, needed):
+                raise BadInput(f"{self.name} adapts to each image (adapts_at is {self.adapts_at}): write `{needed}`")
         self.depth, self.budget, self.stages = depth, budget, tuple(stages)
         self._plans: dict[tuple[int, int], list[Step]] = {}
 
@@ -181,12 +184,12 @@ class Inside(Method):
         return scores_IN
 
     def information(self, scored: Scored) -> Tensor:
-        """What `adapted` reads of each image, [I], at the stage `adapts_at`."""
-        raise NotImplementedError
+        """What `adapted` reads of each image, [I], at the stage `adapts_at`; a method that has one must say so."""
+        raise BadInput(f"{self.name} does not say what it reads of an image: write `information`")
 
     def adapted(self, tokens: int, keep: int, information: float) -> list[Step]:
         """As `steps`, for an image of which that is known: costs may not be above those of `steps` on average."""
-        raise NotImplementedError
+        raise BadInput(f"{self.name} does not say how many tokens of an image stay: write `adapted`")
 
     def enter(self, tokens: int, keep: int) -> int:
         """How many tokens of an image enter the language model. Here: all."""

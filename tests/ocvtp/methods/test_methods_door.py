@@ -17,6 +17,7 @@ import ocvtp
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import Encoded, Entry, Kept, Method, register
 from ocvtp.methods.fastv import FastV
+from ocvtp.methods.inside import Inside, PruneStage
 from ocvtp.methods.register import Register
 
 ROOT = Path(__file__).parents[3]
@@ -209,3 +210,12 @@ def test_paths_are_there() -> None:
     for name in re.findall(r"`(ocvtp(?:\.\w+)+)`", PAGE):
         module, _, last = name.rpartition(".")
         assert importlib.util.find_spec(name if last.islower() and last != "prune" else module), name
+
+
+@pytest.mark.parametrize("missing", ["information", "adapted"])
+def test_a_method_that_adapts_must_say_how(missing: str) -> None:
+    given = {"information": lambda *_: None, "adapted": lambda *_: [], "steps": lambda *_: []}
+    del given[missing]
+    halved = type("Halved", (Inside,), {"name": "halved", "adapts_at": 0, **given})
+    with pytest.raises(BadInput, match=f"halved adapts to each image .adapts_at is 0.: write `{missing}`"):
+        halved(4, "average", [PruneStage(0, 1)])

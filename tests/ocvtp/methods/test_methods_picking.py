@@ -99,14 +99,18 @@ def chosen(
     return sorted(picked), torch.stack(values) if values else seen["values"][:0]
 
 
-@pytest.mark.parametrize("where", ["square", "wide", "tiles", "cut"])
-@pytest.mark.parametrize(
-    ("name", "options"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x))
-)
+SEVERAL_TILES = ("tiles", "cut")
+CASES = [
+    pytest.param(name, options, where, id="-".join([name, *map(str, options), where]))
+    for name, options in VARIANTS
+    for where in ("square", "wide", *SEVERAL_TILES)
+    if where in SEVERAL_TILES or not options.get("tiles")
+]
+
+
+@pytest.mark.parametrize(("name", "options", "where"), CASES)
 def test_ties_and_all(tools: Any, name: str, options: dict[str, Any], where: str) -> None:
     layout, owners = tools.layouts[where], tools.owners(tools.layouts[where])
-    if where in ("wide", "square") and options.get("tiles"):
-        pytest.skip("one tile")
     for seed in range(3):
         facts = tools.facts if seed else tools.without_cls
         block = facts.feature_layer - 1
