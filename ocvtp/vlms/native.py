@@ -184,7 +184,7 @@ class NativeFamily(Family):
     def _sizes(self, images: Images) -> list[tuple[int, Grid]]:
         """Of each image the patches, and the grid of its tokens."""
         assert images.sizes is not None  # noqa: S101 - as `images` has made sure
-        merge = self.tower.spatial_merge_size
+        merge = self.model.config.vision_config.spatial_merge_size
         return [(rows * columns, (rows // merge, columns // merge)) for _, rows, columns in images.sizes.tolist()]
 
     def counts(self, images: Images) -> list[int]:  # noqa: D102
