@@ -169,6 +169,13 @@ class NativeFamily(Family):
             return None
         if sizes is None:
             raise BadInput(f"this model needs {sizes_name} beside {pixels_name}: use its processor")
+        merge = self.model.config.vision_config.spatial_merge_size
+        for frames, rows, columns in sizes.tolist():
+            if not (rows and columns) or rows % merge or columns % merge:
+                raise BadInput(
+                    f"{sizes_name} has {frames} x {rows} x {columns} patches: a token is made of {merge} x {merge}, so "
+                    f"rows and columns are multiples of {merge}, at least {merge}"
+                )
         patches = sizes.prod(1)
         if len(pixels) != int(patches.sum()):
             raise BadInput(
