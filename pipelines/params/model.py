@@ -181,7 +181,7 @@ class Efficiency(Section):
     """What the closed-form cost counts."""
 
     text_tokens: Natural = 32
-    image_tokens: Positive = 999
+    image_tokens: Positive | Literal["auto"] = "auto"
 
 
 class Demand(Section):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import ocvtp
-from ocvtp.pruning.memory import VisionMemory
 from ocvtp.vlms.families import family_of
 from ocvtp.vlms.images import Images
+from ocvtp.vlms.memory import VisionMemory
 
 
 class Counting:

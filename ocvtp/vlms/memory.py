@@ -46,7 +46,7 @@ class VisionMemory:
 
 
 class Remembering:
-    """A family whose `encode` looks into a memory first; all else is the family's own."""
+    """A family whose `encode` asks a memory first; all else is the family's own."""
 
     def __init__(self, family: Family, memory: VisionMemory) -> None:
         self._family, self._memory = family, memory
@@ -62,7 +62,7 @@ class Remembering:
 
 
 def _digest(images: Images) -> bytes:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(images.videos).encode())
     for tensor in (images.pixels, images.sizes):
         if tensor is not None:
             digest.update(repr((tensor.shape, tensor.dtype)).encode())
