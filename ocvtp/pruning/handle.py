@@ -25,6 +25,7 @@ from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
 from ocvtp.pruning.choosing import choose, slots
+from ocvtp.pruning.features import Embedded, before_the_llm, call_of, embedded, texts_of
 from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.memory import Remembering, VisionMemory
 from ocvtp.pruning.prefix import Prefix
@@ -177,6 +178,34 @@ class Handle(calls.Uncopied):
     def share(self, memory: VisionMemory) -> None:
         """Take what the tower makes of a batch from a memory, which handles on one model share one after another."""
         self._family = cast(Family, Remembering(self._family, memory))
+
+    @torch.no_grad()
+    def embed(self, images: Any, prompts: Sequence[Any] | None = None) -> list[Embedded]:
+        """What the language model would read of each image: for engines that take vision tokens instead of pixels.
+
+        Args:
+            images: what the model's processor made of them, such as all that it returns for images and text, or
+                `pixel_values` alone where nothing else describes images.
+            prompts: for each image token ids of its prompt, for methods that read it; None: `input_ids` in `images`.
+
+        Returns:
+            For each image its rows, on the model's device, what they are, and their positions.
+
+        Raises:
+            BadInput: a method that prunes nothing or acts inside the LLM, videos, images that are none, or no prompts
+                for a method that reads them.
+        """
+        method, call = before_the_llm(self.method, self._method), call_of(images)
+        given = self._family.images(call)
+        assert given is not None  # noqa: S101 - `call_of` has found some
+        if prompts is not None:
+            texts = texts_of(prompts, len(given), self._family)
+        elif self._needs_text and call.get("input_ids") is None:
+            raise BadInput(f"{self.method} reads the prompt: give prompts, or input_ids beside pixel_values in images")
+        else:
+            texts = self._prompts_of(call.get("input_ids"), call.get("attention_mask"), given)
+        placed = choose(self._family, method, self._budget, given, self._seeds(given), texts, self._videos)
+        return embedded(self._family, given, placed, self._prompts.positions)
 
     def slots(self, **call: Any) -> list[Tensor | None]:
         """Attention of the slots that choose tokens of each image, [K, N], given the arguments of a `generate`.
