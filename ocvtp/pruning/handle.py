@@ -8,7 +8,6 @@ form (`Handle.last_columns` says of which columns).
 Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, q new columns.
 """
 
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from ocvtp.methods.budget import Entering
 from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
-from ocvtp.pruning.choosing import choose, slots
+from ocvtp.pruning.choosing import choose, name_of, slots
 from ocvtp.pruning.features import Embedded, before_the_llm, call_of, embedded, texts_of
 from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.memory import Remembering, VisionMemory
@@ -331,25 +330,10 @@ class Handle(calls.Uncopied):
         if not self._random:
             return [0] * len(images)
         if names is None:
-            names = [_name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
+            names = [name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
         elif len(names) != len(images):
             raise BadInput(f"{len(names)} names of samples for {len(images)} images: one for each is needed")
         return [derive(self.seed, name) for name in names]  # not from batch, order or machine
-
-
-_NAMING = 1 << 16
-"""Numbers of a picture that are read for its name."""
-
-
-def _name_of(pixels: Tensor) -> str:
-    """A name for a picture that the caller gave none, from its pixels.
-
-    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same. Of a large
-    picture every so many are read: all of five tiles would take longer than a good method.
-    """
-    some = pixels.detach().flatten()[:: max(1, pixels.numel() // _NAMING)]
-    rounded = some.to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
-    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
 
 
 def _texts(ids_BL: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> list[list[int]]:
