@@ -167,6 +167,7 @@ class Evaluate(Section):
     dtype: Dtype = "float32"
     max_new_tokens: Positive = 16
     bootstrap: int = Field(default=2000, ge=100)
+    minutes_per_task: float = Field(default=30.0, gt=0)
     limit: Positive | None = None
     options: dict[str, dict[str, Any]] = Field(default={"css": {"layer": -2}})
 
