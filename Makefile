@@ -8,6 +8,8 @@ STAMP := $(VENV)/.complete
 UV := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 export PATH := $(BIN):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+# Without bytecode every worker compiles some 2,000 modules of torch and transformers anew: ten seconds of CPU each.
+export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/\1 \2/p' $(MAKEFILE_LIST) | while read name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
@@ -21,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 	if [ -z "$$found" ]; then echo "ocvtp needs Python 3.11 or newer; none was found" >&2; exit 1; fi; \
 	[ -x $(BIN)/python ] || $$found -m venv $(VENV); \
 	[ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
-	$(BIN)/uv pip sync --quiet requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode requirements.lock
 	$(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 
