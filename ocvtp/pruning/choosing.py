@@ -3,6 +3,7 @@
 Letters: I images, G images with equally many tokens, N tokens of an image, k tokens kept.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -183,3 +184,18 @@ def _checked(kept: Kept, encoded: Encoded, method: Method) -> Tensor:
             + ("" if number > keep else " (it may say `fewer = True`)")
         )
     return indices_Gk
+
+
+_NAMING = 1 << 16
+"""Numbers of a picture that are read for its name."""
+
+
+def name_of(pixels: Tensor) -> str:
+    """A name for a picture that the caller gave none, from its pixels.
+
+    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same. Of a large
+    picture every so many are read: all of five tiles would take longer than a good method.
+    """
+    some = pixels.detach().flatten()[:: max(1, pixels.numel() // _NAMING)]
+    rounded = some.to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
+    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()

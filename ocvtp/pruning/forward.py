@@ -58,6 +58,8 @@ class Forward:
     ) -> None:  # fmt: skip
         """`positions` as the caller wants them, `default` as the method has them; `plain` is the model's own forward.
 
+        Which of them it is in the end is `self.positions`.
+
         Raises:
             BadInput: positions that cannot be had.
             Incompatible: the method acts inside a language model whose layers it cannot read.
@@ -65,7 +67,7 @@ class Forward:
         self._model, self._family, self._plain, self._budget = model, family, plain, budget
         places = self._several = several_positions(model.get_decoder().config)
         # M-RoPE's are places in a picture, which stay right whatever is dropped.
-        self._positions: Positions = positions or ("original" if places else default)
+        self.positions: Positions = positions or ("original" if places else default)
         self._method = method if isinstance(method, Inside) else None
         self._layers = None
         if self._method is not None:
@@ -74,7 +76,7 @@ class Forward:
                     f"positions='compact' cannot be had with {self._method.name} and M-RoPE, whose positions are "
                     "places in a picture: leave positions out, or say 'original'"
                 )
-            self._positions = "original" if places else self._positions
+            self.positions = "original" if places else self.positions
             self._layers = Layers(model, self._method, family.facts.added)
         self._features = Features(model.model)
 
@@ -103,7 +105,7 @@ class Forward:
 
     def check_images(self, images: Images) -> None:
         """`BadInput` for videos under M-RoPE whose frames, which overlap in place, would be numbered anew."""
-        if images.videos and self._positions == "compact" and self._several:
+        if images.videos and self.positions == "compact" and self._several:
             raise BadInput("positions='compact' cannot be had with videos and M-RoPE: leave positions out")
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
@@ -117,13 +119,13 @@ class Forward:
             raise BadInput("a pruned model needs logits_to_keep as a number: columns are others after pruning")
         spots = _repeated(encoded, rows)
         before_BS, positions_PBL, mask_BL = self._placed(call, cache, ids_BL, mask_BL)
-        spliced = splice(mask_BL, positions_PBL, spots, self._positions)
+        spliced = splice(mask_BL, positions_PBL, spots, self.positions)
         whole_BS = spliced.mask_BS if before_BS is None else torch.cat([before_BS, spliced.mask_BS], 1)
         full = bool(whole_BS.all())
         labels_BL = call.get("labels")
         call = self._rewritten(call, spliced)
         # Without a cache, transformers takes gaps in positions for the ends of prompts, unless there is a mask.
-        call["attention_mask"] = None if full and self._positions == "compact" else whole_BS
+        call["attention_mask"] = None if full and self.positions == "compact" else whole_BS
         call["return_dict"], asked = True, call.get("return_dict")
         held: tuple[Held, ...] = ()
         told = Told(spliced.columns_BS)
@@ -139,7 +141,7 @@ class Forward:
             labels_BS = call.pop("labels", None)
             assert self._method is not None  # noqa: S101 - else there are no layers
             run = shortening(
-                layers, self._method, self._budget, spliced, spots, self._positions,
+                layers, self._method, self._budget, spliced, spots, self.positions,
                 labels_BS=labels_BS, length=encoded.length, before_BS=before_BS, prefix=prefix,
             )  # fmt: skip
             with features as asking, layers.running(run):
@@ -209,7 +211,7 @@ class Forward:
         mask_BS, positions_Bt = prefix.since(call["past_key_values"], mask_BL, length, batch)
         tail = mask_BL is None or bool(mask_BS[:, prefix.mask_BS.shape[1] :].all())
         positions_PBq = positions_Bt[None, :, -length:]
-        if call.get("position_ids") is not None and self._several and self._positions == "original":
+        if call.get("position_ids") is not None and self._several and self.positions == "original":
             # As `generate` counts them: after a video in M-RoPE not from its largest position, as `forward` does.
             positions_PBq = self._family.positions(call, mask_BS, 0)
         dropped = {*self._family.vision_inputs, *self._family.column_inputs}

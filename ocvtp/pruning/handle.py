@@ -8,7 +8,6 @@ form (`Handle.last_columns` says of which columns).
 Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, q new columns.
 """
 
-import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from ocvtp.methods.budget import Entering
 from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
-from ocvtp.pruning.choosing import choose, slots
+from ocvtp.pruning.choosing import choose, name_of, slots
+from ocvtp.pruning.features import Embedded, before_the_llm, call_of, embedded, texts_of
 from ocvtp.pruning.forward import EncodedCall, Forward
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
@@ -186,6 +186,34 @@ class Handle(calls.Uncopied):
         """Take what the tower makes of a batch from a memory, which handles on one model share one after another."""
         self._family = cast(Family, Remembering(self._family, memory))
 
+    @torch.no_grad()
+    def embed(self, images: Any, prompts: Sequence[Any] | None = None) -> list[Embedded]:
+        """What the language model would read of each image: for engines that take vision tokens instead of pixels.
+
+        Args:
+            images: what the model's processor made of them, such as all that it returns for images and text, or
+                `pixel_values` alone where nothing else describes images.
+            prompts: for each image token ids of its prompt, for methods that read it; None: `input_ids` in `images`.
+
+        Returns:
+            For each image its rows, on the model's device, what they are, and their positions.
+
+        Raises:
+            BadInput: a method that prunes nothing or acts inside the LLM, videos, images that are none, or no prompts
+                for a method that reads them.
+        """
+        method, call = before_the_llm(self.method, self._method), call_of(images)
+        given = self._family.images(call)
+        assert given is not None  # noqa: S101 - `call_of` has found some
+        if prompts is not None:
+            texts = texts_of(prompts, len(given), self._family)
+        elif self._needs_text and call.get("input_ids") is None:
+            raise BadInput(f"{self.method} reads the prompt: give prompts, or input_ids beside pixel_values in images")
+        else:
+            texts = self._prompts_of(call.get("input_ids"), call.get("attention_mask"), given)
+        placed = choose(self._family, method, self._budget, given, self._seeds(given), texts, self._videos)
+        return embedded(self._family, given, placed, self._prompts.positions)
+
     def slots(self, **call: Any) -> list[Tensor | None]:
         """Attention of the slots that choose tokens of each image, [K, N], given the arguments of a `generate`.
 
@@ -323,7 +351,7 @@ class Handle(calls.Uncopied):
         if not self._random:
             return [0] * len(images)
         if names is None:
-            names = [_name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
+            names = [name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
         elif len(names) != len(images):
             raise BadInput(f"{len(names)} names of samples for {len(images)} images: one for each is needed")
         return [derive(self.seed, name) for name in names]  # not from batch, order or machine
@@ -344,21 +372,6 @@ class _Generating:
     new: int = 0
     encoded: EncodedCall | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
-
-
-_NAMING = 1 << 16
-"""Numbers of a picture that are read for its name."""
-
-
-def _name_of(pixels: Tensor) -> str:
-    """A name for a picture that the caller gave none, from its pixels.
-
-    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same. Of a large
-    picture every so many are read: all of five tiles would take longer than a good method.
-    """
-    some = pixels.detach().flatten()[:: max(1, pixels.numel() // _NAMING)]
-    rounded = some.to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
-    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
 
 
 def _texts(ids_BL: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> list[list[int]]:
