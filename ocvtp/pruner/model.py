@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,14 @@ class PrunerOutput:
     slots: Tensor
     attention: Tensor
     reconstruction: Tensor | None
+
+
+class SlotStart(NamedTuple):
+    """What slots begin as: queries that are given, or whence their noise comes, as in `OCPruner.forward`."""
+
+    queries: Tensor | None
+    generator: torch.Generator | None
+    seeds: Sequence[int] | None
 
 
 class OCPruner(nn.Module):
@@ -107,9 +115,8 @@ class OCPruner(nn.Module):
                 mask, seeds or grid that do not fit.
         """
         tokens_BNC, mask_BN = self._tokens(tokens, mask, check_values)
-        slots_BKD, attention_BKN, slot_mask_BK = self._aggregate(
-            tokens_BNC, num_slots, queries, generator, mask_BN, seeds
-        )
+        start = SlotStart(queries, generator, seeds)
+        slots_BKD, attention_BKN, slot_mask_BK = self._aggregate(tokens_BNC, mask_BN, num_slots, start)
         rebuilt_BNC = None
         if self.decoder is not None and not (isinstance(decode, str) and decode == "none"):
             where = layout(tokens_BNC, mask_BN, grid, self.config)
@@ -186,13 +193,12 @@ class OCPruner(nn.Module):
             return everything(batch, count, mask_BN, tokens_BNC.device)
 
         num_slots = self._slots_for(keeps, slots, top_k, count)
-        attention_BKN, slot_mask_BK = self._attention(
-            tokens_BNC, num_slots, queries, generator, mask_BN, seeds, bf16=bf16
-        )
+        start = SlotStart(queries, generator, seeds)
+        attention_BKN, slot_mask_BK = self._attention(tokens_BNC, mask_BN, num_slots, start, bf16=bf16)
         exist_B1 = torch.full((1, 1), count) if mask_BN is None else mask_BN.sum(1, keepdim=True)
         keep_B1 = torch.tensor(keeps)[:, None].to(exist_B1.device, non_blocking=True).minimum(exist_B1)
         if fill == "random":
-            fill_scores = self._random_scores(batch, count, seeds, generator)
+            fill_scores = self._random_scores(batch, count, start)
         return choose(
             attention_BKN.float(),
             keep_B1.to(tokens_BNC.device, non_blocking=True),
@@ -254,22 +260,16 @@ class OCPruner(nn.Module):
         return tokens.to(self.dtype), mask
 
     def _aggregate(
-        self,
-        tokens_BNC: Tensor,
-        num_slots: int | Sequence[int],
-        queries: Tensor | None,
-        generator: torch.Generator | None,
-        mask_BN: Tensor | None,
-        seeds: Sequence[int] | None,
+        self, tokens_BNC: Tensor, mask_BN: Tensor | None, num_slots: int | Sequence[int], start: SlotStart
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Eq. 6: slots, attention, and which slots exist (None: all)."""
         slots, slot_mask_BK = self._existing(tokens_BNC, num_slots)
         batch, most = len(slots), max(slots)
         encoded_BND = self.project(tokens_BNC)
-        if queries is None and isinstance(self.queries, FromTokens):
+        if start.queries is None and isinstance(self.queries, FromTokens):
             queries_BKD = self.queries(tokens_BNC, encoded_BND, slots, mask_BN)
         else:
-            queries_BKD = self._queries(batch, most, queries, generator, seeds)
+            queries_BKD = self._queries(batch, most, start)
         slots_BKD, attention_BKN = self.slot_attention(encoded_BND, queries_BKD, mask_BN, slot_mask_BK)
         return slots_BKD, attention_BKN, slot_mask_BK
 
@@ -289,11 +289,9 @@ class OCPruner(nn.Module):
     def _attention(
         self,
         tokens_BNC: Tensor,
-        num_slots: int | Sequence[int],
-        queries: Tensor | None,
-        generator: torch.Generator | None,
         mask_BN: Tensor | None,
-        seeds: Sequence[int] | None,
+        num_slots: int | Sequence[int],
+        start: SlotStart,
         *,
         bf16: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -304,10 +302,10 @@ class OCPruner(nn.Module):
             return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
 
         slots, slot_mask_BK = self._existing(tokens_BNC, num_slots)
-        of_tokens = queries is None and isinstance(self.queries, FromTokens)
+        of_tokens = start.queries is None and isinstance(self.queries, FromTokens)
         if self.training or mask_BN is not None or slot_mask_BK is not None or of_tokens:
             with precision():
-                return self._aggregate(tokens_BNC, num_slots, queries, generator, mask_BN, seeds)[1:]
+                return self._aggregate(tokens_BNC, mask_BN, num_slots, start)[1:]
 
         def gathered(tokens_BNC: Tensor, queries_BKD: Tensor) -> Tensor:
             with precision():
@@ -315,21 +313,14 @@ class OCPruner(nn.Module):
             return attention_BKN
 
         with precision():
-            queries_BKD = self._queries(len(slots), slots[0], queries, generator, seeds)
+            queries_BKD = self._queries(len(slots), slots[0], start)
         places = tuple(
             weight.data_ptr() for part in (self.project, self.slot_attention) for weight in part.parameters()
         )
         return self._replays((bf16, places), gathered, tokens_BNC, queries_BKD), None
 
-    def _queries(
-        self,
-        batch: int,
-        slots: int,
-        queries: Tensor | None,
-        generator: torch.Generator | None,
-        seeds: Sequence[int] | None,
-    ) -> Tensor:
-        width = self.config.slot_dim
+    def _queries(self, batch: int, slots: int, start: SlotStart) -> Tensor:
+        width, (queries, generator, seeds) = self.config.slot_dim, start
         if queries is not None:
             if tuple(queries.shape) != (batch, slots, width):
                 raise BadInput(f"queries {list(queries.shape)}: [{batch}, {slots}, {width}] is needed")
@@ -377,9 +368,8 @@ class OCPruner(nn.Module):
         extra = int(self.config.extra_slot)
         return [min(count, max(1, (keep + extra) // top_k)) for keep in keeps]
 
-    def _random_scores(
-        self, batch: int, count: int, seeds: Sequence[int] | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _random_scores(self, batch: int, count: int, start: SlotStart) -> Tensor:
+        _, generator, seeds = start
         if seeds is not None:
             rows = [torch.rand(count, generator=seeded("ocvtp fill", self.config.query_seed, seed)) for seed in seeds]
             return torch.stack(rows)

@@ -9,8 +9,8 @@ from ocvtp.errors import BadInput
 
 _ROLLED_BACK = "takes guesses back out of the cache by the length of whole prompts, which is not its own: leave it out"
 _STATIC = (
-    "a static one is laid out for whole prompts, and compiled: leave it out, or say 'dynamic' or 'offloaded' "
-    "(`model.compile()` works with these)"
+    "a static one is laid out for whole prompts, and compiled: leave it out, or say 'dynamic', with which "
+    "`model.compile()` works, too"
 )
 _REFUSED = {
     "assistant_model": f"assisted decoding {_ROLLED_BACK}",

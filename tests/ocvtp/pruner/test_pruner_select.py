@@ -8,6 +8,7 @@ import torch
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruner.config import FILLS
+from ocvtp.pruner.model import SlotStart
 from ocvtp.pruner.select import choose
 
 WIDTH = 32
@@ -220,22 +221,25 @@ def test_queries_follow_from_the_seed_of_the_sample(pruner):
     by_one = [pruner(x[i : i + 1], 6, seeds=[i + 1], decode="none").attention[0] for i in (2, 0, 1)]
     for row, image in enumerate((2, 0, 1)):
         torch.testing.assert_close(by_batch[image], by_one[row], rtol=0, atol=1e-5)
-    noise = pruner._queries(2, 6, None, None, [1, 2])
+    noise = pruner._queries(2, 6, SlotStart(None, None, [1, 2]))
     assert not torch.allclose(noise[0], noise[1])  # samples differ
-    fixed = pruner._queries(2, 6, None, None, None)
+    fixed = pruner._queries(2, 6, SlotStart(None, None, None))
     assert torch.equal(fixed[0], fixed[1])
     for slots in (fixed[0], noise[0]):
         assert float(torch.pdist(slots).min()) > 1  # slots differ
-    assert torch.equal(pruner._queries(1, 3, None, None, None)[0], fixed[0, :3])
+    assert torch.equal(pruner._queries(1, 3, SlotStart(None, None, None))[0], fixed[0, :3])
     for slots in (3, 7, 40):
         assert torch.equal(
-            pruner._queries(1, slots, None, None, [5])[0], pruner._queries(1, 50, None, None, [5])[0, :slots]
+            pruner._queries(1, slots, SlotStart(None, None, [5]))[0],
+            pruner._queries(1, 50, SlotStart(None, None, [5]))[0, :slots],
         )
     other = make(query_seed=1)
-    assert not torch.equal(other._queries(1, 3, None, None, None), fixed[:1, :3])
+    assert not torch.equal(other._queries(1, 3, SlotStart(None, None, None)), fixed[:1, :3])
     fresh = make(query_noise="fresh")
-    assert not torch.equal(fresh._queries(1, 3, None, None, None), fresh._queries(1, 3, None, None, None))
-    one, two = (pruner._queries(2, 3, None, torch.Generator().manual_seed(s), None) for s in (0, 0))
+    assert not torch.equal(
+        fresh._queries(1, 3, SlotStart(None, None, None)), fresh._queries(1, 3, SlotStart(None, None, None))
+    )
+    one, two = (pruner._queries(2, 3, SlotStart(None, torch.Generator().manual_seed(s), None)) for s in (0, 0))
     assert torch.equal(one, two)
 
 

@@ -195,6 +195,26 @@ def test_decoding_by_hand_follows_generate(vlm: Any, short: Any, method: str) ->
             assert torch.equal(torch.stack(found, 1), expected)
 
 
+@pytest.mark.parametrize("method", ["fastv", "random+pyramiddrop"])
+@torch.no_grad()
+def test_a_conversation_goes_on_by_generate(vlm: Any, short: Any, method: str) -> None:
+    """As by hand, one word after the other."""
+    model, inputs = vlm.model, vlm.prompt(short)
+    mask, words = inputs["attention_mask"], torch.tensor([[9, 12, 8]]).expand(3, -1)
+    with ocvtp.prune(model, method, 0.5):
+        out = model.generate(**inputs, **NEW, return_dict_in_generate=True)
+        cache, said = copy.deepcopy(out.past_key_values), torch.cat([out.sequences, words], 1)
+        turn = {"input_ids": said, "attention_mask": torch.nn.functional.pad(mask, (0, 8), value=1)}
+        answer = model.generate(**turn, **NEW, past_key_values=out.past_key_values)[:, said.shape[1] :]
+        found, new = list[Tensor](), said[:, -4:]  # the last word of an answer is not in the cache yet
+        for _ in range(5):
+            logits = model(input_ids=new, past_key_values=cache).logits[:, -1]
+            logits[:, vlm.model.generation_config.suppress_tokens] = -torch.inf
+            new = logits.argmax(1)[:, None]
+            found.append(new)
+    assert torch.equal(answer, torch.cat(found, 1))
+
+
 @torch.no_grad()
 def test_several_tokens_at_once_are_as_one_by_one(vlm: Any, short: Any, method: str) -> None:
     model, inputs = vlm.model, vlm.prompt(short)

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 import ocvtp
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import Encoded, Kept, Method
 from ocvtp.pruner import OCPruner, PrunerConfig
-from ocvtp.pruning.videos import VideoBudget
+from ocvtp.pruning.videos import Grouped, VideoBudget
 from ocvtp.vlms import family_of
 
 Picture = Callable[..., Image.Image]
@@ -231,6 +231,30 @@ def test_pairs_of_frames_are_chosen_from_together(moving: Any, picture_of: Pictu
     assert handle.last_kept == [each.tolist() for each in expected]
     assert [tuple(each.shape) for each in slots] == [(4, size), (4, size), (2, size)]
     torch.testing.assert_close(torch.cat(slots[:2], 1).sum(0), torch.ones(2 * size))
+
+
+@torch.no_grad()
+def test_what_a_method_sees_of_a_group_is_what_it_sees_of_its_frames(moving: Any, picture_of: Picture) -> None:
+    video = film(picture_of, 1, 4 if "onevision" in moving.model.config.model_type else 8, 84, 84)
+    inputs = prompts(moving, [(f"<s>{MARKS[moving.model.config.model_type]} what ?", [], [video])])
+    family = family_of(moving.model)
+    vision = family.encode(family.images(inputs), {2, 3})
+    pairs, size = Grouped(vision, [[0, 1], [2, 3]]), vision.counts[0]
+    rows, columns = vision.grids[0]
+    assert (pairs.counts, pairs.grids) == ([2 * size] * 2, [(2 * rows, columns)] * 2)
+    assert [(part.start, part.grid) for part in pairs.layout(1)] == [(0, (rows, columns)), (size, (rows, columns))]
+    for read in (
+        lambda of, numbers: of.tokens(3, numbers),
+        lambda of, numbers: of.values(numbers),
+        lambda of, numbers: of.received(2, numbers),
+        lambda of, numbers: of.keys(2, numbers),
+    ):
+        frames = [read(vision, [number])[0] for number in range(4)]
+        expected = torch.stack([torch.cat(frames[2:]), torch.cat(frames[:2])])
+        torch.testing.assert_close(read(pairs, [1, 0]), expected)
+    for read in (lambda of: of.from_cls(2, [0]), lambda of: of.cls_values([0])):
+        with pytest.raises(Incompatible, match="CLS"):
+            read(pairs)
 
 
 @torch.no_grad()
