@@ -32,7 +32,8 @@ def llava_next(folder: Path) -> Path:
     config = LlavaNextConfig(
         vision_config=own.vision_config.to_dict(), text_config=own.text_config.to_dict(),
         image_token_id=own.image_token_id, image_seq_length=own.image_seq_length, image_grid_pinpoints=PINPOINTS,
-        projector_hidden_act=own.projector_hidden_act, vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=True,
+        projector_hidden_act=own.projector_hidden_act, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", tie_word_embeddings=True,
     )  # fmt: skip
     config.mm_patch_merge_type = "flat"
     torch.manual_seed(0)
