@@ -28,8 +28,8 @@ from torch import Tensor
 from ocvtp.methods.base import BEHAVIOURS, Entry, no_pruner, one_of, whole
 from ocvtp.methods.inside import Inside, Later, PruneStage, Scored, Step, depth_of, listed, per_layer, scaled
 from ocvtp.methods.tiles import share_evenly
-from ocvtp.selection.cosines import unit
-from ocvtp.selection.ranking import ranked
+from ocvtp.selection.cosines import cosines
+from ocvtp.selection.ranking import ranked, rows
 from ocvtp.vlms.family import Family
 
 _K = 2
@@ -81,7 +81,7 @@ class Dart(Inside):
             groups.setdefault(key, []).append(image)
         for (count, kept, asking), members in groups.items():
             some = torch.tensor(members, device=scores_IN.device)
-            asks_Ir = (~later.asks_IR[some]).to(torch.uint8).argsort(dim=1, stable=True)[:, :asking]
+            asks_Ir = ranked(later.asks_IR[some].to(torch.uint8))[:, :asking]
             asks_IrD = later.asks_IRD[some[:, None], asks_Ir]
             lengths_Ir = later.asks_keys_IR[some[:, None], asks_Ir]
             chosen_In = self._chosen(
@@ -95,14 +95,8 @@ class Dart(Inside):
         own = min(self._image, kept)
         pivots_Ip = ranked(keys_IN)[:, :own]
         words_Ip = ranked(asks_IR)[:, : self._text]
-        pivots_IPD = torch.cat(
-            [
-                states_IND.gather(1, pivots_Ip[..., None].expand(-1, -1, states_IND.shape[2])),
-                asks_IRD.gather(1, words_Ip[..., None].expand(-1, -1, states_IND.shape[2])),
-            ],
-            1,
-        )
-        likeness_IPN = unit(pivots_IPD) @ unit(states_IND).transpose(1, 2)
+        pivots_IPD = torch.cat([rows(states_IND, pivots_Ip), rows(asks_IRD, words_Ip)], 1)
+        likeness_IPN = cosines(pivots_IPD, states_IND)
         chosen_IN = torch.zeros_like(keys_IN, dtype=torch.bool).scatter(1, pivots_Ip, value=True)
         for pivot, more in enumerate(share_evenly(kept - own, [kept] * pivots_IPD.shape[1])):
             # Of those that are chosen already none is least like.

@@ -32,7 +32,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.tiles import TILES, budgets, neighbours
-from ocvtp.selection.ranking import ascending, highest
+from ocvtp.selection.ranking import ascending, highest, ranked
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Layout, Part
 
@@ -77,16 +77,13 @@ class HiPrune(Method):
         rank_GN = rank_GN.scatter_(1, anchors_Ga, 2)[:, :-1]
         if self._options["exclude"] == "minus one":
             return self._minus_one(rank_GN > 0, deep_GN, keep)
-        order_GN = deep_GN.argsort(dim=1, descending=True, stable=True)
-        order_GN = order_GN.gather(1, rank_GN.gather(1, order_GN).argsort(dim=1, descending=True, stable=True))
-        numbers_Gk: Tensor = order_GN[:, :keep].sort(1).values
-        return numbers_Gk
+        return ascending(ranked(deep_GN, rank_GN)[:, :keep])
 
     def _minus_one(self, taken_GN: Tensor, deep_GN: Tensor, keep: int) -> Tensor:
         """Registers as the release has them: of all tokens, those that are taken with 1 less."""
         if not self._cls:
             deep_GN = deep_GN * (deep_GN.shape[1] * self._merged)
-        order_GN = (deep_GN - taken_GN.float()).argsort(dim=1, descending=True, stable=True)
+        order_GN = ranked(deep_GN - taken_GN.float())
         place_GN = torch.arange(order_GN.shape[1], device=order_GN.device).expand_as(order_GN)
         registers_GN = torch.zeros_like(order_GN).scatter_(1, order_GN, place_GN) < keep - taken_GN.sum(1, keepdim=True)
         numbers_GN = place_GN.masked_fill(~(taken_GN | registers_GN), -1)

@@ -34,7 +34,8 @@ from ocvtp.methods.base import Encoded, Kept, Method, one_of
 from ocvtp.vlms.family import Family
 
 BUDGETS = ("average", "reference")
-_AUTHORS_DEPTH = 32
+AUTHORS_DEPTH = 32
+"""Layers of the models for which authors give theirs."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def scaled(layers: Sequence[int], depth: int) -> list[int]:
     """Layers of a model of 32 at the same share of another depth: rounded, rising, from 1 on, within the model."""
     found: list[int] = []
     for layer in layers:
-        found.append(max(round(layer * depth / _AUTHORS_DEPTH), found[-1] + 1 if found else 1))
+        found.append(max(round(layer * depth / AUTHORS_DEPTH), found[-1] + 1 if found else 1))
     return [layer for layer in found if layer < depth]
 
 

@@ -39,7 +39,7 @@ from ocvtp.methods.tiles import parts
 from ocvtp.selection.cosines import cosines, mean_of_pairs
 from ocvtp.selection.nms import survivors
 from ocvtp.selection.quotas import best_of_parts, filled
-from ocvtp.selection.ranking import others, rows
+from ocvtp.selection.ranking import others, ranked, rows
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts
 
@@ -136,8 +136,7 @@ def quotas(groups_Gn: Tensor, left_Gn: Tensor, number: int, budget: int, total: 
     edges_Gq = (left_Gq.double() / left_Gq.sum(1, keepdim=True)).cumsum(1) * rest_G[:, None]
     edges_Gq = edges_Gq.round().long()
     wanted_Gq = least_Gq + edges_Gq.diff(dim=1, prepend=edges_Gq.new_zeros(len(edges_Gq), 1))
-    order_Gq = left_Gq.argsort(dim=1, descending=True, stable=True)
-    return filled(wanted_Gq, most_Gq, order_Gq, torch.full_like(rest_G, total))
+    return filled(wanted_Gq, most_Gq, ranked(left_Gq), torch.full_like(rest_G, total))
 
 
 def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:

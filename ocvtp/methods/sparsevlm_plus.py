@@ -23,6 +23,7 @@ from torch import Tensor
 from ocvtp.methods.base import Entry, no_pruner
 from ocvtp.methods.inside import HeadRows, Scored, depth_of, per_layer
 from ocvtp.methods.sparsevlm import Lists, SparseVLM
+from ocvtp.selection.ranking import ranked
 from ocvtp.vlms.family import Family
 
 _WHOLE, _HEADS, _OF = 576, 14, 32
@@ -62,7 +63,7 @@ def weighed(rows: HeadRows, *, least: float | None) -> Tensor:
     by_head_IHT = weights_IHRT.sum(2)
     looks_IH = (by_head_IHT * rows.vision_IT[:, None]).sum(2)
     heads = max(1, round(_HEADS * looks_IH.shape[1] / _OF))
-    chosen_Ih = looks_IH.argsort(dim=1, descending=True, stable=True)[:, :heads]
+    chosen_Ih = ranked(looks_IH)[:, :heads]
     mean_IT = by_head_IHT.gather(1, chosen_Ih[..., None].expand(-1, -1, by_head_IHT.shape[2])).mean(1)
     return mean_IT / rows.real_IR.sum(1, keepdim=True)
 

@@ -31,11 +31,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot, scaled_dot_product_attention
+from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of
 from ocvtp.methods.tiles import share_evenly
+from ocvtp.selection.cosines import unit
+from ocvtp.selection.ranking import ranked
 from ocvtp.vlms.family import Family, Vision, take
 from ocvtp.vlms.images import Images
 from ocvtp.vlms.tiled import ProjectedLate
@@ -62,11 +64,11 @@ def schedule(patches: int, keep: int, blocks: int) -> list[int]:
 
 def merge(tokens_TLC: Tensor, sizes_TL: Tensor, seeds_TL: Tensor, keys_TLE: Tensor, pairs: int) -> tuple[Tensor, ...]:
     """Merge the most alike pairs; tokens, sizes and seeds of what is left."""
-    keys_TLE = normalize(keys_TLE.float(), dim=2)
+    keys_TLE = unit(keys_TLE)
     likeness_TAB = keys_TLE[:, ::2] @ keys_TLE[:, 1::2].transpose(1, 2)
     likeness_TAB[:, 0] = -torch.inf
     best_TA, partner_TA = likeness_TAB.max(2)
-    order_TA = best_TA.argsort(dim=1, descending=True, stable=True)
+    order_TA = ranked(best_TA)
     goes_Tr, stays_TX = order_TA[:, :pairs], order_TA[:, pairs:].sort(1).values
     into_TBr = one_hot(partner_TA.gather(1, goes_Tr), likeness_TAB.shape[2]).transpose(1, 2).float()
     even_TAC, odd_TBC = tokens_TLC[:, ::2], tokens_TLC[:, 1::2].float()

@@ -21,7 +21,7 @@ from torch import Tensor
 from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner, whole
 from ocvtp.methods.picking import RECEIVED, Picking, number
 from ocvtp.selection.cosines import cosines
-from ocvtp.selection.ranking import ranked, rows
+from ocvtp.selection.ranking import ranked
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts
 
@@ -50,8 +50,8 @@ class VisPruner(Picking):
         likeness_Gnn, residual_GR = cosines(seen["tokens"]), order_Gn[:, important:]
         while residual_GR.shape[1] > left:
             former_GA, latter_GE = residual_GR[:, ::2], residual_GR[:, 1::2]
-            some_GAn = rows(likeness_Gnn, former_GA)
-            near_GA = some_GAn.gather(2, latter_GE[:, None].expand(-1, former_GA.shape[1], -1)).amax(2)
+            pairs_GAE = former_GA[..., None] * likeness_Gnn.shape[2] + latter_GE[:, None]
+            near_GA = likeness_Gnn.flatten(1).gather(1, pairs_GAE.flatten(1)).view_as(pairs_GAE).amax(2)
             gone = min(self._removed, residual_GR.shape[1] - left)
             residual_GR = torch.cat([former_GA.gather(1, ranked(near_GA)[:, gone:]), latter_GE], 1)
         return torch.cat([order_Gn[:, :important], residual_GR], 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.selection.proposals import propose
+from ocvtp.selection.ranking import ranked
 
 _ROUNDS: Final = 8
 """Proposals after which slots that still have no token of their own are filled for."""
@@ -93,8 +94,7 @@ def choose(
     if mask_BN is not None:
         fill_BN = fill_BN.masked_fill(~mask_BN, -torch.inf)
     # First by fill, then by pick: picked tokens in front, the most attended first; ties by the lower index.
-    order_BN = fill_BN.argsort(dim=1, descending=True, stable=True)
-    order_BN = order_BN.gather(1, rank_BN.gather(1, order_BN).argsort(dim=1, descending=True, stable=True))
+    order_BN = ranked(fill_BN, rank_BN)
     counts_B1 = keep_B1.expand(batch, 1)
     if fill == "none":  # but where nothing need go, all stay
         exist_B1 = tokens if mask_BN is None else mask_BN.sum(1, keepdim=True)

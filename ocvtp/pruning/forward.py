@@ -27,7 +27,7 @@ from ocvtp.vlms.images import Images
 
 @dataclass(frozen=True)
 class EncodedCall:
-    """Images of one call in `rows` prompts of `length` columns, looked at before the language model starts."""
+    """Images of one call in `rows` prompts of `length` columns, encoded before the language model starts."""
 
     spots: list[Spot]
     rows: int
@@ -40,7 +40,7 @@ class Told:
 
     Attributes:
         columns_BS: the caller's column that each column of the logits comes from; -1 for padding.
-        kept: of each image, the numbers of the tokens that stayed; None: as it was looked at.
+        kept: of each image, the numbers of the tokens that stayed; None: as they were chosen before the language model.
         layers: for each layer, the tokens of each image that it read; None likewise.
     """
 
@@ -129,7 +129,7 @@ class Forward:
         call["return_dict"], asked = True, call.get("return_dict")
         held: tuple[Held, ...] = ()
         told = Told(spliced.columns_BS)
-        prefix = Prefix.of(cache)
+        prefix, before = Prefix.of(cache), Prefix.covered(cache)
         layers = self._hooks(prefix)
         features = self._features.given(
             {kind: self._family.features(parts_XD, kind) for kind, parts_XD in spliced.features.items()}
@@ -153,7 +153,8 @@ class Forward:
                 labels_BS = cut(labels_BL, told.columns_BS, -100)
                 output = type(output)(**{**output, "loss": loss_of(self._model, output.logits, labels_BS, call)})
         if getattr(output, "past_key_values", None) is not None:
-            Prefix(whole_BS, spliced.next_B, full, held).remember(output.past_key_values)
+            columns = before + ids_BL.shape[1]
+            Prefix(whole_BS, spliced.next_B, full, columns, held).remember(output.past_key_values)
         return (output if (self._model.config.return_dict if asked is None else asked) else output.to_tuple()), told
 
     def _placed(
@@ -171,6 +172,14 @@ class Forward:
             mask_BL = ids_BL.new_ones(batch, past + length)
         positions_PBL = self._family.positions(call, mask_BL, past)
         return (mask_BL[:, :past] if past else None), positions_PBL, mask_BL[:, past:]
+
+    def spread(self, call: Mapping[str, Any]) -> Tensor:
+        """Positions of new columns that hold images, as the model takes them, given those of as much text."""
+        positions, length = call["position_ids"], call["input_ids"].shape[1]
+        text_Bq = positions if positions.ndim == 2 else positions[-1]
+        mask_BL = call.get("attention_mask")
+        mask_Bq = torch.ones_like(call["input_ids"]) if mask_BL is None else mask_BL[:, -length:]
+        return self._family.position_ids(self._family.spread(call, text_Bq[:, -length:], mask_Bq))
 
     def _rewritten(self, call: Mapping[str, Any], spliced: Spliced) -> dict[str, Any]:
         """The arguments of the shortened call, but for the mask."""

@@ -24,8 +24,11 @@ def begin(likeness_BNN: Tensor, exists_BN: Tensor, weights_BN: Tensor | None = N
     best_BN = torch.zeros_like(likeness_BNN[:, :, 0])
     least_B1 = TIE * likeness_BNN.amax((1, 2))[:, None] * exists_BN.sum(1, keepdim=True)
 
+    more_BNN = torch.empty_like(likeness_BNN)
+    """Used again at each step: to ask for so much memory takes longer than to fill it."""
+
     def gains() -> Tensor:
-        gain_BN = (likeness_BNN - best_BN[:, None, :]).clamp_(min=0).sum(2)
+        gain_BN = torch.sub(likeness_BNN, best_BN[:, None, :], out=more_BNN).clamp_(min=0).sum(2)
         gain_BN = torch.where(gain_BN > least_B1, gain_BN, 0)
         return gain_BN if weights_BN is None else gain_BN * weights_BN
 

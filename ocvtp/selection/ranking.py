@@ -13,9 +13,13 @@ def highest(scores_BN: Tensor, number: int) -> Tensor:
     return numbers_Bk
 
 
-def ranked(scores_BN: Tensor) -> Tensor:
-    """Numbers from the highest score to the lowest, [B, N]. Of equals the lower number."""
-    return scores_BN.argsort(dim=1, descending=True, stable=True)
+def ranked(scores_BN: Tensor, before_BN: Tensor | None = None) -> Tensor:
+    """Numbers from the highest score to the lowest, [B, N]. Of equals the lower number.
+
+    With `before_BN` those come first for which that is higher, and scores rank what is equal there.
+    """
+    order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
+    return order_BN if before_BN is None else order_BN.gather(1, ranked(before_BN.gather(1, order_BN)))
 
 
 def ascending(numbers_BX: Tensor) -> Tensor:

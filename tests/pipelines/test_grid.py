@@ -39,7 +39,9 @@ def test_the_default_grid() -> None:
         "vanilla": 1,
         **dict.fromkeys(("random", "oc-vtp-untrained", "oc-vtp"), 15),
     }
-    assert len(shipped.method) == 15
+    assert len(shipped.method) == 17
+    inside = {name for name in shipped.method if REGISTRY[name].acts == "inside the LLM"}
+    assert {f"{name}-authors" for name in inside if not name.endswith("-authors")} < inside, "both rows"
     assert set(shipped.method) < set(REGISTRY) - {"trim", "cdpruner"}, "tiny-llava has no text tower"
     assert len(pruner_cells(shipped)) == 3
     assert {one.pruner for one in by_method["oc-vtp"]} == set(pruner_cells(shipped))
@@ -138,8 +140,8 @@ def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours
     assert {one.changes for one in new} == {(change,)}
     assert sum(one.method == "oc-vtp" for one in new) == ours
     assert sum(one.method == "oc-vtp-untrained" for one in new) == untrained
-    free = sum(one.method in CHOICES for one in new)  # three choices on the layer of the axis, three budgets
-    assert free == (9 if change[0] == "layer" else 0)
+    free = sum(one.method in CHOICES for one in new)  # two choices on the layer of the axis, three budgets
+    assert free == (6 if change[0] == "layer" else 0)
     assert len(new) == ours + untrained + free
     assert len({(one.vlm, one.name) for one in found}) == len(found)
     assert {one.pruner for one in found if one.pruner} == set(pruner_cells(params))
@@ -168,7 +170,7 @@ def test_what_is_changed_together_is_one_pruner_and_concerns_each_method_as_far_
     assert {one.options.get("fill") for one in ours if one.pruner.loss == "span"} == {"random"}
     assert {one.pruner for one in ours} == set(new)
     others = [one for one in cells if one.method != "oc-vtp"]
-    assert {one.method for one in others} == {"oc-vtp-untrained", "qr", "fps", "medoids"}  # css has a layer of its own
+    assert {one.method for one in others} == {"oc-vtp-untrained", "qr", "fps"}  # css has a layer of its own
     assert {one.changes for one in others} == {(("layer", -2),)}
     assert len({(one.vlm, one.name) for one in cells}) == len(cells), "both combinations have layer -2"
 

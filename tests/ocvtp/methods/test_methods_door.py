@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import ocvtp
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods import Encoded, Entry, Kept, Method, register
+from ocvtp.methods import REGISTRY, Encoded, Entry, Kept, Method, register
 from ocvtp.methods.fastv import FastV
 from ocvtp.methods.inside import Inside, PruneStage
 from ocvtp.methods.register import Register
@@ -116,8 +117,17 @@ def test_fewer_may_be_kept_by_who_says_so(llava: Any, picture_of: Any) -> None:
 @pytest.mark.parametrize("name", ["dart", "autoprune", "sparsevlm-plus", "vscan", "css+pyramiddrop"])
 def test_a_model_whose_layers_have_no_full_attention_is_refused(make_vlm: Any, name: str) -> None:
     vlm = make_vlm("gemma3")
-    with pytest.raises(Incompatible, match=r"drops tokens inside the language model, .*not all of full attention"):
+    inside = name.replace("vscan", "fastv").rpartition("+")[2]
+    with pytest.raises(Incompatible, match=rf"^{inside} drops tokens inside the language .*not all of full attention"):
         ocvtp.prune(vlm.model, name, 0.5)
+
+
+def test_a_model_with_layers_without_attention_is_refused() -> None:
+    """Qwen3.5: three layers of four are linear."""
+    config = SimpleNamespace(layer_types=["linear_attention"] * 3 + ["full_attention"], num_hidden_layers=4)
+    family = SimpleNamespace(model=SimpleNamespace(get_decoder=lambda: SimpleNamespace(config=config)))
+    with pytest.raises(Incompatible, match=r"^dart drops tokens inside .*full_attention', 'linear_attention'"):
+        REGISTRY["dart"].build(family, None, REGISTRY["dart"].options)  # type: ignore[arg-type]
 
 
 # --- Entry points ----------------------------------------------------------------------------------------------------

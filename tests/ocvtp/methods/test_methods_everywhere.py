@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 import ocvtp
 from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY
+from ocvtp.methods.register import AUTHORS
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.selection import CHOICES
 from ocvtp.vlms import family_of
@@ -35,6 +36,8 @@ TEXT = ("trim", "cdpruner")
 GREEDY = {*CHOICES, "holov", "scope", "prunesid", "promprune", "cdpruner", "cdpruner-no-text", "divprune", "vispruner"}
 """Whose picks depend on each other, or on budgets of parts."""
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
+OTHERS = ("qwen3_vl", "internvl", "llava_onevision", "gemma3", "smolvlm")
+"""Without a CLIP tower."""
 IN_BF16 = 2
 """Tokens of an image in which implementations of attention may differ in bfloat16: rounding decides between scores that
 are nearly equal. In float32 they do not differ."""
@@ -120,6 +123,40 @@ def test_a_batch_is_what_its_rows_are_alone(vlm: Any, images: Any, method: str) 
             alone += handle.last_kept
     assert len(kept) == 9
     assert alone == kept
+
+
+def on_others() -> Any:
+    """Parameters `vlm` and `method`: each method on each other family that can have it; budgets do not matter here."""
+    methods = [name for name, entry in REGISTRY.items() if name != "vanilla" and "clip tower" not in entry.needs]
+    methods = [name for name in methods if not name.endswith(AUTHORS)]
+    # Layers with windows; so few layers that features of the tower are added to most of them.
+    pairs = [
+        (family, method)
+        for family in OTHERS
+        for method in methods
+        if REGISTRY[method].acts == "before the LLM" or family not in ("gemma3", "qwen3_vl")
+    ]
+    return pytest.mark.parametrize(("vlm", "method"), pairs, indirect=["vlm"])
+
+
+@torch.no_grad()
+@on_others()
+def test_on_other_families_all_is_all_and_a_batch_is_its_rows(vlm: Any, images: Any, method: str) -> None:
+    """In one pass each: ways to generate do not ask which method it is."""
+    model, inputs = vlm.model, vlm.prompt(images)
+    logits, real = model(**inputs).logits, inputs["attention_mask"].bool()
+    with prune(vlm, method, "100%") as handle:
+        torch.testing.assert_close(model(**inputs).logits[real], logits[real], atol=1e-5, rtol=1e-5)
+        assert all(kept == list(range(len(kept))) for kept in handle.last_kept)
+    with prune(vlm, method, 0.5 if REGISTRY[method].acts == "before the LLM" else 0.75) as handle:
+        model(**inputs)
+        kept, alone = handle.last_kept, []
+        for row in range(8):
+            model(**vlm.row(images, row))
+            alone += handle.last_kept
+    assert kept == alone
+    assert len(kept) >= 9
+    assert any(kept != list(range(len(kept))) for kept in alone)
 
 
 @torch.no_grad()

@@ -26,6 +26,25 @@ def test_reference_takes_the_authors_shares(keep: int, kept: tuple[int, int, int
     assert sum(counts) / 32 == pytest.approx(average, abs=0.05)
 
 
+@pytest.mark.parametrize("depth", [4, 28, 32])
+def test_the_authors_shares_are_those_of_their_models_at_any_depth(depth: int) -> None:
+    """Also where the first layers alone read more than the budget: on the line from 0.19 at 64 of 576 to nothing."""
+    made = PyramidDrop(depth, options_of(ENTRY, {"budget": "reference"}))
+    for tokens, keep, share in (
+        (576, 192, 0.56),
+        (576, 128, 0.42),
+        (576, 64, 0.19),
+        (2880, 160, 0.095),
+        (144, 4, 0.0475),
+    ):
+        kept = [max(1, int(tokens * share**power)) for power in (1, 2, 3)]
+        assert [step.tokens for step in made.steps(tokens, keep)] == kept
+        counts = made.per_layer(tokens, keep)
+        first = made.stages[0].pruned
+        assert counts[: first + 1] == [tokens] * first + kept[:1]
+    assert sum(per_layer(144, 16, 4, budget="reference")) == 144 + 27 + 5 + 1
+
+
 def test_the_released_shares_follow_from_their_average() -> None:
     counts = per_layer(576, 270, budget="reference", layers=[8, 16, 24])
     assert counts == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
@@ -66,7 +85,7 @@ def test_stages_stand_at_the_same_share_of_other_depths() -> None:
     ("tokens", "keep", "depth", "options", "message"),
     [
         (2880, 160, 32, {}, "first 2 layers read all of them, so at least 181"),
-        (2880, 160, 32, {"budget": "reference"}, "at least 181"),
+        (576, 128, 32, {"budget": "reference", "layers": [8, 16, 24]}, "at least 145"),
         (576, 128, 32, {"layers": [8, 16, 24]}, "first 8 layers read all of them, so at least 145"),
         (144, 32, 4, {}, "first layer reads all of them, so at least 37"),
         (576, 64, 32, {"layers": [8, 2]}, r"no layers=\[8, 2\]: rising whole numbers from 1 to 31"),
