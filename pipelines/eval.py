@@ -55,6 +55,8 @@ def work(run: Stage) -> None:
     wanted, everything = _works(run)
     run.set_damaged_aside(one.score.out for one in everything.values())
     missing = [one for one in everything.values() if not is_published(one.score.out)]
+    # One benchmark after the other: a worker then knows its images, and what the tower makes of them.
+    missing.sort(key=lambda one: run.params.benchmark.index(one.asking["benchmark"]))
     speeds = _speeds(run)
     shards = [_shards(run, one, speeds) for one in missing]
     asked_ = run.run([task for some in shards for task in some]) if missing else Report()
