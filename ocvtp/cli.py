@@ -24,6 +24,7 @@ COMMANDS = (
     "catalog",
     "flops",
     "latency",
+    "export_vllm",
     "store",
 )
 """Modules of `ocvtp.commands`, in the order of the help."""

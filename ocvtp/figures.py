@@ -1,4 +1,4 @@
-"""Every picture: kept tokens and slots over an image, accuracy against tokens kept, training curves.
+"""Every picture: kept tokens and slots over an image, accuracy against tokens kept, training curves, phases of time.
 
 All functions take plain arrays and dicts and return the bytes of a PNG or an SVG, equal for equal input: no
 date, no name of a program, no random id. Lines are told apart by colour and by marker and dash, so that no
@@ -10,7 +10,7 @@ Legend: H, W rows and columns of the token grid; K slots; N = H x W tokens.
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -293,6 +293,36 @@ def curves(panels: Sequence[tuple[str, Sequence[Series]]], *, xlabel: str = "ste
         if len(labels) > 1:
             handles = {str(h.get_label()): h for axes in figure.axes for h in axes.get_lines()}
             figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8)
+        return _save(figure, form)
+
+
+def phases(bars: Mapping[str, Mapping[str, float]], *, title: str = "", form: Format = "png") -> bytes:
+    """Milliseconds of each phase of several cases, a bar a case.
+
+    Args:
+        bars: for each case its phases in their order.
+        title: what stands above.
+        form: `png` or `svg`.
+    """
+    if not bars:
+        raise BadInput("phases has no bar to draw")
+    names = list(dict.fromkeys(name for phases_of in bars.values() for name in phases_of))
+    with _figure((6.4, 0.9 + 0.36 * len(bars))) as figure:
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        ends = dict.fromkeys(bars, 0.0)
+        for index, name in enumerate(names):
+            widths = [bars[case].get(name, 0.0) for case in bars]
+            axes.barh(list(bars), widths, left=list(ends.values()), height=0.62, label=name,
+                      color=COLORS[index % len(COLORS)], edgecolor="white", linewidth=0.5)  # fmt: skip
+            ends = {case: end + width for (case, end), width in zip(ends.items(), widths, strict=True)}
+        for case, end in ends.items():
+            axes.annotate(f"{end:.1f}", (end, case), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_xlabel("milliseconds")
+        axes.grid(axis="y", visible=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
         return _save(figure, form)
 
 

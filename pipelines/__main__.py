@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster import ClusterError, CorruptResult, Manifest, Store
 from cluster.__main__ import main as cluster_main
+from cluster.task import canonical
 from ocvtp.errors import OcvtpError
 from pipelines.stage.command import explain
 from pipelines.stage.context import home_of, open_stage
@@ -60,13 +61,24 @@ def in_use(store: Store, roots: Iterable[Path]) -> Iterator[str]:
     if not sums:
         raise FileNotFoundError(f"{next(iter(roots))} holds no outputs of stages: run them, or `dvc checkout`, first")
     text = "\n".join(texts)
-    for folder in store.published():
+    scored: set[str] = set()
+    # Scores come before answers, of which they hold what these are made of.
+    for folder in sorted(store.published(), key=lambda folder: folder.parent.name != "scores"):
         try:
-            held = any(file.sha256 in sums for file in Manifest.read(folder).files)
+            manifest = Manifest.read(folder)
+            held = any(file.sha256 in sums for file in manifest.files) or _asking(manifest) in scored
+            if held and "answers" in manifest.about.spec and folder.parent.name == "scores":
+                scored.add(canonical([manifest.about.spec["answers"], manifest.about.spec["answers_code"]]))
         except CorruptResult:
             held = True  # not ours to judge: `verify` names it
         if held or folder.name in text:
             yield f"{folder.parent.name}/{folder.name}"
+
+
+def _asking(manifest: Manifest) -> str:
+    """What a shard of answers is made of, whatever its size; nothing of another result."""
+    spec = {key: value for key, value in manifest.about.spec.items() if key != "shard"}
+    return canonical([spec, manifest.about.code]) if manifest.about.kind == "answers" else ""
 
 
 def _outputs(root: Path) -> Iterator[Path]:

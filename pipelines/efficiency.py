@@ -1,12 +1,15 @@
 """Stage `efficiency`: what a prefill costs with each method and budget. Writes `results/efficiency.json`.
 
-Closed forms: nothing is loaded or run.
+Closed forms: nothing is loaded or run. Where images have different numbers of tokens, the one that is counted is in the
+middle, by tokens, of the first that were sampled (`efficiency.image_tokens: auto`), or has the number that is given.
 """
 
 import logging
 import sys
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -17,6 +20,7 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import CatalogEntry, resolve
+from ocvtp.vlms.loading import ImageShape, image_shapes
 from pipelines.grid import VANILLA
 from pipelines.params.fitting import by_layer, lacking
 from pipelines.stage import command, outputs
@@ -24,6 +28,8 @@ from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
 
 WITH_PRUNER = ("oc-vtp", "oc-vtp-untrained")
+SAMPLED = 256
+"""Images whose tokens are counted to find the one in the middle."""
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +55,7 @@ def rows_of(run: Stage, vlm: CatalogEntry) -> list[dict[str, Any]]:
 
     params = run.params
     shape = shape_of(AutoConfig.from_pretrained(vlm.folder))
-    whole = vlm.tokens or params.efficiency.image_tokens
+    whole = _image(run, vlm)
     rows: list[dict[str, Any] | None] = [_row(run, vlm, shape, whole, VANILLA, None)]
     for name in params.method:
         if name != VANILLA and not lacking(REGISTRY[name], vlm, params.evaluate.options.get(name, {})):
@@ -58,16 +64,35 @@ def rows_of(run: Stage, vlm: CatalogEntry) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
+def _image(run: Stage, vlm: CatalogEntry) -> ImageShape:
+    """The image that is counted."""
+    asked = run.params.efficiency.image_tokens
+    if vlm.tokens is not None or asked != "auto":
+        return ImageShape(vlm.tokens or int(asked), None, None)
+    images = run.sampled_images()[:SAMPLED]
+    files: dict[Path, dict[str, str]] = {}
+    for image in images:
+        path = Path(image["path"])
+        files.setdefault(run.store.root / path.parts[0] / path.parts[1], {})["/".join(path.parts[2:])] = image["sha256"]
+    run.require(files, "sample")
+    sizes = []
+    for image in images:
+        with Image.open(run.store.root / image["path"]) as opened:
+            sizes.append(opened.size)
+    return sorted(image_shapes(vlm, sizes), key=lambda image: image.tokens)[len(sizes) // 2]
+
+
 def _row(
     run: Stage,
     vlm: CatalogEntry,
     shape: VlmShape,
-    whole: int,
+    image: ImageShape,
     method: str,
     keep: Budget | None,
     top_k: int | None = None,
 ) -> dict[str, Any] | None:
     """None where the method cannot keep so few tokens."""
+    whole = image.tokens
     kept = whole if keep is None else keep.tokens(whole)
     text_tokens, llm, entry = run.params.efficiency.text_tokens, shape.llm, REGISTRY[method]
     pruner = _pruner(run, vlm, whole, kept, top_k or 1) if method in WITH_PRUNER else 0
@@ -78,8 +103,9 @@ def _row(
         return None
     read = [tokens + text_tokens for tokens in layers]
     flops = prefill_flops(
-        shape, image_tokens=whole, kept=layers, text_tokens=text_tokens, pruner=pruner, text_asks=entry.text_asks
-    )
+        shape, image_tokens=whole, kept=layers, text_tokens=text_tokens, pruner=pruner, text_asks=entry.text_asks,
+        tiles=image.tiles, grid=image.grid,
+    )  # fmt: skip
     return {
         "vlm": vlm.name,
         "method": method,

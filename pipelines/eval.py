@@ -1,92 +1,157 @@
 """Stage `evaluate`: every setting of the grid on every benchmark. Writes `results/` but for `efficiency.json`.
 
-`results/evaluate/<vlm>/<setting>/<benchmark>/` has the answers, `scores.json` a row for each of them, `summary.json`
-one for each setting with its seeds pooled, and `metrics.json` the same in short, for DVC. If tasks fail, the others'
-results are still written, and the stage ends with exit code 1.
+First answers, in tasks of a benchmark's questions or a shard of them, then scores of these: a score that changes asks
+nothing again. `results/evaluate/<vlm>/<setting>/<benchmark>/` has the answers, `scores.json` a row for each of them,
+`summary.json` one for each setting with its seeds pooled, and `metrics.json` the same in short, for DVC. If tasks fail,
+the others' results are still written, and the stage ends with exit code 1.
 """
 
 import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import Task, is_published
+from cluster import Report, Task, is_published
+from cluster.driver.plan import fault_of
+from cluster.fingerprint import fingerprint
 from cluster.task import canonical
+from ocvtp.evaluation.benchmarks import benchmark
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines import tracking
 from pipelines.grid import Cell, PrunerCell, vlm_folder
 from pipelines.inputs import Input, method_code, pruners, questions, wanted_settings, weights
+from pipelines.shards import MOST, Speeds, count_of
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
 from pipelines.summary import Result, metrics, score_rows, summary_rows
 from pipelines.tasks.answers import answers, asked
+from pipelines.tasks.scores import scored, scores
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Work:
+    """One setting on one benchmark: the task that scores it, and what its answers are made of."""
+
+    score: Task
+    asking: dict[str, Any]
+    inputs: dict[str, Any]
+    questions: int
+
+
 def work(run: Stage) -> None:
     """Evaluate what is missing, and write the output."""
-    wanted, tasks = _tasks(run)
-    report = run.run(list(tasks.values()))
+    wanted, everything = _works(run)
+    run.set_damaged_aside(one.score.out for one in everything.values())
+    missing = [one for one in everything.values() if not is_published(one.score.out)]
+    # One benchmark after the other: a worker then knows its images, and what the tower makes of them.
+    missing.sort(key=lambda one: run.params.benchmark.index(one.asking["benchmark"]))
+    speeds = _speeds(run)
+    shards = [_shards(run, one, speeds) for one in missing]
+    asked_ = run.run([task for some in shards for task in some]) if missing else Report()
+    sizes = {task.key: one.questions // len(some) for one, some in zip(missing, shards, strict=True) for task in some}
+    speeds.note(asked_.done, sizes)
+    answered = [one for one, some in zip(missing, shards, strict=True) if all(is_published(task.out) for task in some)]
+    known = {one.score.key for one in missing} - {one.score.key for one in answered}
+    report = run.run([one.score for one in everything.values() if one.score.key not in known])
+    tasks = {place: one.score for place, one in everything.items()}
     results = list(_write(run, tasks))
     tracking.track(run, list(_records(run, wanted, tasks, results)))
+    asked_.raise_if_failed()
     report.raise_if_failed()
 
 
 def plan(run: Stage) -> Plan:
     """What it would evaluate."""
-    return Plan(list(_tasks(run)[1].values()))
+    works, speeds = _works(run)[1].values(), _speeds(run)
+    lacking = [one for one in works if not fault_of(one.score.out)[1]]
+    asked_ = [task for one in lacking for task in _shards(run, one, speeds)]
+    return Plan([*asked_, *(one.score for one in works)])
 
 
-def _tasks(run: Stage) -> tuple[list[Cell], dict[tuple[Cell, str], Task]]:
-    """Every setting, and the task of each on each benchmark."""
+def _works(run: Stage) -> tuple[list[Cell], dict[tuple[Cell, str], Work]]:
+    """Every setting, and each on each benchmark."""
     params = run.params
     vlms = {name: resolve(name) for name in params.vlm}
     wanted = wanted_settings(params, vlms)
     trained = pruners(run, [setting.pruner for setting in wanted if setting.pruner is not None])
     data = questions(run)
-    tasks = {
-        (setting, name): _task(run, setting, name, vlms[setting.vlm], trained, data.get(name))
+    works = {
+        (setting, name): _work(run, setting, name, vlms[setting.vlm], trained, data.get(name))
         for setting in wanted
         for name in params.benchmark
     }
-    return wanted, tasks
+    return wanted, works
 
 
 # --- Tasks -----------------------------------------------------------------------------------------------------------
 
 
-def _task(
+def _work(
     run: Stage,
     setting: Cell,
-    benchmark: str,
+    name: str,
     vlm: CatalogEntry,
     trained: Mapping[PrunerCell, Input],
     data: Input | None,
-) -> Task:
+) -> Work:
     evaluate = run.params.evaluate
     pruner = trained[setting.pruner] if setting.pruner else None
-    spec = {
+    asking = {
         **_of_setting(run, setting, vlm, pruner),
-        "benchmark": benchmark,
-        **asked(benchmark),
-        "data": None if data is None else data.files[benchmark],
-        "masks": None if data is None else data.files[MASKS],
+        "benchmark": name,
+        **asked(name),
+        "data": None if data is None else data.files[name],
         "limit": evaluate.limit,
         "batch_size": evaluate.batch_size,
     }
+    spec = {
+        "answers": asking,
+        "answers_code": fingerprint(answers),
+        **scored(name),
+        "masks": None if data is None else data.files[MASKS],
+    }
     inputs = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
-    name = f"{vlm_folder(setting.vlm)} {setting.name} {benchmark}"
-    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, inputs)
+    path = f"{vlm_folder(setting.vlm)} {setting.name} {name}"
+    demand = run.params.cluster.resources.evaluate.model_copy(update={"gpus": 0})
+    count = benchmark(name).questions if data is None or data.questions is None else data.questions
+    count = count if evaluate.limit is None else min(count, evaluate.limit)
+    return Work(run.task("scores", f"{path}, score", scores, spec, demand, inputs), asking, inputs, count)
+
+
+def _shards(run: Stage, work: Work, speeds: Speeds) -> list[Task]:
+    """The tasks whose answers a score is made of; the score is told where these will be."""
+    evaluate = run.params.evaluate
+    count = count_of(work.questions, speeds.of(work.asking), evaluate.minutes_per_task)
+    begun = run.store.root / "answers"
+    if begun.is_dir() and any(begun.iterdir()):
+        # Shards of another size that are there already are gone on with.
+        sizes = (2**power for power in range(MOST.bit_length()) if 2**power <= work.questions)
+        count = next((size for size in sizes if is_published(_shard(run, work, 0, size).out)), count)
+    tasks = [_shard(run, work, number, count) for number in range(count)]
+    work.score.inputs["answers"] = [run.in_store(task.out) for task in tasks]
+    return tasks
+
+
+def _shard(run: Stage, work: Work, number: int, count: int) -> Task:
+    spec = {**work.asking, "shard": [number, count]}
+    name = work.score.name.removesuffix(", score") + (f" {number + 1}/{count}" if count > 1 else "")
+    return run.task("answers", name, answers, spec, run.params.cluster.resources.evaluate, work.inputs)
+
+
+def _speeds(run: Stage) -> Speeds:
+    return Speeds(run.store.logs, run.config.executor)
 
 
 def _of_setting(run: Stage, setting: Cell, vlm: CatalogEntry, pruner: Input | None) -> dict[str, Any]:
@@ -116,11 +181,11 @@ def _write(run: Stage, tasks: Mapping[tuple[Cell, str], Task]) -> Iterator[Resul
     place = run.root / outputs.RESULTS
     found = []
     with outputs.folder(place / "evaluate") as folder:
-        for (setting, benchmark), task in tasks.items():
+        for (setting, name), task in tasks.items():
             if is_published(task.out):
-                path = f"{vlm_folder(setting.vlm)}/{setting.name}/{benchmark}"
+                path = f"{vlm_folder(setting.vlm)}/{setting.name}/{name}"
                 outputs.copy_published(task.out, folder / path)
-                found.append(Result.read(setting, benchmark, folder / path, f"{outputs.RESULTS}/evaluate/{path}"))
+                found.append(Result.read(setting, name, folder / path, f"{outputs.RESULTS}/evaluate/{path}"))
     resamples = run.params.evaluate.bootstrap
     summary = summary_rows(found, run.params.benchmark, resamples)
     outputs.write_json(place / "scores.json", score_rows(found, resamples))
@@ -137,24 +202,25 @@ def _records(
     for result in results:
         by.setdefault(result.setting, {})[result.benchmark] = result
     vanilla = {setting.vlm: by.get(setting, {}) for setting in wanted if setting.keep is None}
-    sets = {name: task.spec["data"] for (_, name), task in tasks.items()}
+    sets = {name: task.spec["answers"]["data"] for (_, name), task in tasks.items()}
     for setting, found in by.items():
         task = tasks[setting, next(iter(found))]
-        shared = {k: v for k, v in task.spec.items() if k not in ("benchmark", "task", "data", "batch_size")}
+        shared = {k: v for k, v in task.spec["answers"].items() if k not in ("benchmark", "task", "data", "batch_size")}
+        shared |= {"masks": task.spec["masks"], "code": task.spec["answers_code"]}
         identity = canonical({"setting": shared, "data": _data_identity(run, sets), "code": task.code})
-        scores = {name: result.score["score"] for name, result in found.items()}
+        values = {name: result.score["score"] for name, result in found.items()}
         relative = {name: found[name].relative_to(vanilla[setting.vlm].get(name)) for name in found}
         known = [value for value in relative.values() if value is not None]
         if known and len(known) == len(run.params.benchmark):
-            scores["average_relative"] = sum(known) / len(known)
-        scores |= {f"{name}_relative": value for name, value in relative.items()}
+            values["average_relative"] = sum(known) / len(known)
+        values |= {f"{name}_relative": value for name, value in relative.items()}
         axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
         yield Record(
             fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:24],
             kind="setting",
             name=f"{vlm_folder(setting.vlm)}/{setting.name}",
             params={key: value for key, value in axes.items() if value is not None},
-            metrics={key: value for key, value in scores.items() if value is not None},
+            metrics={key: value for key, value in values.items() if value is not None},
             tags={"pruner": str(next(iter(found.values())).score["setting"].get("fingerprint") or "")},
         )
 

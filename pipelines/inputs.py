@@ -25,10 +25,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Input:
-    """A folder of the store, or one file of it, that tasks read, and the checksums of its files."""
+    """A folder of the store, or one file of it, that tasks read, and the checksums of its files.
+
+    `questions` counts those of a question set.
+    """
 
     path: str
     files: dict[str, str]
+    questions: int | None = None
 
 
 def wanted_settings(params: Params, vlms: Mapping[str, CatalogEntry]) -> list[Cell]:
@@ -87,7 +91,7 @@ def questions(run: Stage) -> dict[str, Input]:
         run.put_back(folder.as_posix(), place / "benchmarks", files)
         run.require({run.store.root / folder: files}, "sample")
     return {
-        name: Input(about[name]["path"], {name: about[name]["sha256"], MASKS: files[MASKS]})
+        name: Input(about[name]["path"], {name: about[name]["sha256"], MASKS: files[MASKS]}, about[name]["questions"])
         for name in run.params.benchmark
     }
 

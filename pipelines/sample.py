@@ -17,8 +17,8 @@ from rich.progress import Progress
 
 from cluster import Manifest, Task
 from ocvtp.data.coco import ImageSample, Rejected, TooManyRejects, select_images
+from ocvtp.data.question_sets import BENCHMARKS
 from ocvtp.errors import BadInput
-from pipelines.params.crosscheck import SCENE_BENCHMARKS
 from pipelines.params.model import Demand
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
@@ -145,7 +145,7 @@ def _copied(run: Stage, task: Task, folder: Path) -> dict[str, Any]:
             "sha256": sums[f"{name}.parquet"],
             "questions": pq.read_metadata(folder / "benchmarks" / f"{name}.parquet").num_rows,
         }
-        for name in SCENE_BENCHMARKS
+        for name in BENCHMARKS
     }
 
 

@@ -164,7 +164,7 @@ class Teacher:
         return value
 
     @torch.no_grad()
-    def _look(self, image: str) -> _Seen:
+    def _encoded(self, image: str) -> _Seen:
         """An image through the tower and the projector, alone."""
         if image in self._seen:
             return self._seen[image]
@@ -178,7 +178,7 @@ class Teacher:
 
     def _kept(self, image: str, kept_S: Tensor, weights_SN: Tensor) -> tuple[Tensor, _Seen, Tensor]:
         """Features [S, D] of the kept tokens of an image, the image, and their numbers."""
-        seen = self._look(image)
+        seen = self._encoded(image)
         count, given = len(seen.features_ND), weights_SN.shape[1]
         there = int((kept_S >= 0).sum())
         if count > given or bool(weights_SN[:, count:].detach().any()):
@@ -193,7 +193,7 @@ class Teacher:
         key = (image, number)
         if key in self._answers:
             return self._answers[key]
-        seen = self._look(image)
+        seen = self._encoded(image)
         everything = (seen.features_ND, seen, torch.arange(len(seen.features_ND)))
         (answer_AV,) = self._answer([self._ask(image, number)], [everything])
         held: Tensor = self._hold(self._answers, key, answer_AV, answer_AV.nbytes)

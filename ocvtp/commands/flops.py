@@ -17,6 +17,13 @@ _WHOLE = {
 }
 """Tokens of an image unless given: fixed for LLaVA; for Qwen those of a photograph of about 1000 x 780, at one for
 28 x 28 pixels and for 32 x 32."""
+_PAPER_SLOTS = 64
+"""Of the pruner whose cost the paper's Table 4 gives, whatever is kept."""
+_PAPER_LEAVES_OUT = (
+    "The paper counts the language model alone, with two matrices in its MLP, where a gated one has three, and without "
+    "lm_head; tower and projector are left out. Its pruner has 64 slots, whatever is kept, and operations on single "
+    "elements count."
+)
 
 
 def add(subparsers: Any) -> None:
@@ -31,6 +38,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--image-tokens", type=int, default=None, help="vision tokens of the unpruned image")
     parser.add_argument("--text-tokens", type=int, default=32, help="text tokens of the prompt (default: 32)")
     parser.add_argument("--slots", type=int, default=None, help="slots of the pruner (default: as many as are kept)")
+    parser.add_argument("--convention", choices=("both", "paper", "true"), default="both",
+                        help="paper: as its Table 4 counts, beside the truth; true: all parts "
+                        "(default: both)")  # fmt: skip
     parser.add_argument("--answers", type=int, default=None, metavar="IMAGES", help="instead: what a step of a "
                         "training with loss=answers costs on so many images")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=2, help="with --answers: prompts of an image (default: 2)")
@@ -47,22 +57,49 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         common.print_json({"vlm": args.vlm, "text_tokens": args.text_tokens, "rows": rows})
         return 0
+    if args.convention == "paper":
+        common.console().print(_as_the_paper(args.vlm, rows))
+        common.console().print(_PAPER_LEAVES_OUT)
+        return 0
+    common.console().print(_in_truth(args.vlm, rows, paper=args.convention == "both"))
+    return 0
+
+
+def _as_the_paper(vlm: str, rows: list[dict[str, Any]]) -> Any:
+    """The numbers of Table 4, and what the same parts cost in truth."""
+    numbers = ("tokens", "LLM", "in truth", "", "pruner", "in truth ", " ")
+    table = common.table(f"Operations of a prefill of {vlm} as the paper counts them", *numbers, right=numbers)
+    for row in rows:
+        llm = _beside(row["paper_flops"], row["flops"]["llm"], "T", 1e12)
+        pruner = _beside(row["paper_pruner_flops"], row["flops"]["pruner"], "G", 1e9)
+        table.add_row(str(row["tokens"]), *llm, *pruner)
+    return table
+
+
+def _beside(paper: float, true: float, unit: str, size: float) -> tuple[str, str, str]:
+    """The paper's number, the true one, and how much more that is; dashes for nothing."""
+    if not paper:
+        return "-", "-", ""
+    return f"{paper / size:.2f}{unit}", f"{true / size:.2f}{unit}", f"{100 * (true / paper - 1):+.0f}%"
+
+
+def _in_truth(vlm: str, rows: list[dict[str, Any]], *, paper: bool) -> Any:
+    """Every part; if asked for, beside the paper's count."""
     parts = ("tower", "projector", "pruner", "llm", "lm_head", "total")
-    numbers = ("tokens", "paper", "tower", "project", "pruner", "LLM", "head", "all", "%", "KV cache")
-    table = common.table(
-        f"Operations of a prefill of {args.vlm}; `paper` by the paper's formula", *numbers, right=numbers
-    )
+    numbers = ("tokens", *(["paper"] if paper else []), "tower", "project", "pruner", "LLM", "head", "all", "%",
+               "KV cache")  # fmt: skip
+    title = f"Operations of a prefill of {vlm}" + ("; `paper` by the paper's formula" if paper else "")
+    table = common.table(title, *numbers, right=numbers)
     whole = rows[0]["flops"]["total"]
     for row in rows:
         table.add_row(
             str(row["tokens"]),
-            _short(row["paper_flops"]),
+            *([_short(row["paper_flops"])] if paper else []),
             *(_short(row["flops"][part]) for part in parts),
             f"{100 * row['flops']['total'] / whole:.1f}",
             f"{_short(row['kv_cache_bytes'])}B",
         )
-    common.console().print(table)
-    return 0
+    return table
 
 
 def _answers(args: argparse.Namespace) -> int:
@@ -114,13 +151,17 @@ def count(
     rows = []
     for tokens in (None, *budgets):
         kept = whole if tokens is None else tokens
-        pruner = 0 if tokens is None else pruner_flops(whole, shape.tower.width, slots or tokens)
+        width = shape.tower.width
+        pruner = 0 if tokens is None else pruner_flops(whole, width, slots or tokens)
+        paper_slots = slots or _PAPER_SLOTS
+        paper_pruner = 0 if tokens is None else pruner_flops(whole, width, paper_slots, elementwise=True)
         flops = prefill_flops(shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner)
         llm = shape.llm
         rows.append({
             "tokens": kept,
             "share": kept / whole,
             "paper_flops": paper_llm_flops(kept + text_tokens, width=llm.width, layers=llm.layers, mlp=llm.mlp),
+            "paper_pruner_flops": paper_pruner,
             "flops": flops.as_dict(),
             "kv_cache_bytes": kv_cache_bytes(llm, kept + text_tokens),
         })  # fmt: skip

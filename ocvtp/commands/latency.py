@@ -1,6 +1,7 @@
 """`ocvtp latency`: time to the first token and to later ones, method by method."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ def add(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = common.add(
         subparsers, "latency", run, "measure how fast a pruned VLM answers",
-        "Methods take turns, so that a slow minute of the machine hits all. Medians with quartiles; phases of a first "
-        "token from runs in which the device is waited for between them.",
+        "Methods take turns, so that a slow minute of the machine hits all; the whole model and random tokens are "
+        "always among them. Medians with quartiles; phases of a first token from runs in which the device is waited "
+        "for between them.",
     )  # fmt: skip
     pruned_vlm.add_arguments(parser)
     parser.add_argument("--random-weights", action="store_true", help="of a VLM of the catalogue: nothing is fetched, "
@@ -23,6 +25,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the answer (default: 16)")
     parser.add_argument("--repeats", type=int, default=10, help="measured runs of each method (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="runs before them (default: 2)")
+    parser.add_argument("--limits", action="store_true", help="measure what the device can do, too, and say how many "
+                        "times the least time each phase takes")  # fmt: skip
+    parser.add_argument("--figure", type=Path, default=None, help="draw the phases as bars: a .png or .svg file")
     common.add_json(parser)
 
 
@@ -32,51 +37,145 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--batch {args.batch} is of --random-weights: an image and a prompt are measured one at a time")
     if args.random_weights and args.image is not None:
         raise BadInput("--image says nothing to random weights: leave one of the two out")
+    if args.figure is not None and args.figure.suffix not in (".png", ".svg"):
+        raise BadInput(f"--figure {args.figure}: a name that ends in .png or .svg is needed")
     image = None if args.random_weights else pruned_vlm.read_image(args.image) if args.image else _scene()
 
     from ocvtp.efficiency.latency import measure
 
-    model, inputs = _random(args) if image is None else _loaded(args, image)
-    cases: dict[str, Any] = {"vanilla": lambda: pruned_vlm.pruned(model, "vanilla", 1.0, None)}
-    for keep in args.keep:
-        for method in args.methods:
-            if method != "vanilla":
-                cases[f"{method}, keep {keep:g}"] = lambda m=method, k=keep: pruned_vlm.pruned(model, m, k, args.pruner)
-    times = measure(model, inputs, cases, new_tokens=args.new_tokens, repeats=args.repeats, warmup=args.warmup)
+    model, inputs, process = _random(args) if image is None else _loaded(args, image)
+    methods = dict.fromkeys(["random", *args.methods])
+    cells = [("vanilla", 1.0), *((method, keep) for keep in args.keep for method in methods if method != "vanilla")]
+    names = {_name(*cell): cell for cell in cells}
+    cases: dict[str, Any] = {
+        name: lambda m=method, k=keep: pruned_vlm.pruned(model, m, k, args.pruner)
+        for name, (method, keep) in names.items()
+    }
+    times = measure(
+        model, inputs, cases, new_tokens=args.new_tokens, repeats=args.repeats, warmup=args.warmup, process=process
+    )
+    limits = _limits(model, inputs, names, args.new_tokens) if args.limits else None
+    if args.figure is not None:
+        _draw(args.figure, args.vlm, times)
     if args.json:
-        common.print_json({"vlm": args.vlm, "cases": {name: case.as_dict() for name, case in times.items()}})
+        found = {name: {**case.as_dict(), "of_vanilla": _ratio(times, name, "vanilla"),
+                        "of_random": _ratio(times, name, _beside(name, names))}
+                 for name, case in times.items()}  # fmt: skip
+        if limits is not None:
+            for name, case in found.items():
+                case |= {"least_ms": limits.least[name], "distance": limits.distances(times[name], name)}
+        ceilings = {} if limits is None else {"ceilings": limits.ceilings.as_dict()}
+        common.print_json({"vlm": args.vlm, **ceilings, "cases": found})
         return 0
-    for table in (_answers(args.vlm, times), _phases(times)):
+    for table in (_answers(args.vlm, times, names), _phases(times), *([] if limits is None else [limits.table(times)])):
         common.console().print(table)
     return 0
 
 
-def _random(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _name(method: str, keep: int | float) -> str:
+    return method if method == "vanilla" else f"{method}, keep {keep:g}"
+
+
+def _beside(name: str, names: dict[str, Any]) -> str:
+    """The case of random tokens with the budget of another one."""
+    method, keep = names[name]
+    return name if method == "vanilla" else _name("random", keep)
+
+
+def _ratio(times: dict[str, Any], name: str, other: str) -> float:
+    """Of two first tokens."""
+    ratio: float = times[name].first_token.median / times[other].first_token.median
+    return ratio
+
+
+class _Limits:
+    """The least time of each phase of each case on this device."""
+
+    def __init__(self, ceilings: Any, least: dict[str, dict[str, float]]) -> None:
+        self.ceilings, self.least = ceilings, least
+
+    def distances(self, took: Any, name: str) -> dict[str, float | None]:
+        """Measured over least time; None where nothing must be done."""
+        from ocvtp.efficiency.roofline import distance
+
+        measured = {phase: spread.median for phase, spread in took.phases.items()}
+        measured |= {"first_token": took.first_token.median}
+        measured |= {} if took.next_token is None else {"next_token": took.next_token.median}
+        return distance(measured, self.least[name])
+
+    def table(self, times: dict[str, Any]) -> Any:
+        """As such."""
+        found = {name: self.distances(took, name) for name, took in times.items()}
+        phases = tuple(next(iter(found.values())))
+        flops, size = self.ceilings.flops / 1e12, self.ceilings.bandwidth / 1e9
+        title = f"Times the least time there is, at {flops:.2f} TFLOP/s and {size:.1f} GB/s as measured"
+        table = common.table(title, "", *(phase.replace("_", " ") for phase in phases),
+                             right=tuple(phase.replace("_", " ") for phase in phases))  # fmt: skip
+        for name, row in found.items():
+            table.add_row(name, *("-" if value is None else f"{value:.1f}x" for value in row.values()))
+        return table
+
+
+def _limits(model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int | float]], new_tokens: int) -> _Limits:
+    from ocvtp.efficiency.flops import pruner_flops
+    from ocvtp.efficiency.roofline import Ceilings, least
+    from ocvtp.efficiency.shapes import shape_of
+    from ocvtp.vlms.families import family_of
+
+    family, shape = family_of(model), shape_of(model.config)
+    images = family.images(inputs)
+    assert images is not None  # noqa: S101 - each prompt has one
+    batch, whole = len(inputs["input_ids"]), family.counts(images)[0]
+    words = inputs["input_ids"].shape[1] - family.spans(images)[0]
+    ceilings = Ceilings.measured(model.device, model.dtype)
+
+    def of(method: str, keep: int | float) -> dict[str, float]:
+        kept = whole if method == "vanilla" else common.tokens(keep, whole)
+        work = pruner_flops(whole, shape.tower.width, kept) if method.startswith("oc-vtp") else 0
+        found = least(
+            shape, ceilings, image_tokens=whole, kept=kept, text_tokens=words, batch=batch, method=work,
+            bytes_per_number=model.dtype.itemsize,
+        )  # fmt: skip
+        return found if new_tokens > 1 else {name: value for name, value in found.items() if name != "next_token"}
+
+    return _Limits(ceilings, {name: of(*cell) for name, cell in names.items()})
+
+
+def _draw(path: Path, vlm: str, times: dict[str, Any]) -> None:
+    from ocvtp import figures
+
+    bars = {name: {phase: spread.median for phase, spread in took.phases.items()} for name, took in times.items()}
+    path.write_bytes(figures.phases(bars, title=f"{vlm}: milliseconds to the first token",
+                                    form="svg" if path.suffix == ".svg" else "png"))  # fmt: skip
+
+
+def _random(args: argparse.Namespace) -> tuple[Any, dict[str, Any], None]:
     from ocvtp.efficiency.random_vlm import random_inputs, random_vlm
 
     model = random_vlm(args.vlm, device=pruned_vlm.device(args.device))
-    return model, dict(random_inputs(model, args.batch))
+    return model, dict(random_inputs(model, args.batch)), None
 
 
-def _loaded(args: argparse.Namespace, image: Any) -> tuple[Any, dict[str, Any]]:
+def _loaded(args: argparse.Namespace, image: Any) -> tuple[Any, dict[str, Any], Any]:
     from ocvtp import vlms
 
     vlm = vlms.load(args.vlm, device=pruned_vlm.device(args.device))
-    return vlm.model, dict(pruned_vlm.inputs(vlm, image, args.prompt))
+    process = partial(pruned_vlm.inputs, vlm, image, args.prompt)
+    return vlm.model, dict(process()), process
 
 
-def _answers(name: str, times: dict[str, Any]) -> Any:
-    numbers = ("first token", "next token", "answer", "of vanilla", "peak memory")
+def _answers(name: str, times: dict[str, Any], names: dict[str, Any]) -> Any:
+    numbers = ("first token", "of vanilla", "of random", "next token", "answer", "peak memory")
     device = next(iter(times.values())).device
     table = common.table(f"{name} on {device}: milliseconds, median [quartiles]", "", *numbers, right=numbers)
-    whole = times["vanilla"].total.median
     for case, took in times.items():
         table.add_row(
             case,
             _spread(took.first_token),
+            f"{100 * _ratio(times, case, 'vanilla'):.0f}%",
+            "-" if case == "vanilla" else f"{100 * _ratio(times, case, _beside(case, names)):.0f}%",
             _spread(took.next_token) if took.next_token else "-",
             _spread(took.total),
-            f"{100 * took.total.median / whole:.0f}%",
             "-" if took.peak_memory_bytes is None else f"{took.peak_memory_bytes / 1e9:.2f} GB",
         )
     return table
@@ -84,9 +183,11 @@ def _answers(name: str, times: dict[str, Any]) -> Any:
 
 def _phases(times: dict[str, Any]) -> Any:
     phases = tuple(next(iter(times.values())).phases)
-    table = common.table("Phases of a first token", "", *phases, right=phases)
+    numbers = ("image processing", *phases)
+    table = common.table("Phases of a first token, and what the processor does before it", "", *numbers, right=numbers)
     for case, took in times.items():
-        table.add_row(case, *(_spread(took.phases[phase]) for phase in phases))
+        processing = "-" if took.processing is None else _spread(took.processing)
+        table.add_row(case, processing, *(_spread(took.phases[phase]) for phase in phases))
     return table
 
 

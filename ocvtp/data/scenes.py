@@ -10,7 +10,7 @@ depend on how many others are made.
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -340,6 +340,14 @@ def write_scenes(
     """
     if count < 1:
         raise BadInput(f"count of scenes is {count}: at least one is needed")
+    scenes = (make_scene(seed, split, index, style) for index in range(first, first + count))
+    return save_scenes(folder, ((scene, jpeg(scene)) for scene in scenes), seed, split, annotations=annotations)
+
+
+def save_scenes(
+    folder: Path, scenes: Iterable[tuple[Scene, bytes]], seed: int, split: Split, *, annotations: str
+) -> Path:
+    """As `write_scenes`, of scenes that are drawn already, each with its JPEG."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     coco: dict[str, Any] = {
@@ -349,13 +357,14 @@ def write_scenes(
         "images": [],
         "annotations": [],
     }
-    for index in range(first, first + count):
-        scene = make_scene(seed, split, index, style)
-        name = file_name(split, index)
-        (images / name).write_bytes(jpeg(scene))
-        coco["images"].append({"id": index, "file_name": name, "width": scene.width, "height": scene.height})
+    for scene, picture in scenes:
+        name = file_name(split, scene.index)
+        (images / name).write_bytes(picture)
+        coco["images"].append({
+            "id": scene.index, "file_name": name, "width": scene.width, "height": scene.height,
+        })  # fmt: skip
         for thing in scene.objects:
-            coco["annotations"].append(_annotation(len(coco["annotations"]) + 1, index, thing))
+            coco["annotations"].append(_annotation(len(coco["annotations"]) + 1, scene.index, thing))
     path = folder / annotations
     path.write_text(json.dumps(coco, separators=(",", ":")))
     return path

@@ -8,6 +8,7 @@ results.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class Latency:
             between phases, so that their sum may exceed `first_token`.
         next_token: each further token.
         total: the whole answer.
-        peak_memory_bytes: of the accelerator during the whole answer; None on a CPU, which does not count it.
+        peak_memory_bytes: during the whole answer: what was allocated of an accelerator, or what the process held on
+            a CPU; None where the system does not tell.
+        processing: what the processor makes of images and text before `generate` is called; None where nobody says how.
     """
 
     first_token: Spread
@@ -61,6 +64,7 @@ class Latency:
     repeats: int
     device: str
     peak_memory_bytes: int | None
+    processing: Spread | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,6 +79,7 @@ def measure(
     new_tokens: int = 16,
     repeats: int = 10,
     warmup: int = 2,
+    process: Callable[[], Any] | None = None,
 ) -> dict[str, Latency]:
     """Measure `model.generate(**inputs)` in every case, greedy, with exactly `new_tokens` new tokens.
 
@@ -85,6 +90,7 @@ def measure(
         new_tokens: tokens of an answer; 1 measures the first token only.
         repeats: measured runs of each case.
         warmup: runs of each case before them.
+        process: makes such inputs of images and text; timed by itself in each run.
 
     Returns:
         A `Latency` for every case, in the order of `cases`.
@@ -97,7 +103,7 @@ def measure(
     for turn in range(warmup + repeats):
         for name, case in cases.items():
             with case():
-                _run(runs[name] if turn >= warmup else _Runs(), model, inputs, new_tokens)
+                _run(runs[name] if turn >= warmup else _Runs(), model, inputs, new_tokens, process)
     device = next(model.parameters()).device
     return {name: run.latency(new_tokens, str(device)) for name, run in runs.items()}
 
@@ -110,6 +116,7 @@ class _Runs:
     total: list[float] = field(default_factory=list)
     phases: list[Mapping[str, float]] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    processing: list[float] = field(default_factory=list)
 
     def latency(self, new_tokens: int, device: str) -> Latency:
         steps = (
@@ -127,6 +134,7 @@ class _Runs:
             repeats=len(self.first),
             device=device,
             peak_memory_bytes=max(self.memory) if self.memory else None,
+            processing=Spread.of(self.processing) if self.processing else None,
         )
 
 
@@ -135,10 +143,10 @@ _SETTLED = 2
 
 
 @torch.inference_mode()
-def _run(runs: _Runs, model: Any, inputs: Mapping[str, Any], new_tokens: int) -> None:
+def _run(
+    runs: _Runs, model: Any, inputs: Mapping[str, Any], new_tokens: int, process: Callable[[], Any] | None
+) -> None:
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
     def seconds(tokens: int) -> float:
         start = now(device)
@@ -147,13 +155,44 @@ def _run(runs: _Runs, model: Any, inputs: Mapping[str, Any], new_tokens: int) ->
 
     for _ in range(_SETTLED):
         _generate(model, inputs, 1)
+    if process is not None:
+        start = now(device)
+        process()
+        runs.processing.append(now(device) - start)
+    counts = _count_memory(device)
     runs.first.append(seconds(1))
     with timed(model, device) as phases:
         _generate(model, inputs, 1)
     runs.phases.append(phases)
     runs.total.append(seconds(new_tokens) if new_tokens > 1 else runs.first[-1])
+    if counts:
+        runs.memory.append(_most_memory(device))
+
+
+_SELF = Path("/proc/self")
+"""Where Linux tells a process of itself."""
+
+
+def _count_memory(device: torch.device) -> bool:
+    """From now on note the most memory that is held; whether that can be had."""
     if device.type == "cuda":
-        runs.memory.append(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if device.type != "cpu":
+        return False
+    try:
+        (_SELF / "clear_refs").write_text("5")
+        return "VmHWM" in (_SELF / "status").read_text()
+    except OSError:  # another system
+        return False
+
+
+def _most_memory(device: torch.device) -> int:
+    """Bytes, since then."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = (_SELF / "status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Benchmark:
     scale: Scale
     answer: str
     columns: tuple[str, ...]
+    questions: int
     config: str | None = None
     revision: str | None = None
     unit: tuple[str, ...] = ()
@@ -44,6 +45,13 @@ class Benchmark:
     chance: float | None = None
     higher_is_better: bool = True
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """What of this determines which questions are asked, and how: not how answers are scored."""
+        names = ("name", "task", "yaml", "hub", "config", "revision", "split", "columns", "rule", "unit")
+        overrides = {key: value for key, value in self.config_overrides.items() if key != "metric_list"}
+        return {**{name: getattr(self, name) for name in names}, "config_overrides": overrides}
 
     @property
     def paired(self) -> bool:

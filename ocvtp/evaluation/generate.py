@@ -6,33 +6,16 @@ depends on its seed and the image alone.
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ocvtp.errors import BadInput
+from ocvtp.evaluation.answered import Answer
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: `role`, and `content` as text or a list of parts; images are PIL under `image` or `url`."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a VLM said.
-
-    Attributes:
-        text: the answer without special tokens and control characters, cut at what ends it.
-        kept: of each image the indices of its kept tokens; unpruned: of each image the number of its tokens.
-        prompt_tokens: length of the prompt, image tokens included, before pruning.
-        new_tokens: tokens generated, without padding.
-    """
-
-    text: str
-    kept: list[list[int]] | list[int]
-    prompt_tokens: int
-    new_tokens: int
 
 
 class Answerer:

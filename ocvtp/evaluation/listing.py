@@ -17,8 +17,8 @@ def write(folder: Path, score: Mapping[str, Any], samples: Iterable[Mapping[str,
     """Write both files into a folder; score.json last, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(clean(sample), allow_nan=False) + "\n" for sample in samples]
-    _replace(folder / SAMPLES, "".join(lines))
-    _replace(folder / SCORE, json.dumps(clean(score), allow_nan=False, indent=1) + "\n")
+    replace_text(folder / SAMPLES, "".join(lines))
+    replace_text(folder / SCORE, json.dumps(clean(score), allow_nan=False, indent=1) + "\n")
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -60,7 +60,8 @@ def clean(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

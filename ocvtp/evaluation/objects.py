@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ocvtp.data.coverage import Covered, Grid, read_objects
@@ -21,13 +22,17 @@ def add_objects(samples: Sequence[dict[str, Any]], data: Path | None, grid: Grid
         grid: of an image's tokens.
 
     Returns:
-        The sum over the images, each once; None, and nothing noted, without masks or without a grid.
+        The sum over the images, each once; None, and nothing noted, without masks, without a grid, or where
+        questions are about several images.
     """
     path = None if data is None else data.with_name(MASKS)
     if data is None or path is None or grid is None or not path.is_file():
         return None
     objects = read_objects(path, grid)
-    names = [image["path"] for image in pq.read_table(data, columns=["image"])["image"].to_pylist()]
+    file = pq.ParquetFile(data)
+    if "image" not in file.schema_arrow.names or not pa.types.is_struct(file.schema_arrow.field("image").type):
+        return None  # questions about several images
+    names = [image["path"] for image in file.read(columns=["image"])["image"].to_pylist()]
     images: dict[str, Covered] = {}
     for sample in samples:
         name, kept = names[sample["doc_id"]], sample["kept"]

@@ -88,8 +88,8 @@ def _load(vlm: str, dtype: str, device: str) -> tuple[Any, Any]:
     """The VLM, and the memory of what its tower saw."""
     import torch
 
-    from ocvtp.pruning.memory import VisionMemory
     from ocvtp.vlms.loading import load
+    from ocvtp.vlms.memory import VisionMemory
 
     return load(vlm, device=device, dtype=getattr(torch, dtype)), VisionMemory()
 

@@ -7,10 +7,15 @@ from typing import Any
 
 from ocvtp.errors import BadInput
 
+_ROLLED_BACK = "takes guesses back out of the cache by the length of whole prompts, which is not its own: leave it out"
+_STATIC = (
+    "a static one is laid out for whole prompts, and compiled: leave it out, or say 'dynamic' or 'offloaded' "
+    "(`model.compile()` works with these)"
+)
 _REFUSED = {
-    "assistant_model": "assisted decoding checks several tokens at once against the whole prompt",
-    "prompt_lookup_num_tokens": "prompt lookup checks several tokens at once against the whole prompt",
-    "prefill_chunk_size": "a prompt in chunks cannot be shortened",
+    "assistant_model": f"assisted decoding {_ROLLED_BACK}",
+    "prompt_lookup_num_tokens": f"prompt lookup {_ROLLED_BACK}",
+    "prefill_chunk_size": "an image cannot be chosen from in chunks: leave it out, for pruned prompts are short",
     "mm_encoder_outputs": "give pixel_values instead, for the tower is read while it runs; so a pruned model drafts "
     "for no other one, which would hand it such outputs: let the model that answers be the pruned one, without a draft",
     "pixel_values_videos": "videos of this family are not pruned; those of Qwen2.5-VL, Qwen3-VL and OneVision are",
@@ -123,7 +128,43 @@ def refuse(call: Mapping[str, Any], taken: Collection[str], config: Any = None) 
             raise BadInput(f"a pruned model cannot take {name}: {why}")
     if asked("cache_implementation") not in _DYNAMIC:
         raise BadInput(
-            f"a pruned model needs a dynamic cache, not cache_implementation={asked('cache_implementation')!r}"
+            f"a pruned model needs a dynamic cache, not cache_implementation={asked('cache_implementation')!r}: "
+            + _STATIC
         )
-    if getattr(call.get("past_key_values"), "is_compileable", False):
-        raise BadInput("a pruned model needs a dynamic cache: a static one is laid out for whole prompts")
+    cache = call.get("past_key_values")
+    if getattr(cache, "is_compileable", False):
+        raise BadInput(f"a pruned model needs a dynamic cache, not a {type(cache).__name__}: {_STATIC}")
+
+
+def later_turn(call: Mapping[str, Any], covered: int, column_inputs: Collection[str]) -> dict[str, Any]:
+    """Of a call of `generate` that goes on from a cache, the arguments with the new columns alone.
+
+    As transformers has it, ids are those of the whole conversation, or, beside a mask of all of it, the new ones.
+
+    Args:
+        call: its arguments.
+        covered: columns that the cache stands for.
+        column_inputs: names of arguments with an entry a column.
+
+    Raises:
+        BadInput: a draft for another model, embeddings, or no new column.
+    """
+    if getattr(call.get("generation_config"), "is_assistant", False):
+        raise BadInput(
+            "generate cannot go on from a cache of pruned prompts as a draft for another model: let the model that "
+            "answers be the pruned one, without a draft"
+        )
+    ids_BL = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
+    if ids_BL is None or call.get("inputs_embeds") is not None:
+        raise BadInput("a pruned model goes on from a cache by input_ids alone: give the ids of the whole conversation")
+    mask_BL = call.get("attention_mask")
+    length = ids_BL.shape[1] if mask_BL is None else mask_BL.shape[1]
+    new = length - covered
+    if not 0 < new <= ids_BL.shape[1]:
+        raise BadInput(
+            f"the cache stands for {covered} columns, but the conversation has {length}, and {ids_BL.shape[1]} are "
+            "given: give the ids of all of it, the answer so far and what is said next"
+        )
+    columns = {name: call[name][:, -new:] for name in column_inputs if call.get(name) is not None}
+    rest = {name: value for name, value in call.items() if name != "inputs"}
+    return {**rest, "input_ids": ids_BL[:, -new:], **columns}

@@ -3,8 +3,10 @@
 Letters: I images, G images with equally many tokens, N tokens of an image, k tokens kept.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Encoded, Kept, Method
 from ocvtp.phases import phase
-from ocvtp.pruning.videos import VideoBudget
+from ocvtp.pruning.videos import Grouped, VideoBudget
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Layout, Placed
 
@@ -36,20 +38,25 @@ def choose(
     values: dict[int, Tensor] = {}
     indices: dict[int, Tensor] = {}
     scores: dict[int, Tensor] = {}
+    counts, groups = family.counts(images), (videos or VideoBudget(budget)).groups(images)
     for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
         with phase("method"):
             with torch.no_grad():
                 kept = method.choose(encoded)
             taken = _taken(kept, encoded, method)  # with gradients
-        for member, (chosen, values_kV) in zip(encoded.members, taken, strict=True):
-            indices[member], values[member] = chosen, values_kV
-        if kept.scores_Gk is not None:
-            scores |= dict(zip(encoded.members, kept.scores_Gk, strict=True))
+        for row, (member, (chosen_k, values_kV)) in enumerate(zip(encoded.members, taken, strict=True)):
+            edges = list(accumulate((counts[number] for number in groups[member]), initial=0))
+            cuts = torch.searchsorted(chosen_k, torch.tensor(edges)).tolist()
+            for number, first, (start, end) in zip(groups[member], edges[:-1], pairwise(cuts), strict=True):
+                indices[number], values[number] = chosen_k[start:end] - first, values_kV[start:end]
+                if kept.scores_Gk is not None:
+                    scores[number] = kept.scores_Gk[row, start:end]
     order = range(len(images))
     features = family.project([values[i] for i in order])
     placed = [family.place(images, i, indices[i], features[i]) for i in order]
     return [
-        _scored(each, indices[i], scores[i]) if i in scores else each for i, each in zip(order, placed, strict=True)
+        _scored(each, indices[i], scores[i]) if i in scores and len(indices[i]) else each
+        for i, each in zip(order, placed, strict=True)
     ]
 
 
@@ -71,11 +78,14 @@ def slots(
 ) -> list[Tensor | None]:
     """Attention of the slots by which tokens of each image are chosen, [K, N]; None where there are none."""
     found: dict[int, Tensor | None] = {}
+    counts, groups = family.counts(images), (videos or VideoBudget(budget)).groups(images)
     for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
         with torch.no_grad():
             attention_GKN = method.slots(encoded)
         for row, member in enumerate(encoded.members):
-            found[member] = None if attention_GKN is None else attention_GKN[row]
+            sizes = [counts[number] for number in groups[member]]
+            parts = [None] * len(sizes) if attention_GKN is None else attention_GKN[row].split(sizes, 1)
+            found |= dict(zip(groups[member], parts, strict=True))
     return [found[i] for i in range(len(images))]
 
 
@@ -90,13 +100,20 @@ def encode_groups(
     *,
     videos: VideoBudget | None = None,
 ) -> Iterator[Encoded]:
-    """The images as the method sees them, in groups, after one pass of the tower, unless its `vision` is given."""
-    keeps = _keeps(budget, videos or VideoBudget(budget), images, family.counts(images))
+    """The images as the method sees them, in groups, after one pass of the tower, unless its `vision` is given.
+
+    Members are numbers of images; with frames that go together (`VideoBudget.group`) numbers of such groups.
+    """
+    videos = videos or VideoBudget(budget)
+    keeps, groups = _keeps(budget, videos, images, family.counts(images)), videos.groups(images)
     if vision is None:
         with phase("tower"):  # of methods that run it block by block, the tower knows nothing
             vision = method.encode(family, images, keeps)
-    for (_, keep), members in _groups(vision, keeps).items():
-        seeds_G, prompts_G = [seeds[i] for i in members], [prompts[i] for i in members]
+    if len(groups) < len(keeps):
+        vision, keeps = Grouped(vision, groups), [sum(keeps[number] for number in group) for group in groups]
+    for (_, keep), members in _alike(vision, keeps).items():
+        first = [groups[i][0] for i in members]
+        seeds_G, prompts_G = [seeds[i] for i in first], [prompts[i] for i in first]
         grids_G = [vision.grids[i] for i in members]
         yield Encoded(vision, members, keep, seeds_G, grids_G, prompts_G, family.project)
 
@@ -111,7 +128,7 @@ def _keeps(budget: Budget, videos: VideoBudget, images: Images, counts: Sequence
     return keeps
 
 
-def _groups(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int], list[int]]:
+def _alike(vision: Vision, keeps: Sequence[int]) -> Mapping[tuple[Layout, int], list[int]]:
     groups: dict[tuple[Layout, int], list[int]] = {}
     for number, keep in enumerate(keeps):
         groups.setdefault((vision.layout(number), keep), []).append(number)
@@ -167,3 +184,18 @@ def _checked(kept: Kept, encoded: Encoded, method: Method) -> Tensor:
             + ("" if number > keep else " (it may say `fewer = True`)")
         )
     return indices_Gk
+
+
+_NAMING = 1 << 16
+"""Numbers of a picture that are read for its name."""
+
+
+def name_of(pixels: Tensor) -> str:
+    """A name for a picture that the caller gave none, from its pixels.
+
+    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same. Of a large
+    picture every so many are read: all of five tiles would take longer than a good method.
+    """
+    some = pixels.detach().flatten()[:: max(1, pixels.numel() // _NAMING)]
+    rounded = some.to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
+    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()

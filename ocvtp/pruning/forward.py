@@ -27,7 +27,7 @@ from ocvtp.vlms.images import Images
 
 @dataclass(frozen=True)
 class EncodedCall:
-    """Images of one call in `rows` prompts of `length` columns, looked at before the language model starts."""
+    """Images of one call in `rows` prompts of `length` columns, encoded before the language model starts."""
 
     spots: list[Spot]
     rows: int
@@ -40,7 +40,7 @@ class Told:
 
     Attributes:
         columns_BS: the caller's column that each column of the logits comes from; -1 for padding.
-        kept: of each image, the numbers of the tokens that stayed; None: as it was looked at.
+        kept: of each image, the numbers of the tokens that stayed; None: as they were chosen before the language model.
         layers: for each layer, the tokens of each image that it read; None likewise.
     """
 
@@ -58,6 +58,8 @@ class Forward:
     ) -> None:  # fmt: skip
         """`positions` as the caller wants them, `default` as the method has them; `plain` is the model's own forward.
 
+        Which of them it is in the end is `self.positions`.
+
         Raises:
             BadInput: positions that cannot be had.
             Incompatible: the method acts inside a language model whose layers it cannot read.
@@ -65,7 +67,7 @@ class Forward:
         self._model, self._family, self._plain, self._budget = model, family, plain, budget
         places = self._several = several_positions(model.get_decoder().config)
         # M-RoPE's are places in a picture, which stay right whatever is dropped.
-        self._positions: Positions = positions or ("original" if places else default)
+        self.positions: Positions = positions or ("original" if places else default)
         self._method = method if isinstance(method, Inside) else None
         self._layers = None
         if self._method is not None:
@@ -74,7 +76,7 @@ class Forward:
                     f"positions='compact' cannot be had with {self._method.name} and M-RoPE, whose positions are "
                     "places in a picture: leave positions out, or say 'original'"
                 )
-            self._positions = "original" if places else self._positions
+            self.positions = "original" if places else self.positions
             self._layers = Layers(model, self._method, family.facts.added)
         self._features = Features(model.model)
 
@@ -103,7 +105,7 @@ class Forward:
 
     def check_images(self, images: Images) -> None:
         """`BadInput` for videos under M-RoPE whose frames, which overlap in place, would be numbered anew."""
-        if images.videos and self._positions == "compact" and self._several:
+        if images.videos and self.positions == "compact" and self._several:
             raise BadInput("positions='compact' cannot be had with videos and M-RoPE: leave positions out")
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
@@ -117,17 +119,17 @@ class Forward:
             raise BadInput("a pruned model needs logits_to_keep as a number: columns are others after pruning")
         spots = _repeated(encoded, rows)
         before_BS, positions_PBL, mask_BL = self._placed(call, cache, ids_BL, mask_BL)
-        spliced = splice(mask_BL, positions_PBL, spots, self._positions)
+        spliced = splice(mask_BL, positions_PBL, spots, self.positions)
         whole_BS = spliced.mask_BS if before_BS is None else torch.cat([before_BS, spliced.mask_BS], 1)
         full = bool(whole_BS.all())
         labels_BL = call.get("labels")
         call = self._rewritten(call, spliced)
         # Without a cache, transformers takes gaps in positions for the ends of prompts, unless there is a mask.
-        call["attention_mask"] = None if full and self._positions == "compact" else whole_BS
+        call["attention_mask"] = None if full and self.positions == "compact" else whole_BS
         call["return_dict"], asked = True, call.get("return_dict")
         held: tuple[Held, ...] = ()
         told = Told(spliced.columns_BS)
-        prefix = Prefix.of(cache)
+        prefix, before = Prefix.of(cache), Prefix.covered(cache)
         layers = self._hooks(prefix)
         features = self._features.given(
             {kind: self._family.features(parts_XD, kind) for kind, parts_XD in spliced.features.items()}
@@ -139,7 +141,7 @@ class Forward:
             labels_BS = call.pop("labels", None)
             assert self._method is not None  # noqa: S101 - else there are no layers
             run = shortening(
-                layers, self._method, self._budget, spliced, spots, self._positions,
+                layers, self._method, self._budget, spliced, spots, self.positions,
                 labels_BS=labels_BS, length=encoded.length, before_BS=before_BS, prefix=prefix,
             )  # fmt: skip
             with features as asking, layers.running(run):
@@ -151,7 +153,8 @@ class Forward:
                 labels_BS = cut(labels_BL, told.columns_BS, -100)
                 output = type(output)(**{**output, "loss": loss_of(self._model, output.logits, labels_BS, call)})
         if getattr(output, "past_key_values", None) is not None:
-            Prefix(whole_BS, spliced.next_B, full, held).remember(output.past_key_values)
+            columns = before + ids_BL.shape[1]
+            Prefix(whole_BS, spliced.next_B, full, columns, held).remember(output.past_key_values)
         return (output if (self._model.config.return_dict if asked is None else asked) else output.to_tuple()), told
 
     def _placed(
@@ -169,6 +172,14 @@ class Forward:
             mask_BL = ids_BL.new_ones(batch, past + length)
         positions_PBL = self._family.positions(call, mask_BL, past)
         return (mask_BL[:, :past] if past else None), positions_PBL, mask_BL[:, past:]
+
+    def spread(self, call: Mapping[str, Any]) -> Tensor:
+        """Positions of new columns that hold images, as the model takes them, given those of as much text."""
+        positions, length = call["position_ids"], call["input_ids"].shape[1]
+        text_Bq = positions if positions.ndim == 2 else positions[-1]
+        mask_BL = call.get("attention_mask")
+        mask_Bq = torch.ones_like(call["input_ids"]) if mask_BL is None else mask_BL[:, -length:]
+        return self._family.position_ids(self._family.spread(call, text_Bq[:, -length:], mask_Bq))
 
     def _rewritten(self, call: Mapping[str, Any], spliced: Spliced) -> dict[str, Any]:
         """The arguments of the shortened call, but for the mask."""
@@ -200,7 +211,7 @@ class Forward:
         mask_BS, positions_Bt = prefix.since(call["past_key_values"], mask_BL, length, batch)
         tail = mask_BL is None or bool(mask_BS[:, prefix.mask_BS.shape[1] :].all())
         positions_PBq = positions_Bt[None, :, -length:]
-        if call.get("position_ids") is not None and self._several and self._positions == "original":
+        if call.get("position_ids") is not None and self._several and self.positions == "original":
             # As `generate` counts them: after a video in M-RoPE not from its largest position, as `forward` does.
             positions_PBq = self._family.positions(call, mask_BS, 0)
         dropped = {*self._family.vision_inputs, *self._family.column_inputs}

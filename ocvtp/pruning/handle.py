@@ -1,6 +1,6 @@
 """Pruning on one model: `generate` and `forward` are replaced on the instance, nothing else is touched.
 
-The caller goes on to speak of whole prompts. `generate` looks at the images once and then runs as it is, on the
+The caller goes on to speak of whole prompts. `generate` encodes the images once and then runs as it is, on the
 caller's own ids, mask and positions. `forward` shortens prompts that have images (`ocvtp.pruning.forward`). Returned
 sequences, streamers and stopping criteria therefore see whole prompts; `logits` of a prompt are those of its shortened
 form (`Handle.last_columns` says of which columns).
@@ -8,10 +8,10 @@ form (`Handle.last_columns` says of which columns).
 Letters: B prompts, L columns of the caller's prompts, S columns of the shortened ones, q new columns.
 """
 
-import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -24,15 +24,16 @@ from ocvtp.methods.budget import Entering
 from ocvtp.methods.inside import Inside
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning import calls
-from ocvtp.pruning.choosing import choose, slots
+from ocvtp.pruning.choosing import choose, name_of, slots
+from ocvtp.pruning.features import Embedded, before_the_llm, call_of, embedded, texts_of
 from ocvtp.pruning.forward import EncodedCall, Forward
-from ocvtp.pruning.memory import Remembering, VisionMemory
 from ocvtp.pruning.prefix import Prefix
 from ocvtp.pruning.splice import Positions, Spot
 from ocvtp.pruning.videos import VideoBudget
 from ocvtp.vlms.families import family_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Images
+from ocvtp.vlms.memory import Remembering, VisionMemory
 
 if TYPE_CHECKING:  # so that an option of one method is in the keys of no other's results
     from ocvtp.pruning.options import Options
@@ -45,6 +46,7 @@ def prune(
     pruner: Any = None,
     *,
     video_keep: Keep | None = None,
+    video_group: int = 1,
     seed: int = 0,
     positions: Positions | None = None,
     **options: "Unpack[Options]",
@@ -60,6 +62,8 @@ def prune(
             none.
         pruner: for `oc-vtp`: an `OCPruner`, a folder, or an id on the hub.
         video_keep: of videos, if other than `keep` of each frame: a budget "16/frame", "128/video" or "32/second".
+        video_group: frames of a video that the method sees at a time, as one image: 2 for pairs of frames. A frame of
+            Qwen-VL is a pair already.
         seed: of methods with randomness. What is kept of an image depends on it and on the image alone.
         positions: `compact` numbers the shortened prompt anew, `original` leaves each token its position; None: as the
             method has it; with M-RoPE (Qwen2.5-VL) `original`, and always so inside the LLM.
@@ -92,11 +96,15 @@ def prune(
     if isinstance(built, Inside) and family.facts.tokens is not None:
         keep_tokens = budget.tokens(family.facts.tokens)
         built.planned(built.enter(family.facts.tokens, keep_tokens), keep_tokens)
-    videos = VideoBudget(budget) if video_keep is None else VideoBudget.parse(video_keep)
-    if video_keep is not None and "pixel_values_videos" not in family.vision_inputs:
-        raise BadInput(f"video_keep is {video_keep!r}, but videos of this family are not pruned: leave it out")
-    if video_keep is not None and isinstance(built, Inside):
-        raise BadInput(f"video_keep is {video_keep!r}, but {entry.name} drops tokens inside the LLM by keep alone")
+    videos = VideoBudget.parse(budget if video_keep is None else video_keep, video_group)
+    asked = {"video_keep": (video_keep, None), "video_group": (video_group, 1)}
+    for name, value in ((name, value) for name, (value, default) in asked.items() if value != default):
+        if "pixel_values_videos" not in family.vision_inputs:
+            raise BadInput(f"{name} is {value!r}, but videos of this family are not pruned: leave it out")
+        if isinstance(built, Inside):
+            raise BadInput(f"{name} is {value!r}, but {entry.name} drops tokens inside the LLM by keep alone")
+    if video_group > 1 and built is not None and type(built).encode is not Method.encode:
+        raise BadInput(f"video_group is {video_group}, but {entry.name} runs the tower itself, frame by frame")
     return Handle(model, entry, family, built, budget, seed, positions, videos)
 
 
@@ -178,6 +186,34 @@ class Handle(calls.Uncopied):
         """Take what the tower makes of a batch from a memory, which handles on one model share one after another."""
         self._family = cast(Family, Remembering(self._family, memory))
 
+    @torch.no_grad()
+    def embed(self, images: Any, prompts: Sequence[Any] | None = None) -> list[Embedded]:
+        """What the language model would read of each image: for engines that take vision tokens instead of pixels.
+
+        Args:
+            images: what the model's processor made of them, such as all that it returns for images and text, or
+                `pixel_values` alone where nothing else describes images.
+            prompts: for each image token ids of its prompt, for methods that read it; None: `input_ids` in `images`.
+
+        Returns:
+            For each image its rows, on the model's device, what they are, and their positions.
+
+        Raises:
+            BadInput: a method that prunes nothing or acts inside the LLM, videos, images that are none, or no prompts
+                for a method that reads them.
+        """
+        method, call = before_the_llm(self.method, self._method), call_of(images)
+        given = self._family.images(call)
+        assert given is not None  # noqa: S101 - `call_of` has found some
+        if prompts is not None:
+            texts = texts_of(prompts, len(given), self._family)
+        elif self._needs_text and call.get("input_ids") is None:
+            raise BadInput(f"{self.method} reads the prompt: give prompts, or input_ids beside pixel_values in images")
+        else:
+            texts = self._prompts_of(call.get("input_ids"), call.get("attention_mask"), given)
+        placed = choose(self._family, method, self._budget, given, self._seeds(given), texts, self._videos)
+        return embedded(self._family, given, placed, self._prompts.positions)
+
     def slots(self, **call: Any) -> list[Tensor | None]:
         """Attention of the slots that choose tokens of each image, [K, N], given the arguments of a `generate`.
 
@@ -194,59 +230,72 @@ class Handle(calls.Uncopied):
 
     def _pruned_generate(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         call = calls.by_name(plain, args, kwargs)
-        if Prefix.of(call.get("past_key_values")) is not None:
-            raise BadInput(
-                "generate cannot go on from a cache of pruned prompts, as it would for a next turn, or as a draft for "
-                "another model: give the whole conversation anew, or go on by forward"
-            )
-        images = self._family.images(call)
+        family, cache = self._family, call.get("past_key_values")
+        given, covered, new = call, Prefix.covered(cache), 0
+        pictures = any(call.get(name) is not None for name in family.vision_inputs)
+        if covered and (pictures or Prefix.of(cache) is not None):
+            given = calls.later_turn(call, covered, family.column_inputs)
+            new = given["input_ids"].shape[1]
+        images = family.images(given)
         if self._method is not None:
-            calls.refuse_hidden(call, self._family.vision_inputs, self._family.stands_for)
+            calls.refuse_hidden(call, family.vision_inputs, family.stands_for)
         if images is None or self._method is None:
             self._keep_all(images)
-            return self._run_generate(None, call)
-        calls.refuse(call, self._family.vision_inputs, self.model.generation_config)
-        self._prompts.check(call, self._family.counts(images))
-        ids_BL = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
+            return self._run_generate(_Generating(covered, new), call)
+        calls.refuse(call, family.vision_inputs, self.model.generation_config)
+        self._prompts.check(call, family.counts(images))
+        ids_BL = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         with torch.no_grad():
             encoded = self._encode(self._method, ids_BL, call.get("attention_mask"), images)
-        dropped = self._family.vision_inputs - self._family.position_inputs
+        if covered:  # positions follow from what the cache stands for, not from ids of the whole conversation
+            mine = {*family.position_inputs, *family.column_inputs}
+            more = {name: given[name] for name in mine if given.get(name) is not None}
+            dropped = {*family.vision_inputs, *family.column_inputs, "position_ids"}
+        else:
+            more, dropped = {}, {*family.vision_inputs} - family.position_inputs
         kept = {name: value for name, value in call.items() if name not in dropped}
-        return self._run_generate(encoded, kept)
+        return self._run_generate(_Generating(covered, new, encoded, more), kept)
 
-    def _run_generate(self, encoded: EncodedCall | None, call: dict[str, Any]) -> Any:
-        before = self._state()
-        self._running.state = (True, encoded)
+    def _run_generate(self, generating: "_Generating", call: dict[str, Any]) -> Any:
+        before = self._generating
+        self._running.generating = generating
         try:
             return self._generate(**call)
         finally:
-            self._running.state = before
+            self._running.generating = before
 
-    def _state(self) -> tuple[bool, EncodedCall | None]:
-        """Whether this thread is inside `generate`, and the images it was given."""
-        state: tuple[bool, EncodedCall | None] = getattr(self._running, "state", (False, None))
-        return state
+    @property
+    def _generating(self) -> "_Generating | None":
+        """The `generate` that this thread is in."""
+        found: _Generating | None = getattr(self._running, "generating", None)
+        return found
 
     def _pruned_forward(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         call = calls.by_name(plain, args, kwargs)
-        inside, encoded = self._state()
-        cache, ids_Bq = call.get("past_key_values"), call.get("input_ids")
-        if encoded is not None:
-            fresh = Prefix.of(cache) is None
-            if fresh and ids_Bq is not None and bool(self._family.stands_for(ids_Bq).any()):
-                return self._shortened(call, encoded, len(ids_Bq))
-        elif not inside:
+        cache, generating = call.get("past_key_values"), self._generating
+        prefix = Prefix.of(cache)
+        if generating is not None:
+            begins = Prefix.covered(cache) == generating.covered
+            if generating.covered and begins and prefix is not None:  # of which transformers thinks that it is shorter
+                call["input_ids"] = call["input_ids"][:, -generating.new :]
+            if generating.covered and prefix is not None:
+                call["position_ids"] = None
+            if generating.encoded is not None and begins:
+                call |= generating.given
+                if generating.covered and prefix is None:
+                    call["position_ids"] = self._prompts.spread(call)
+                return self._shortened(call, generating.encoded, len(call["input_ids"]))
+        else:
             if self._method is not None:
                 calls.refuse_hidden(call, self._family.vision_inputs, self._family.stands_for)
             images = self._family.images(call)
             if images is not None and self._method is not None:
                 calls.refuse(call, self._family.vision_inputs)
                 self._prompts.check(call, self._family.counts(images))
-                encoded = self._encode(self._method, ids_Bq, call.get("attention_mask"), images)
+                encoded = self._encode(self._method, call.get("input_ids"), call.get("attention_mask"), images)
                 return self._shortened(call, encoded, encoded.rows)
-            if images is not None or Prefix.of(cache) is None:
+            if images is not None or prefix is None:
                 self._keep_all(images)
-        prefix = Prefix.of(cache)
         return self._forward(**call) if prefix is None else self._prompts.continued(call, prefix)
 
     # --- Images ------------------------------------------------------------------------------------------------------
@@ -263,16 +312,16 @@ class Handle(calls.Uncopied):
         self.last_layers = [[len(each.places_X) for each in placed] for _ in range(self._depth)]
         spots = [
             Spot(
-                each.features_XD,
-                each.places_X,
-                each.numbers_X,
-                each.whole,
-                *where,
-                "image" if number < images.stills else "video",
-                count,
-                scores_X=each.scores_X,
+                **vars(each),
+                row=row,
+                start=start,
+                length=length,
+                kind="image" if number < images.stills else "video",
+                tokens=count,
             )
-            for number, (where, each, count) in enumerate(zip(found, placed, self._family.counts(images), strict=True))
+            for number, ((row, start, length), each, count) in enumerate(
+                zip(found, placed, self._family.counts(images), strict=True)
+            )
         ]
         return EncodedCall(spots, *ids_BL.shape)
 
@@ -302,25 +351,27 @@ class Handle(calls.Uncopied):
         if not self._random:
             return [0] * len(images)
         if names is None:
-            names = [_name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
+            names = [name_of(self._family.pixels_of(images, number)) for number in range(len(images))]
         elif len(names) != len(images):
             raise BadInput(f"{len(names)} names of samples for {len(images)} images: one for each is needed")
         return [derive(self.seed, name) for name in names]  # not from batch, order or machine
 
 
-_NAMING = 1 << 16
-"""Numbers of a picture that are read for its name."""
+@dataclass(frozen=True)
+class _Generating:
+    """A `generate` that runs.
 
-
-def _name_of(pixels: Tensor) -> str:
-    """A name for a picture that the caller gave none, from its pixels.
-
-    They are rounded to bfloat16, so that a caller who casts them to the type of the model gets the same. Of a large
-    picture every so many are read: all of five tiles would take longer than a good method.
+    Attributes:
+        covered: columns of the caller that the cache stood for when it began; 0 without one.
+        new: columns that come next, where the cache stands for some.
+        encoded: the images that it was given.
+        given: what a later turn says of its new columns and images.
     """
-    some = pixels.detach().flatten()[:: max(1, pixels.numel() // _NAMING)]
-    rounded = some.to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
-    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
+
+    covered: int
+    new: int = 0
+    encoded: EncodedCall | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _texts(ids_BL: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> list[list[int]]:

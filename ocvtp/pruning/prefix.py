@@ -41,12 +41,14 @@ class Prefix:
         mask_BS: 1 for tokens, 0 for padding.
         next_B: position of the next token.
         full: there is no padding.
+        columns: of the caller's prompts, which it stands for.
         later: layers that hold less than those before them, in their order.
     """
 
     mask_BS: Tensor
     next_B: Tensor
     full: bool
+    columns: int
     later: tuple[Held, ...] = ()
 
     def remember(self, cache: Any) -> None:
@@ -58,6 +60,14 @@ class Prefix:
         """What was left on a cache."""
         found = getattr(cache, _NAME, None)
         return found if isinstance(found, Prefix) else None
+
+    @staticmethod
+    def covered(cache: Any) -> int:
+        """Columns of the caller that a cache stands for, pruned or not."""
+        if cache is None:
+            return 0
+        held, prefix = int(cache.get_seq_length()), Prefix.of(cache)
+        return held if prefix is None else prefix.columns + held - prefix.mask_BS.shape[1]
 
     def at(self, layer: int) -> Held:
         """What a layer holds."""
@@ -71,7 +81,7 @@ class Prefix:
 
         Args:
             cache: holds S + t - q columns: the prompts and what came since.
-            mask_BL: the caller's mask of everything; only its end, from the prompt on, is looked at.
+            mask_BL: the caller's mask of everything; only its end, from the prompt on, counts.
             new: q.
             batch: B of the call.
         """

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ocvtp.vlms.images import Grid, Layout, Map, Part, Placed
 
@@ -72,6 +73,41 @@ class Shape:
         rows_k = (indices_k - tiled.start).div(width, rounding_mode="floor").clamp(min=0)
         stay = torch.unique(rows_k[indices_k >= tiled.start])
         return indices_k + rows_k, tiled.start + (stay + 1) * (width + 1) - 1
+
+
+@dataclass(frozen=True)
+class Resized(Shape):
+    """Tiles put together and made smaller, from rows and columns `whole`, as LLaVA-OneVision does with many."""
+
+    whole: Grid = (0, 0)
+
+    @property
+    def count(self) -> int:
+        """N."""
+        rows, columns = self.layout[1].grid
+        return self.layout[1].start + rows * columns
+
+    def arranged(self, patches_TPX: Tensor) -> Tensor:
+        """As the model resizes features."""
+        start, all_NX = self.layout[1].start, super().arranged(patches_TPX)
+        return torch.cat([all_NX[:start], shrunk(all_NX[start:], self.whole, self.layout[1].grid)])
+
+
+def resized(shape: Shape, ratio: float) -> Resized:
+    """A shape whose tiles, put together, are smaller by a ratio on each side."""
+    start, whole = shape.layout[1].start, shape.layout[1].grid
+    rows, columns = int(whole[0] // ratio), int(whole[1] // ratio)
+    layout, grid = (shape.layout[0], Part(start, (rows, columns))), (start + rows * columns, 1)
+    return Resized(
+        shape.tiles, shape.patches_N, layout, start + rows * (columns + 1), True, grid, shape.across, whole=whole
+    )
+
+
+def shrunk(patches_PX: Tensor, whole: Grid, grid: Grid) -> Tensor:
+    """Something of each patch of a grid, of fewer rows and columns, as the model resizes features, [N, ...]."""
+    tiles_1Xhw = patches_PX.view(*whole, -1).permute(2, 0, 1)[None]
+    small_Xhw = interpolate(tiles_1Xhw.float(), grid, mode="bilinear")[0]
+    return small_Xhw.flatten(1).T.to(patches_PX.dtype).view(-1, *patches_PX.shape[1:])
 
 
 def with_newlines(shape: Any, indices_k: Tensor, features_kD: Tensor, newline_D: Tensor) -> Placed:

@@ -4,10 +4,11 @@ Letters: I images, N tokens of an image without CLS, C tower width.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ocvtp.errors import BadInput
 from ocvtp.vlms.catalogue import CatalogEntry, resolve
-from ocvtp.vlms.families import family_of
+from ocvtp.vlms.families import family_class, family_of
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Grid, Images
+from ocvtp.vlms.tiled import TiledFamily
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,56 @@ def load(
     processor = AutoProcessor.from_pretrained(entry.folder)
     processor.tokenizer.padding_side = "left"
     model = model.to(device).eval()
-    for setting, value in entry.settings.items():
-        setattr(model.config, setting, copy.deepcopy(value))
-        if hasattr(processor.image_processor, setting):
-            setattr(processor.image_processor, setting, copy.deepcopy(value))
+    _settle(entry, model.config, processor)
     model.ocvtp_entry = entry
     return VLM(entry, model, processor, family_of(model))
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What a VLM makes of an image.
+
+    Attributes:
+        tokens: N.
+        grid: rows and columns of these; None where they are those of tiles.
+        tiles: that the tower sees one by one; None where it sees the image as it is.
+    """
+
+    tokens: int
+    grid: Grid | None
+    tiles: int | None
+
+
+def image_shapes(entry: CatalogEntry, sizes: Sequence[tuple[int, int]]) -> list[ImageShape]:
+    """What a VLM makes of images of these widths and heights in pixels, by its own processor; reads no weights.
+
+    Raises:
+        BadInput: an image that the processor refuses, such as a very narrow one; names its size.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    config, processor = AutoConfig.from_pretrained(entry.folder), AutoProcessor.from_pretrained(entry.folder)
+    _settle(entry, config, processor)
+    # Of the model shapes ask the config alone.
+    family = family_class(entry.family, entry.name)(SimpleNamespace(config=config))
+    found = dict[tuple[int, int], ImageShape]()
+    for size in dict.fromkeys(sizes):
+        try:
+            images = family.preprocess(processor, [Image.new("RGB", size)], mode="pad")
+        except ValueError as error:
+            raise BadInput(f"{entry.name} cannot take an image of {size[0]} x {size[1]} pixels: {error}") from error
+        (tokens,), (grid,) = family.counts(images), family.grids(images)
+        tiles = len(family.tiles(images)[0]) if isinstance(family, TiledFamily) else None
+        found[size] = ImageShape(tokens, grid if tiles is None else None, tiles)
+    return [found[size] for size in sizes]
+
+
+def _settle(entry: CatalogEntry, config: Any, processor: Any) -> None:
+    """Put the catalogue's settings into config and processor."""
+    for setting, value in entry.settings.items():
+        setattr(config, setting, copy.deepcopy(value))
+        if hasattr(processor.image_processor, setting):
+            setattr(processor.image_processor, setting, copy.deepcopy(value))
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

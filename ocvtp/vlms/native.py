@@ -169,6 +169,13 @@ class NativeFamily(Family):
             return None
         if sizes is None:
             raise BadInput(f"this model needs {sizes_name} beside {pixels_name}: use its processor")
+        merge = self.model.config.vision_config.spatial_merge_size
+        for frames, rows, columns in sizes.tolist():
+            if not (rows and columns) or rows % merge or columns % merge:
+                raise BadInput(
+                    f"{sizes_name} has {frames} x {rows} x {columns} patches: a token is made of {merge} x {merge}, so "
+                    f"rows and columns are multiples of {merge}, at least {merge}"
+                )
         patches = sizes.prod(1)
         if len(pixels) != int(patches.sum()):
             raise BadInput(
@@ -184,7 +191,7 @@ class NativeFamily(Family):
     def _sizes(self, images: Images) -> list[tuple[int, Grid]]:
         """Of each image the patches, and the grid of its tokens."""
         assert images.sizes is not None  # noqa: S101 - as `images` has made sure
-        merge = self.tower.spatial_merge_size
+        merge = self.model.config.vision_config.spatial_merge_size
         return [(rows * columns, (rows // merge, columns // merge)) for _, rows, columns in images.sizes.tolist()]
 
     def counts(self, images: Images) -> list[int]:  # noqa: D102

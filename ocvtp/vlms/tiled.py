@@ -167,6 +167,17 @@ class TiledFamily(Family):
         """The tiles of each image, [its tiles, 3, H, W]. Here: as they stand in a row."""
         return list(images.pixels.split([shape.tiles for shape in self.shapes(images)]))
 
+    def check_size(self, images: Images) -> None:
+        """`BadInput` for tiles of another size than the tower's, before it runs."""
+        size = self.model.config.vision_config.image_size
+        wanted = (size, size) if isinstance(size, int) else tuple(size)
+        if tuple(images.pixels.shape[-2:]) != wanted:
+            height, width = images.pixels.shape[-2:]
+            raise BadInput(
+                f"pixel_values of {height} x {width} pixels, but the vision tower sees {wanted[0]} x {wanted[1]}: use "
+                "the processor of this model"
+            )
+
     def inputs(self, images: Images) -> dict[str, Any]:
         """Arguments of the model's `get_image_features`, for values that it makes."""
         return {"pixel_values": images.pixels}
@@ -191,6 +202,7 @@ class TiledFamily(Family):
 
     def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TiledVision:
         """Values are what the model's own `get_image_features` makes."""
+        self.check_size(images)
         inputs = self.inputs(images)
         inputs["pixel_values"] = inputs["pixel_values"].to(device_of(self.tower, images.pixels.device))
         get = self.model.model.get_image_features
@@ -204,6 +216,7 @@ class ProjectedLate(TiledFamily):
 
     def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TiledVision:
         """Stops after the layer that values come from."""
+        self.check_size(images)
         wanted = {*layers, *([self.facts.feature_layer] if values else [])}
         states = self.eye.states(torch.cat(self.tiles(images)), wanted)
         return TiledVision(self.eye, states, self.shapes(images), self.facts.feature_layer)

@@ -22,8 +22,6 @@ from pipelines.params.fitting import lacking, tokens_kept
 from pipelines.params.model import Params, SceneStyle, Train
 
 log = logging.getLogger(__name__)
-SCENE_BENCHMARKS = ("gqa", "mme", "pope", "textvqa")
-"""Those that stage `sample` writes questions for."""
 ALL = "all"
 
 
@@ -52,10 +50,10 @@ def _without(error: ValidationError, data: Any) -> Any:
 
 
 def crosscheck(params: Params, problems: Problems) -> Params:
-    """Note everything that does not fit; returns the params with `method: all` spelt out."""
+    """Note everything that does not fit; returns the params with `method: all` and `benchmark: all` spelt out."""
     named = params.method != (ALL,)
-    params = params.model_copy(update={"method": _methods(params.method, problems), "ablate": _new(params)})
-    _benchmarks(params, problems)
+    spelt_out = {"method": _methods(params.method, problems), "benchmark": _benchmarks(params, problems)}
+    params = params.model_copy(update={**spelt_out, "ablate": _new(params)})
     _options(params, problems)
     _trainings(params, problems)
     _sample(params, problems)
@@ -125,19 +123,14 @@ def _fitting(params: Params, entries: Sequence[CatalogEntry], problems: Problems
     return params.model_copy(update={"method": tuple(fitting)})
 
 
-def _benchmarks(params: Params, problems: Problems) -> None:
-    _names("benchmark", params.benchmark, benchmarks(), problems)
-    if params.evaluate.data != "scenes":
-        return
-    if params.sample.questions < 2:
+def _benchmarks(params: Params, problems: Problems) -> tuple[str, ...]:
+    if params.evaluate.data == "scenes" and params.sample.questions < 2:
         problems.add("sample.questions", "at least 2 are needed where evaluate.data is scenes (some come in pairs)")
-    for index, name in enumerate(params.benchmark):
-        if name in benchmarks() and name not in SCENE_BENCHMARKS:
-            problems.add(
-                _at("benchmark", params.benchmark, index),
-                f"there are no scenes for {name!r} (there are for {', '.join(SCENE_BENCHMARKS)}); "
-                "with evaluate.data: official it can be asked",
-            )
+    if params.benchmark == (ALL,):
+        return tuple(benchmarks())
+    legal = [*benchmarks(), *([ALL] if len(params.benchmark) == 1 else [])]
+    _names("benchmark", params.benchmark, legal, problems)
+    return params.benchmark
 
 
 def _new(params: Params) -> Ablate:

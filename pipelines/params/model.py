@@ -167,6 +167,7 @@ class Evaluate(Section):
     dtype: Dtype = "float32"
     max_new_tokens: Positive = 16
     bootstrap: int = Field(default=2000, ge=100)
+    minutes_per_task: float = Field(default=30.0, gt=0)
     limit: Positive | None = None
     options: dict[str, dict[str, Any]] = Field(default={"css": {"layer": -2}})
 
@@ -181,7 +182,7 @@ class Efficiency(Section):
     """What the closed-form cost counts."""
 
     text_tokens: Natural = 32
-    image_tokens: Positive = 999
+    image_tokens: Positive | Literal["auto"] = "auto"
 
 
 class Demand(Section):

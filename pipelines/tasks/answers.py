@@ -1,20 +1,20 @@
-"""The task of stage `evaluate`: one setting on one benchmark."""
+"""A task of stage `evaluate`: answers of one setting to a shard of one benchmark's questions."""
 
 import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cluster import progress
+from ocvtp.evaluation.answered import Shard
+from ocvtp.evaluation.asking import ask
 from ocvtp.evaluation.benchmarks import benchmark
-from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
-from ocvtp.evaluation.setting import ready
+from ocvtp.evaluation.setting import EvaluationSetting, ready
 from pipelines.tasks.places import check_same, device, in_store
 
 
 def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
-    """`score.json` and `samples.jsonl`."""
+    """`answers.jsonl` and `asked.json`. An attempt that dies leaves what it was told already to the next one."""
     check_same(spec["benchmark"], asked(spec["benchmark"]), {key: spec[key] for key in ("task", "lmms_eval")})
     with ready(
         EvaluationSetting(spec["vlm"], dtype=spec["dtype"]), device()
@@ -32,17 +32,19 @@ def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
         batch_size=spec["batch_size"],
         max_new_tokens=spec["max_new_tokens"],
     )
-    evaluate(
+    found = ask(
         setting,
         spec["benchmark"],
         None if data is None else in_store(folder, data),
-        folder,
+        shard=Shard(*spec["shard"]),
         limit=spec["limit"],
         device=device(),
+        journal=folder / "resume" / "journal",
         progress=progress,
     )
+    found.write(folder)
 
 
 def asked(name: str) -> dict[str, Any]:
-    """What is asked in a benchmark, as JSON: what benchmarks.yaml says of it, and whose code scores it."""
-    return {"task": json.loads(json.dumps(asdict(benchmark(name)))), "lmms_eval": version("lmms-eval")}
+    """What is asked in a benchmark, as JSON: what benchmarks.yaml says of that, and whose code asks it."""
+    return {"task": json.loads(json.dumps(benchmark(name).asking)), "lmms_eval": version("lmms-eval")}

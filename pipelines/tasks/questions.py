@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ocvtp.data.questions import write_benchmarks
+from ocvtp.data.question_sets import write_benchmarks
 from ocvtp.data.scenes import Style
 
 

@@ -107,7 +107,8 @@ def test_ray_and_a_job_that_is_submitted(
 
     scores = (workspace.folder / "results/scores.json").read_bytes()
     shutil.rmtree(workspace.folder / "results")
-    shutil.rmtree(workspace.folder / ".ocvtp/store/answers")
+    for kind in ("answers", "scores"):
+        shutil.rmtree(workspace.folder / ".ocvtp/store" / kind)
     monkeypatch.delenv("RAY_ADDRESS")
     environment = {"OCVTP_ROOT": str(workspace.folder), "OCVTP_EXECUTOR": "ray"}
     workspace.run(

@@ -20,6 +20,7 @@ import ocvtp
 from ocvtp import cli, vlms
 from ocvtp.commands import catalog, common, executors
 from ocvtp.data.scenes import jpeg, make_scene
+from ocvtp.efficiency import roofline
 from ocvtp.efficiency.flops import paper_llm_flops
 
 COMMANDS = ("doctor", "prefetch", "show", "methods", "flops", "latency")
@@ -99,6 +100,29 @@ def test_flops_prints_the_papers_numbers() -> None:
     assert "6.314T" in table
     assert "971.2G" in table
     assert "…" not in table
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "printed"),
+    [
+        ("llava-1.5-7b", "64", [["576", "6.31T", "8.07T", "+28%", "-", "-"],
+                                ["64", "0.97T", "1.25T", "+29%", "5.97G", "5.96G", "-0%"]]),
+        ("llava-next-7b", "160", [["2880", "33.76T", "42.16T", "+25%", "-", "-"],
+                                  ["160", "1.95T", "2.51T", "+28%", "23.82G", "27.75G", "+16%"]]),
+    ],
+)  # fmt: skip
+def test_flops_as_table_4_of_the_paper_has_them(
+    name: str, keep: str, printed: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["flops", name, "--keep", keep, "--convention", "paper"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line and line[0] in ("576", "64", "2880", "160")] == printed
+    assert ["The", "paper", "counts", "the", "language", "model", "alone,"] in [line[:7] for line in lines]
+
+
+def test_flops_in_truth_alone_has_no_column_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["flops", "llava-1.5-7b", "--keep", "64", "--convention", "true"]) == 0
+    assert "paper" not in capsys.readouterr().out
 
 
 def test_doctor_says_what_is_wrong_and_how_to_mend_it() -> None:
@@ -283,7 +307,9 @@ def test_a_device_that_is_not_there_is_named(
     assert "device 'cuda:97' cannot be used" in capsys.readouterr().err
 
 
-def test_latency_measures_every_case(tiny: list[tuple[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_latency_measures_every_case(
+    tiny: list[tuple[str, object]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     arguments = [
         "latency",
         "--keep",
@@ -306,10 +332,20 @@ def test_latency_measures_every_case(tiny: list[tuple[str, object]], capsys: pyt
     for case in found.values():
         assert set(case["phases"]) == {"tower", "method", "projector", "prefill", "other"}
         assert all(case["phases"][name]["median"] > 0 for name in ("tower", "projector", "prefill", "other"))
-    assert cli.main(arguments) == 0
+        first = {name: each["first_token"]["median"] for name, each in found.items()}
+        assert case["processing"]["median"] > 0
+    assert found["random, keep 16"]["of_vanilla"] == first["random, keep 16"] / first["vanilla"]
+    assert found["random, keep 16"]["of_random"] == 1
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(roofline, "_SIZES", {"cpu": (64, 1 << 16)})
+    figure = tmp_path / "phases.png"
+    assert cli.main([*arguments, "--limits", "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
-    assert "of vanilla" in printed
-    assert "Phases of a first token" in printed
+    for part in ("of vanilla", "of random", "image processing", "Times the least time there is"):
+        assert part in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*arguments, "--figure", "phases.pdf"]) == 2
+    assert "ends in .png or .svg" in capsys.readouterr().err
 
 
 def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,8 +363,9 @@ def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert cli.main([*arguments, "--batch", "2", "--methods", "css", "--new-tokens", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert asked == [("llava-1.5-7b", "cpu")]
-    assert list(found["cases"]) == ["vanilla", "css, keep 0.111"]
+    assert list(found["cases"]) == ["vanilla", "random, keep 0.111", "css, keep 0.111"]
     assert found["cases"]["css, keep 0.111"]["phases"]["method"]["median"] > 0
+    assert found["cases"]["css, keep 0.111"]["processing"] is None
 
     assert cli.main(["latency", "--batch", "2"]) == 2
     assert "--batch 2 is of --random-weights" in capsys.readouterr().err

@@ -148,11 +148,13 @@ def test_train_and_evaluate(work: Workspace) -> None:
     assert "  1 of them: train.loss: aw_mse -> mse; train.steps: 2 -> 3\n    tiny-llava/layer_9-mse-slots" in said
     assert "answers: 0 published, 2 would run" in work.dry(evaluate)
     assert work.run(evaluate) == 0
-    assert work.dry(evaluate) == "answers: 2 published, 0 would run\n"
-    assert "answers: 2 published, 1 would run\n  1 of them: keep: 16 -> 12\n" in work.dry(evaluate, keep=[16, 12])
+    assert work.dry(evaluate) == "scores: 2 published, 0 would run\n"
+    said = work.dry(evaluate, keep=[16, 12])
+    assert "answers: 0 published, 1 would run\n  1 of them: keep: 16 -> 12\n" in said
+    assert "scores: 2 published, 1 would run\n  1 of them: answers.keep: 16 -> 12\n" in said
     shutil.rmtree(work.store / "pruners")
     said = work.dry(evaluate)
-    assert "answers: 2 published, 0 would run\npruners/" in said
+    assert "scores: 2 published, 0 would run\npruners/" in said
     assert f"is put back into the store from {work.root}/models/tiny-llava/layer_9-aw_mse-slots" in said
 
 
@@ -168,6 +170,6 @@ def test_stages_without_tasks(work: Workspace, capsys: pytest.CaptureFixture[str
     work.params({"keep": [12]})
     assert report.main(work.root, dry=True) == 0
     assert (
-        "stage evaluate lacks 1 of its 2 results in the store: run `python pipelines/eval.py`"
+        "stage evaluate lacks 2 of its 3 results in the store: run `python pipelines/eval.py`"
         in capsys.readouterr().out
     )

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
+from small_params import write_params
 
-from pipelines import efficiency
+from pipelines import efficiency, sample
 from pipelines.stage.context import ROOT
 
 
@@ -69,6 +71,38 @@ def test_methods_inside_the_llm_are_counted_layer_by_layer(rows, caplog) -> None
     assert fastv["kv_cache_bytes"] == 2 * sum(read) * d * 2
     assert fastv["flops"]["projector"] == found[0]["flops"]["projector"]
     assert all(row["tokens"] == 48 and sum(row["layers"]) <= 48 * 4 for row in found[1:])
+
+
+@pytest.mark.parametrize(("sides", "asked"), [([64, 160], "auto"), ([64, 160], 120)])
+def test_images_of_many_sizes_are_counted_by_the_one_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sides: list[int],
+    asked: str | int,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OCVTP_ROOT", str(tmp_path))
+    monkeypatch.delenv("OCVTP_STORE", raising=False)
+    given = write_params(tmp_path, {
+        "vlm": "tiny-qwen", "keep": ["11.1%"], "method": ["vanilla", "random"],
+        "sample": {"images": 7, "questions": 4, "style": {"sides": sides}}, "efficiency": {"image_tokens": asked},
+    })  # fmt: skip
+    expected = asked
+    if asked == "auto":
+        assert efficiency.main(given) == 2
+        assert "run `python pipelines/sample.py`" in " ".join(capsys.readouterr().err.split())
+        assert sample.main(given) == 0
+        listed = json.loads((tmp_path / "data/sample/images.json").read_text())
+        sizes = [Image.open(tmp_path / ".ocvtp/store" / image["path"]).size for image in listed]
+        tokens = sorted(width // 16 * (height // 16) for width, height in sizes)
+        assert len(set(tokens)) > 3
+        expected = tokens[3]
+    assert efficiency.main(given) == 0
+    whole, random = json.loads((tmp_path / "results/efficiency.json").read_text())["rows"]
+    assert whole["tokens"] == whole["layers"][0] == expected
+    assert random["tokens"] == round(0.111 * expected)
+    config = json.loads((ROOT / "ocvtp/vlms/tiny_qwen/config.json").read_text())["vision_config"]
+    d, n = config["hidden_size"], 4 * expected
+    patches = n * 3 * config["temporal_patch_size"] * config["patch_size"] ** 2 * d
+    layer = n * (4 * d * d + 2 * d * config["intermediate_size"]) + 2 * n * n * d
+    assert whole["flops"]["tower"] == 2 * (patches + config["depth"] * layer)
 
 
 def test_equal_params_give_equal_bytes(rows, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ One after another in one workspace, as a user runs them; each test says what it 
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 from small_params import SMALL, write_params
 
-from cluster import Task, is_published
+from cluster import Store, Task, is_published
 from ocvtp import cli
 from ocvtp.data.scenes import write_scenes
+from ocvtp.evaluation.benchmarks import benchmarks
 from pipelines import eval as evaluate
 from pipelines import extract, measure, sample, train
+from pipelines.__main__ import in_use
 from pipelines.stage import context as stage
 from pipelines.stage import outputs
 
@@ -92,7 +95,7 @@ def test_sample_lists_images_and_writes_questions(work: Workspace) -> None:
     assert {key: about[key] for key in ("source", "seed", "images", "rejects")} == {
         "source": "scenes", "seed": 0, "images": 40, "rejects": 0,
     }  # fmt: skip
-    assert set(about["benchmarks"]) == {"gqa", "mme", "pope", "textvqa"}
+    assert set(about["benchmarks"]) == set(benchmarks())
     assert all(one["questions"] >= 12 for one in about["benchmarks"].values())
     trained_on = {image["sha256"] for image in images}
     assert trained_on.isdisjoint(work.files("data/sample/benchmarks").values())
@@ -284,7 +287,7 @@ def test_a_vlm_teaches_by_its_answers(work: Workspace, tmp_path: Path, capsys: p
 def test_evaluate_scores_every_setting(work: Workspace) -> None:
     assert work.run(train) == 0  # puts out the default grid again
     assert work.run(evaluate) == 0
-    assert len(work.ran) == 5
+    assert Counter(task.kind for task in work.ran) == {"answers": 5, "scores": 5}
     rows = work.json("results/scores.json")
     assert [(row["method"], row["tokens"], row["seed"]) for row in rows] == [
         ("vanilla", 144, None), ("random", 48, 0), ("random", 16, 0), ("oc-vtp", 48, 0), ("oc-vtp", 16, 0),
@@ -310,12 +313,41 @@ def test_evaluating_again_asks_nothing_and_another_budget_only_its_own_cells(wor
     assert work.run(evaluate) == 0
     assert (work.ran, work.files("results")) == ([], before)
     assert work.run(evaluate, keep=["33.3%", 32]) == 0
-    assert sorted((task.spec["method"], task.spec["keep"]) for task in work.ran) == [("oc-vtp", 32), ("random", 32)]
+    asked = [task.spec for task in work.ran if task.kind == "answers"]
+    assert sorted((spec["method"], spec["keep"]) for spec in asked) == [("oc-vtp", 32), ("random", 32)]
+    assert [task.spec["answers"] | {"shard": [0, 1]} for task in work.ran if task.kind == "scores"] == asked
     names = {path.name for path in (work.root / "results/evaluate/tiny-llava").iterdir()}
     assert "random-33.3pct-seed_0" in names
     assert "random-16-seed_0" not in names
     assert work.run(evaluate) == 0
     assert (work.ran, work.files("results")) == ([], before)
+
+
+def test_another_way_to_score_asks_nothing_and_shards_end_in_the_same_bytes(work: Workspace) -> None:
+    changes: dict[str, Any] = {"method": ["vanilla", "random"], "keep": [16]}
+    assert work.run(evaluate, **changes) == 0
+    before = work.files("results")
+    shutil.rmtree(work.store / "scores")  # as if their code had changed
+    assert work.run(evaluate, **changes) == 0
+    assert ([task.kind for task in work.ran], work.files("results")) == (["scores"] * 2, before)
+    assert (
+        {f"answers/{path.name}" for path in (work.store / "answers").iterdir()}
+        >= {name for name in in_use(Store(work.store), [work.root]) if name.startswith("answers/")}
+        != set()
+    )
+    for kind in ("scores", "answers"):
+        shutil.rmtree(work.store / kind)
+    small = {"minutes_per_task": 0.001}
+    assert work.run(evaluate, **changes, evaluate=small) == 0
+    shards = [task.spec["shard"] for task in work.ran if task.kind == "answers"]
+    count = len(shards) // 2
+    assert count in (2, 4, 8)
+    assert shards == 2 * [[number, count] for number in range(count)]
+    assert work.files("results") == before
+    assert [speed for speed in work.json(".ocvtp/store/logs/speeds.json").values() if not speed > 0] == []
+    shutil.rmtree(work.store / "scores")
+    assert work.run(evaluate, **changes) == 0
+    assert [task.kind for task in work.ran] == ["scores"] * 2, "shards of another size are gone on with"
 
 
 def test_measure_says_what_each_setting_keeps(work: Workspace) -> None:

@@ -53,7 +53,17 @@ def test_answers_to_another_benchmark_than_planned_are_refused(tmp_path: Path) -
         answers(spec, tmp_path, {})
 
 
-@pytest.mark.parametrize("name", ["answers", "copies", "pruners", "questions", "restored", "scenes", "tokens"])
+def test_scores_know_nothing_of_how_answers_are_made_and_the_other_way_round() -> None:
+    """So a new metric asks nothing again, and scoring needs no VLM."""
+    asking, scoring = (set(parts(f"pipelines.tasks.{name}")) for name in ("answers", "scores"))
+    made = {part for part in scoring if part.startswith(("ocvtp.vlms", "ocvtp.pruning", "ocvtp.methods"))}
+    assert made | (scoring & {"ocvtp.evaluation.generate", "ocvtp.evaluation.setting"}) == set()
+    assert asking & {"ocvtp.evaluation.scores", "ocvtp.evaluation.scoring", "ocvtp.evaluation.lmms.outcome"} == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["answers", "copies", "pruners", "questions", "restored", "scenes", "scores", "tokens"]
+)
 def test_a_task_reads_no_data_of_the_package_that_its_key_misses(name: str) -> None:
     """Tables of entries are in specs, entry by entry; each other file that is read would be a part."""
     covered = parts(f"pipelines.tasks.{name}")

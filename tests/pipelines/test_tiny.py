@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ocvtp.data.questions import KINDS, POST_PROMPT, ask, write_benchmarks
+from ocvtp.data.question_sets import write_benchmarks
+from ocvtp.data.questions import KINDS, POST_PROMPT, ask
 from ocvtp.data.scenes import make_scenes
 from ocvtp.vlms import resolve
 from pipelines.tiny import language, tower

@@ -1,7 +1,7 @@
 """Our model for lmms-eval: a VLM, pruned or not, that answers chat messages in batches."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
@@ -11,17 +11,13 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 
 from ocvtp.errors import BadInput, NotAvailable
-from ocvtp.evaluation.generate import Answer, Answerer
+from ocvtp.evaluation.answered import Answer
+from ocvtp.evaluation.lmms.questions import messages_of
 from ocvtp.evaluation.setting import EvaluationSetting, ready
-
-Progress = Callable[[int, int], None]
 
 
 class OcvtpModel(lmms):
     """A VLM of ocvtp, as `--model ocvtp --model_args vlm=tiny-llava,method=random,keep=16`.
-
-    `answers` holds what was said to each question asked so far, by task and row: the answer, and which image tokens
-    were kept.
 
     Args:
         vlm: name in ocvtp's catalogue, or a folder.
@@ -61,21 +57,10 @@ class OcvtpModel(lmms):
         stack = ExitStack()
         # A model of its own: it stays pruned for as long as this object lives.
         answerer = stack.enter_context(ready(setting, device or "cpu", shared=False))
-        self._prepare(answerer, setting.batch_size, None, Path(record) if record else None)
-        self._stack = stack
-
-    @classmethod
-    def around(cls, answerer: Answerer, batch_size: int, progress: Progress | None = None) -> "OcvtpModel":
-        """The model around a VLM that is loaded and pruned already; `progress` is called with (done, all)."""
-        model = cls.__new__(cls)
-        model._prepare(answerer, batch_size, progress, None)
-        return model
-
-    def _prepare(self, answerer: Answerer, batch_size: int, progress: Progress | None, record: Path | None) -> None:
         super().__init__()
-        self.answerer, self.batch_size, self.record = answerer, batch_size, record
-        self._progress = progress
-        self.answers: dict[tuple[str, int], Answer] = {}
+        self.answerer, self.batch_size = answerer, setting.batch_size
+        self.record = Path(record) if record else None
+        self._stack = stack
 
     @property
     def device(self) -> Any:
@@ -96,8 +81,6 @@ class OcvtpModel(lmms):
                 for request, answer in zip(batch, answers, strict=True):
                     self._note(request, answer)
                     results.append(GenerationResult(answer.text, TokenCounts(answer.prompt_tokens, answer.new_tokens)))
-                if self._progress is not None:
-                    self._progress(len(results), len(requests))
         return results
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -111,17 +94,11 @@ class OcvtpModel(lmms):
     def _messages(self, request: Any) -> Any:
         """The chat messages of a request; its images are decoded here."""
         _, to_messages, _, doc_id, task, split = request.args
-        try:
-            return to_messages(self.task_dict[task][split][doc_id])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-            raise BadInput(f"question {doc_id} of {task} ({split}) cannot be read: {error}") from error
+        return messages_of(to_messages, self.task_dict[task][split], doc_id, f"{task} ({split})")
 
     def _note(self, request: Any, answer: Answer) -> None:
         _, _, _, doc_id, task, _ = request.args
-        if (request.metadata or {}).get("__padding_only__"):
-            return
-        self.answers[task, doc_id] = answer
-        if self.record is not None:
+        if self.record is not None and not (request.metadata or {}).get("__padding_only__"):
             line = {"task": task, "doc_id": doc_id, "prediction": answer.text, "kept": answer.kept}
             with self.record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

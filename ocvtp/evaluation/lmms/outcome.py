@@ -1,24 +1,52 @@
-"""What lmms-eval's log of a question says in ours: its score from 0 to 1, by the official functions."""
+"""Scores answers by the official functions of lmms-eval; what they say of a question in ours: a score from 0 to 1."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import argparse
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ocvtp.errors import Corrupt
+from ocvtp.evaluation.answered import Answer
 from ocvtp.evaluation.benchmarks import Benchmark
-from ocvtp.evaluation.generate import Answer
+from ocvtp.evaluation.lmms.questions import Questions, cause_of
 
 Logged = Mapping[str, Any]
 
 
-def samples_of(
-    benchmark: Benchmark, logged: Sequence[Logged], answers: Mapping[tuple[str, int], Answer], task: str
-) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl, by row."""
+def scored(questions: Questions, answers: Sequence[Answer]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """lmms-eval's own metrics, and the lines of samples.jsonl.
+
+    Args:
+        questions: as `ocvtp.evaluation.lmms.questions.opened` gives them.
+        answers: to the first rows, in their order.
+    """
+    from lmms_eval.evaluator_utils import TaskOutput
+    from tenacity import RetryError
+
+    task = questions.task
+    # Submission files and the like go to the temporary folder.
+    task.args = argparse.Namespace(output_path=str(questions.folder), process_with_media=False, reasoning_tags=None)
+    outcome = TaskOutput.from_taskdict(task.config.task, task)
+    random.seed(0)  # some tasks draw where an answer cannot be read: always the same
+    logged = []
+    for row, answer in enumerate(answers):
+        doc = task.eval_docs_no_media[row]  # no image is decoded again
+        try:
+            values = task.process_results(doc, [answer.text])
+        except RetryError as error:
+            raise cause_of(questions.benchmark, error) from error
+        for metric, value in values.items():
+            outcome.sample_metrics[metric, "none"].append(value)
+        logged.append({**values, "doc_id": row, "doc": doc})
+    outcome.calculate_aggregate_metric(bootstrap_iters=0)
+    return _metrics(outcome.agg_metrics), _samples(questions.benchmark, logged, answers)
+
+
+def _samples(benchmark: Benchmark, logged: Sequence[Logged], answers: Sequence[Answer]) -> list[dict[str, Any]]:
     score = _SCORES.get(benchmark.name, _exact_match)
     lines = []
-    for entry in sorted(logged, key=lambda entry: int(entry["doc_id"])):
-        doc_id, doc = int(entry["doc_id"]), entry["doc"]
-        answer = answers[task, doc_id]
+    for entry, answer in zip(logged, answers, strict=True):
+        doc_id, doc = entry["doc_id"], entry["doc"]
         lines.append({
             "doc_id": doc_id,
             "unit": benchmark.unit_of(doc, doc_id),
@@ -32,7 +60,7 @@ def samples_of(
     return lines
 
 
-def metrics_of(results: Mapping[str, Any]) -> dict[str, Any]:
+def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
     """lmms-eval's own metrics, without its error bars."""
     found = {key.removesuffix(",none"): value for key, value in results.items() if key.endswith(",none")}
     return {key: value for key, value in found.items() if "_stderr" not in key and isinstance(value, int | float)}
@@ -53,15 +81,10 @@ def primary_of(benchmark: Benchmark, metrics: Mapping[str, Any]) -> float:
     raise Corrupt(f"lmms-eval reported {', '.join(metrics) or 'nothing'} of {benchmark.name}, not {benchmark.primary}")
 
 
-def image_tokens(answers: Iterable[Answer]) -> list[int]:
-    """How many tokens were kept of each image."""
-    return [kept if isinstance(kept, int) else len(kept) for answer in answers for kept in answer.kept]
-
-
 def _kept(answer: Answer) -> Any:
     """The indices kept of one image, lists of them for several; unpruned: how many tokens there were."""
     if all(isinstance(kept, int) for kept in answer.kept):
-        return sum(image_tokens([answer]))
+        return sum(answer.image_tokens)
     return answer.kept[0] if len(answer.kept) == 1 else answer.kept
 
 

@@ -17,10 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.anyres import Shape, shape_of, with_newlines
+from ocvtp.vlms.anyres import Shape, resized, shape_of, shrunk, with_newlines
 from ocvtp.vlms.images import Facts, Grid, Images, Kind, Layout, Map, Part, Placed
 from ocvtp.vlms.tiled import TiledFamily, TiledVision, Tiles
 from ocvtp.vlms.tower import device_of, fetched, recorded, weight_of
@@ -66,34 +65,11 @@ class Frame(Tiles):
 
     def arranged(self, patches_TPX: Tensor) -> Tensor:
         """As the model resizes features."""
-        tiles_1Xhw = patches_TPX[0].view(self.side, self.side, -1).permute(2, 0, 1)[None]
-        small_Xhw = interpolate(tiles_1Xhw.float(), self.grid, mode="bilinear")[0]
-        return small_Xhw.flatten(1).T.to(patches_TPX.dtype).view(-1, *patches_TPX.shape[2:])
+        return shrunk(patches_TPX[0], (self.side, self.side), self.grid)
 
     def newlines_of(self, indices_k: Tensor) -> tuple[Tensor, Tensor]:
         """Places of tokens among placeholders, and of the newline."""
         return indices_k, torch.arange(self.count, self.span)
-
-
-@dataclass(frozen=True)
-class Resized(Shape):
-    """Tiles put together and made smaller, from rows and columns `whole`."""
-
-    whole: Grid = (0, 0)
-
-    @property
-    def count(self) -> int:
-        """N."""
-        rows, columns = self.layout[1].grid
-        return self.layout[1].start + rows * columns
-
-    def arranged(self, patches_TPX: Tensor) -> Tensor:
-        """As the model resizes features."""
-        start, all_NX = self.layout[1].start, super().arranged(patches_TPX)
-        tiles_1Xhw = all_NX[start:].view(*self.whole, -1).permute(2, 0, 1)[None]
-        small_Xhw = interpolate(tiles_1Xhw.float(), self.layout[1].grid, mode="bilinear")[0]
-        small_NX = small_Xhw.flatten(1).T.to(all_NX.dtype)
-        return torch.cat([all_NX[:start], small_NX.view(-1, *all_NX.shape[1:])])
 
 
 class OneVisionFamily(TiledFamily):
@@ -150,7 +126,7 @@ class OneVisionFamily(TiledFamily):
             shape = shape_of((int(height), int(width)), pinpoints, vision.image_size, side, "spatial_unpad")
             rows, columns = shape.layout[1].grid
             ratio = math.sqrt(rows * columns / (limit * side**2))
-            found.append(_resized(shape, ratio) if ratio > _SHRINK else shape)
+            found.append(resized(shape, ratio) if ratio > _SHRINK else shape)
         for frames in images.videos:
             found += [Frame(1, side, last=frame == frames - 1) for frame in range(frames)]
         return found
@@ -167,6 +143,7 @@ class OneVisionFamily(TiledFamily):
         """Images first, then videos: the model has a way of its own for each."""
         if not images.videos:
             return super().encode(images, layers, values=values)
+        self.check_size(images)
         shapes, parts = self.shapes(images), list[tuple[dict[int, Tensor], list[Tensor]]]()
         assert images.sizes is not None  # noqa: S101
         if images.stills:
@@ -237,14 +214,4 @@ def _shaped(pixels: Tensor, number: int) -> str:
     return (
         f"pixel_values of shape {list(pixels.shape)} for {number} images with their tiles: use the processor of this "
         "model, with the image_grid_pinpoints of its config"
-    )
-
-
-def _resized(shape: Shape, ratio: float) -> Resized:
-    start, whole = shape.layout[1].start, shape.layout[1].grid
-    rows, columns = int(whole[0] // ratio), int(whole[1] // ratio)
-    layout = (shape.layout[0], Part(start, (rows, columns)))
-    grid = (start + rows * columns, 1)
-    return Resized(
-        shape.tiles, shape.patches_N, layout, start + rows * (columns + 1), True, grid, shape.across, whole=whole
     )

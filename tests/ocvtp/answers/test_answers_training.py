@@ -10,7 +10,8 @@ from PIL import Image
 
 from ocvtp.answers import Prompt, Teacher, generic, read_prompts, scene_questions, teacher_of
 from ocvtp.answers.asking import digest
-from ocvtp.data.questions import POST_PROMPT, write_benchmarks
+from ocvtp.data.question_sets import write_benchmarks
+from ocvtp.data.questions import POST_PROMPT
 from ocvtp.data.scenes import SceneSet, Style, file_name, make_scene, write_scenes
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor

@@ -1,5 +1,6 @@
 """Questions: true of their scenes, in the official columns, fair to every method."""
 
+import ast
 import io
 import json
 from collections import Counter
@@ -10,9 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ocvtp.data.questions import KINDS, ask, near_misses, plural, write_benchmarks
+from ocvtp.data.question_sets import write_benchmarks
+from ocvtp.data.questions import KINDS, ask, near_misses, plural
 from ocvtp.data.scenes import COLORS, SHAPES, Scene, digest, make_scene, make_scenes
 from ocvtp.errors import BadInput
+from ocvtp.evaluation.benchmarks import benchmark
+
+IN_WORDS = ("gqa", "mme", "pope", "textvqa", "vqav2", "vizwiz")
+BY_LETTER = ("mmbench", "scienceqa", "mmmu", "seedbench")
 
 
 def truth(scene: Scene, text: str) -> str | None:
@@ -66,7 +72,7 @@ def test_near_misses_are_absent_but_made_of_what_is_there() -> None:
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
-    assert write_benchmarks(folder, 60, seed=3) == {"gqa": 60, "mme": 60, "pope": 60, "textvqa": 60}
+    assert write_benchmarks(folder, 60, seed=3) == dict.fromkeys(IN_WORDS + BY_LETTER, 60)
     return folder
 
 
@@ -80,23 +86,81 @@ def test_columns_and_image_features(benchmarks: Path) -> None:
         "gqa": {"id", "imageId", "question", "answer", "fullAnswer", "image"},
         "mme": {"question_id", "question", "answer", "category", "image"},
         "textvqa": {"question_id", "question", "answers", "image", "ocr_tokens"},
+        **{name: set(benchmark(name).columns) for name in ("vqav2", "vizwiz", *BY_LETTER)},
     }
     for name, columns in wanted.items():
         schema = pq.read_schema(benchmarks / f"{name}.parquet")
         assert columns <= set(schema.names)
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         assert set(features) == set(schema.names)
-        assert features["image"] == {"_type": "Image"}
+        image = {"_type": "Image"}
+        images = {one: features[one] for one in features if one == "image" or one.removeprefix("image_").isdigit()}
+        assert images
+        assert all(found == ({"feature": image, "_type": "List"} if name == "seedbench" else image)
+                   for found in images.values())  # fmt: skip
+
+
+def number(image: dict) -> int:
+    return int(Path(image["path"]).stem.split("-")[1])
 
 
 def test_benchmark_answers_are_true_of_the_pictures(benchmarks: Path) -> None:
-    for name in ("pope", "gqa", "mme", "textvqa"):
+    for name in IN_WORDS:
         for row in rows(benchmarks, name):
-            scene = make_scene(3, "benchmark", int(Path(row["image"]["path"]).stem.split("-")[1]))
+            scene = make_scene(3, "benchmark", number(row["image"]))
             answer = row["answer"] if "answer" in row else row["answers"][0]
-            assert truth(scene, row["question"]) == answer.lower()
+            answer = answer["answer"] if isinstance(answer, dict) else answer
+            assert (truth(scene, row["question"]) or "unanswerable") == answer.lower()
             drawn = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
             assert np.abs(drawn - scene.pixels_HW3).mean() < 6
+
+
+def options(name: str, row: dict) -> list[str]:
+    if name == "scienceqa":
+        return row["choices"]
+    if name == "mmmu":
+        return ast.literal_eval(row["options"])
+    return [row[letter if name == "mmbench" else f"choice_{letter.lower()}"] for letter in "ABCD"]
+
+
+def test_of_the_options_one_is_right(benchmarks: Path) -> None:
+    several = 0
+    for name in BY_LETTER:
+        for row in rows(benchmarks, name):
+            images = row.get("image") or [row[f"image_{k}"] for k in range(1, 8) if row[f"image_{k}"]]
+            scenes = [
+                make_scene(3, "benchmark", number(one)) for one in (images if isinstance(images, list) else [images])
+            ]
+            text = row["question"].replace("<image 1>", "").replace("<image 2>", "").strip()
+            if len(scenes) == 1:
+                right = truth(scenes[0], text)
+            else:
+                several += 1
+                single = text.replace(" in both images", "").replace("In how many images is there", "Is there")
+                each = [truth(scene, single) for scene in scenes]
+                right = str(
+                    sum({"yes": 1, "no": 0}.get(one, one) if one in ("yes", "no") else int(one) for one in each)
+                )
+            chosen = options(name, row)
+            assert len(set(chosen)) == len(chosen)
+            if name == "mmmu" and row["question_type"] == "open":
+                assert (row["answer"], chosen) == (right, [])
+            else:
+                place = row["answer"] if isinstance(row["answer"], int) else "ABCD".index(row["answer"])
+                assert chosen[place] == right, (name, text, chosen, row["answer"])
+    assert several > 20
+
+
+def test_multiple_choice_is_what_the_benchmarks_make_of_it(benchmarks: Path) -> None:
+    circles = Counter(row["index"] % 1_000_000 for row in rows(benchmarks, "mmbench"))
+    assert set(circles.values()) == {4}
+    letters = Counter(row["answer"] for row in rows(benchmarks, "mmbench"))
+    assert len(set(letters.values())) == 1, "each letter is right as often, since options are turned round"
+    assert {len(row["choices"]) for row in rows(benchmarks, "scienceqa")} == {2, 3, 4}
+    assert {bool(row["hint"]) for row in rows(benchmarks, "scienceqa")} == {True, False}
+    assert Counter(row["data_type"] for row in rows(benchmarks, "seedbench"))["video"] == 7
+    assert {row["question_type"] for row in rows(benchmarks, "mmmu")} == {"multiple-choice", "open"}
+    assert "unanswerable" in {row["answers"][0] for row in rows(benchmarks, "vizwiz")}
 
 
 def test_pairs_are_balanced(benchmarks: Path) -> None:
@@ -121,7 +185,7 @@ def test_training_and_benchmark_images_never_overlap(benchmarks: Path) -> None:
 
 def test_the_same_seed_makes_the_same_bytes(benchmarks: Path, tmp_path: Path) -> None:
     write_benchmarks(tmp_path, 60, seed=3)
-    for name in ("gqa", "mme", "pope", "textvqa"):
+    for name in IN_WORDS + BY_LETTER:
         assert (tmp_path / f"{name}.parquet").read_bytes() == (benchmarks / f"{name}.parquet").read_bytes()
 
 

@@ -248,8 +248,12 @@ def test_unknown_models_are_refused() -> None:
         known_shape("llava")
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl", "internvl", "llava_onevision", "gemma3", "smolvlm"])
+@pytest.mark.parametrize(
+    "family",
+    ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "tiny_qwen", "internvl", "llava_onevision", "gemma3", "smolvlm"],
+)
 def test_each_family_equals_torchs_counter(family: str, make_vlm: Callable[..., Any], picture_of: Any) -> None:
+    """Tower, what lies between, language model, and all together."""
     vlm = make_vlm(family)
     inputs = vlm.prompt([[picture_of(0, 150, 70)]])
     adapter = family_of(vlm.model)
@@ -257,16 +261,22 @@ def test_each_family_equals_torchs_counter(family: str, make_vlm: Callable[..., 
     (tokens,), (grid,) = adapter.counts(images), adapter.grids(images)
     with FlopCounterMode(display=False) as counter, counted_attention(), torch.inference_mode():
         vlm.model(**inputs, logits_to_keep=1)
-    more = {"tiles": adapter.shapes(images)[0].tiles} if hasattr(adapter, "shapes") else {"grid": grid}
-    want = prefill_flops(
-        shape_of(vlm.model.config), image_tokens=tokens, text_tokens=inputs["input_ids"].shape[1] - tokens, **more
-    )
-    by_part = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    llm = next(v for n, v in by_part.items() if n.endswith((".model.language_model", ".model.text_model")))
-    assert want.llm == pytest.approx(llm, rel=0.01)
-    total = counter.get_total_flops()
-    if family == "llava_next":  # transformers runs the last block too, and projects padding
-        assert want.tower < by_part["LlavaNextForConditionalGeneration.model.vision_tower"]
-        return
-    assert want.tower + want.projector == pytest.approx(total - llm - want.lm_head, rel=0.01)
-    assert want.total == pytest.approx(total, rel=0.01)
+    more: dict[str, Any] = {"grid": grid}
+    if hasattr(adapter, "shapes"):
+        more = {"tiles": adapter.shapes(images)[0].tiles}
+    shape = shape_of(vlm.model.config)
+    if family in ("llava", "llava_next"):  # unpruned, transformers runs the last block too, and projects padding
+        patches = more["tiles"] * shape.tower.patches_per_tile
+        more |= {"tower_layers": shape.tower.layers, "projected": patches}
+    text = inputs["input_ids"].shape[1] - tokens
+    want = prefill_flops(shape, image_tokens=tokens, text_tokens=text, **more)
+    names = {id(module): name for name, module in vlm.model.named_modules()}
+    by_part = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    between = sum(by_part[names[id(module)]] for module in adapter.projectors)
+    tower = by_part[names[id(adapter.tower)]]
+    if names[id(adapter.projectors[0])].startswith(names[id(adapter.tower)]):  # Qwen's mergers lie in the tower
+        tower -= between
+    assert want.projector == between
+    assert want.tower == pytest.approx(tower, rel=0.01)
+    assert want.llm == pytest.approx(by_part[names[id(vlm.model.get_decoder())]], rel=0.01)
+    assert want.total == pytest.approx(counter.get_total_flops(), rel=0.01)

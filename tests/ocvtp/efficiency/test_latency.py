@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from ocvtp.efficiency.latency import Spread, measure
 from ocvtp.errors import BadInput
 
 PAUSE = 0.05
+SIZE = 1 << 27
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,25 @@ def test_a_pause_is_found_in_the_part_where_it_is(model, inputs) -> None:
     assert times["head"].next_token is not None
     assert times["head"].next_token.median >= 0.9 * pause
     assert times["tower"].next_token.median < 0.9 * pause
-    assert times["plain"].peak_memory_bytes is None
+    assert times["plain"].processing is None
+
+
+def test_what_the_processor_does_and_memory_are_of_their_own(model, inputs) -> None:
+    @contextmanager
+    def hungry() -> Iterator[None]:
+        hook = model.lm_head.register_forward_pre_hook(lambda *_: torch.ones(SIZE // 4).numel() and None)
+        yield
+        hook.remove()
+
+    cases = {"plain": nullcontext, "hungry": hungry}
+    times = measure(
+        model, inputs, cases, new_tokens=1, repeats=2, warmup=1, process=lambda: time.sleep(PAUSE) or inputs
+    )
+    plain, eager = times["plain"], times["hungry"]
+    assert plain.processing.median >= 1000 * PAUSE > plain.first_token.median
+    if plain.peak_memory_bytes is None:
+        pytest.skip("this system does not tell how much memory a process had at most")
+    assert 0.7 < (eager.peak_memory_bytes - plain.peak_memory_bytes) / SIZE < 1.3
 
 
 def test_cases_take_turns(model, inputs) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ocvtp.data.questions import write_benchmarks
+from ocvtp.data.question_sets import write_benchmarks
 from pipelines.tiny.llava import TinyLlava
 
 
@@ -23,7 +23,7 @@ def vlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def question_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve questions of each of the four benchmarks."""
+    """Twelve questions of each benchmark."""
     folder = tmp_path_factory.mktemp("questions")
     write_benchmarks(folder, 12, seed=0)
     return folder

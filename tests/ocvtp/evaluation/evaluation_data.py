@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from ocvtp.evaluation.generate import Answer
+from ocvtp.evaluation.answered import Answer
 
 Row = dict[str, Any]
 
@@ -155,10 +155,12 @@ MAKERS = {f.__name__: f for f in (gqa, mmbench, mme, pope, scienceqa, textvqa, v
 def right_answers(name: str, rows: Sequence[Row]) -> list[str]:
     """What a perfect model says."""
     if name == "scienceqa":
-        return ["ABC"[row["answer"]] for row in rows]
+        return ["ABCD"[row["answer"]] for row in rows]
     if name in ("textvqa", "vizwiz"):
         return [row["answers"][0] for row in rows]
-    return ["cat" if name == "vqav2" else row["answer"] for row in rows]
+    if name == "vqav2":
+        return [row["answers"][0]["answer"] for row in rows]
+    return [row["answer"] for row in rows]
 
 
 class Parrot:

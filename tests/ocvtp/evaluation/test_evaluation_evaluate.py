@@ -154,7 +154,7 @@ def test_a_failure_leaves_no_result_and_the_model_as_it_was(
 def test_a_number_that_does_not_follow_from_the_answers_is_refused(
     vlm_folder: Path, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ocvtp.evaluation.lmms.ask.primary_of", lambda benchmark, metrics: 0.25)
+    monkeypatch.setattr("ocvtp.evaluation.lmms.outcome.primary_of", lambda benchmark, metrics: 0.25)
     with pytest.raises(Corrupt, match=r"lmms-eval scores gqa 0\.25, but 0\.0 follows from the 2 answers"):
         evaluate(EvaluationSetting(vlm=str(vlm_folder)), "gqa", question_sets, tmp_path / "out", limit=2)
     assert not (tmp_path / "out").exists()

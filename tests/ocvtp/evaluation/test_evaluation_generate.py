@@ -10,7 +10,8 @@ from PIL import Image
 
 import ocvtp
 from ocvtp.errors import BadInput
-from ocvtp.evaluation.generate import Answer, Answerer, finish
+from ocvtp.evaluation.answered import Answer
+from ocvtp.evaluation.generate import Answerer, finish
 from ocvtp.vlms.loading import VLM, load
 
 

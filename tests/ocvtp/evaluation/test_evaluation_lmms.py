@@ -6,19 +6,25 @@ import os
 import random
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from evaluation_data import MAKERS, Parrot, gqa, mme, right_answers, write_parquet
 from PIL import Image, ImageFile
 
 from ocvtp.errors import BadInput, NotAvailable
+from ocvtp.evaluation.answered import Answer
+from ocvtp.evaluation.asking import answers_to
 from ocvtp.evaluation.benchmarks import benchmark, benchmarks
-from ocvtp.evaluation.lmms.ask import Scored, ask
+from ocvtp.evaluation.lmms.outcome import primary_of, scored
+from ocvtp.evaluation.lmms.questions import opened
 from ocvtp.evaluation.lmms.quiet import import_lmms_eval
 from ocvtp.evaluation.lmms.tasks import write_task
+from ocvtp.evaluation.preflight import check
 from ocvtp.evaluation.scores import score_of
 
 TOP = {"mmbench": 100.0, "mme": 600.0}
@@ -31,10 +37,24 @@ def _imported() -> None:
     import_lmms_eval()
 
 
-def run(name: str, rows: list[dict[str, Any]], answers: list[str], folder: Path, **more: Any) -> tuple[Scored, Parrot]:
+@dataclass
+class Scored:
+    primary: float
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def run(
+    name: str, rows: list[dict[str, Any]], answers: list[str], folder: Path, limit: int | None = None,
+    progress: Any = None,
+) -> tuple[Scored, Parrot]:  # fmt: skip
     parrot = Parrot(answers)
     path = write_parquet(folder / f"{name}.parquet", rows)
-    return ask(benchmark(name), parrot, data=path, batch_size=4, **more), parrot  # type: ignore[arg-type]
+    with opened(benchmark(name), path) as questions:
+        count = min(limit or len(questions), len(questions))
+        answered = answers_to(questions, parrot, range(count), 4, None, progress)  # type: ignore[arg-type]
+        metrics, samples = scored(questions, [one.answer for one in answered])
+    return Scored(primary_of(benchmark(name), metrics), metrics, samples), parrot
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -54,6 +74,28 @@ def test_right_answers_score_everything_and_wrong_ones_nothing(name: str, tmp_pa
     assert worst.primary == 0.0
     assert [sample["score"] for sample in worst.samples] == [0.0] * 12
     assert score_of(worst.samples, name) == 0.0
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_questions_about_scenes_are_asked_and_scored_by_the_official_functions(name: str, question_sets: Path) -> None:
+    path = question_sets / f"{name}.parquet"
+    assert check(benchmark(name), path) == 12
+    rows = pq.read_table(path).to_pylist()
+    with opened(benchmark(name), path) as questions:
+        for row, doc in enumerate(rows):
+            parts = questions.messages(row)[0]["content"]
+            said = "".join(part["text"] for part in parts if part["type"] == "text")
+            assert said.lower().count(
+                doc["question"].rsplit("> ")[-1].removesuffix(" Please answer yes or no.").lower()
+            )
+            images = [doc.get("image") or [doc[f"image_{k}"] for k in (1, 2) if doc[f"image_{k}"]]]
+            flat = images[0] if isinstance(images[0], list) else images
+            assert [part["type"] for part in parts].count("image") == len(flat)
+        answers = [Answer(text, [[0]], 1, 1) for text in right_answers(name, rows)]
+        metrics, samples = scored(questions, answers)
+    top = {"mmbench": 100.0, "mme": 200.0 * len({row.get("category") for row in rows})}.get(name, 1.0)
+    assert primary_of(benchmark(name), metrics) == pytest.approx(top)
+    assert {sample["score"] for sample in samples} == {1.0}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -195,10 +237,10 @@ def test_two_models_of_one_vlm_are_pruned_each_in_its_own_way(vlm_folder: Path) 
         kind.create_from_arg_string(f"vlm={vlm_folder}", {"batch_size": "auto"})
 
 
-def test_what_is_not_offered_says_so() -> None:
+def test_what_is_not_offered_says_so(vlm_folder: Path) -> None:
     from ocvtp.evaluation.lmms.adapter import OcvtpModel
 
-    model = OcvtpModel.around(Parrot([]), 1)  # type: ignore[arg-type]
+    model = OcvtpModel(str(vlm_folder))
     with pytest.raises(NotAvailable, match="generates answers"):
         model.loglikelihood([])
     with pytest.raises(NotAvailable, match="in one"):
@@ -214,5 +256,8 @@ def test_an_official_data_set_that_is_not_here(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(NotAvailable, match=r"lmms-lab-encoder/POPE.*ocvtp prefetch pope"):
-        ask(benchmark("pope"), Parrot([]), data=None, batch_size=4)  # type: ignore[arg-type]
+    with (
+        pytest.raises(NotAvailable, match=r"lmms-lab-encoder/POPE.*ocvtp prefetch pope"),
+        opened(benchmark("pope"), None),
+    ):
+        pass

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, StaticCache, TextStreamer
 
 import ocvtp
 from ocvtp.errors import BadInput
@@ -459,16 +459,25 @@ def test_calls_that_cannot_be_honoured_are_refused(llava: Any, picture_of: Pictu
     model, inputs = llava.model, llava.prompt([[picture_of(0)]])
     with ocvtp.prune(model, "random", 5):
         for argument, message in (
-            ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens: prompt lookup"),
-            ({"assistant_model": model}, "assistant_model"),
-            ({"prefill_chunk_size": 4}, "prefill_chunk_size: a prompt in chunks"),
-            ({"cache_implementation": "static"}, "needs a dynamic cache, not cache_implementation='static'"),
+            ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens: prompt lookup takes guesses .* leave it out"),
+            ({"assistant_model": model}, "assistant_model: assisted decoding takes guesses .* leave it out"),
+            ({"prefill_chunk_size": 4}, "prefill_chunk_size: an image cannot be chosen from in chunks: leave it out"),
+            ({"cache_implementation": "static"}, "='static': a static one is laid out .* or say 'dynamic'"),
+            (
+                {"past_key_values": StaticCache(model.config.text_config, max_cache_len=64)},
+                "not a StaticCache: a static",
+            ),
         ):
             with pytest.raises(BadInput, match=message):
                 model.generate(**inputs, **NEW, **argument)
         cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(BadInput, match="generate cannot go on from a cache of pruned prompts"):
-            model.generate(**inputs, **NEW, past_key_values=cache)
+        length = inputs["input_ids"].shape[1]
+        with pytest.raises(
+            BadInput, match=rf"cache stands for {length} columns, but the conversation has {length}, and"
+        ):
+            model.generate(input_ids=inputs["input_ids"], **NEW, past_key_values=cache)
+        with pytest.raises(BadInput, match="goes on from a cache by input_ids alone: give the ids of the whole"):
+            model.generate(inputs_embeds=torch.zeros(1, length + 1, 32), **NEW, past_key_values=cache)
         with pytest.raises(BadInput, match=r"2 images of 16 tokens need 32 placeholders .* the prompts have 16"):
             model(**{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
         with pytest.raises(BadInput, match="needs input_ids beside images"):

@@ -4,6 +4,7 @@ What a pruned prompt should be is built from the unpruned model: the embeddings 
 the columns that go. Which go, and what positions the others get, is counted here in plain loops.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -348,6 +349,82 @@ def test_a_second_image_joins_a_conversation(vlm: Any, picture_of: Picture, posi
         expected = vlm.model(input_ids=word, past_key_values=whole.past_key_values).logits
     torch.testing.assert_close(parts.logits, whole.logits[:, -parts.logits.shape[1] :], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)
+
+
+def said_next(vlm: Any, so_far: Tensor, mask: Tensor, words: Tensor) -> dict[str, Tensor]:
+    """Ids and mask of a conversation after what was answered, and then these words."""
+    answered = so_far.shape[1] - mask.shape[1]
+    more = torch.ones(len(mask), answered + len(words), dtype=mask.dtype)
+    ids = torch.cat([so_far, words.expand(len(mask), -1)], 1)
+    return {"input_ids": ids, "attention_mask": torch.cat([mask, more], 1)}
+
+
+def padded(vlm: Any, inputs: Any, length: int) -> dict[str, Tensor]:
+    """What of a prompt has an entry a column, for one that has become longer by words."""
+    columns = family_of(vlm.model).column_inputs
+    return {
+        name: nn.functional.pad(inputs[name], (0, length - inputs[name].shape[1]), value=filler)
+        for name, filler in columns.items()
+        if name in inputs
+    }
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_by_generate(vlm: Any, picture_of: Picture) -> None:
+    """Three turns on one cache say what the same conversation says anew each time."""
+    inputs = vlm.prompt([[picture_of(0, 130, 70), picture_of(1, 60, 110)], [picture_of(2, 90, 90)], []])
+    words = [torch.tensor([9, 12, 8]), torch.tensor([11, 7])]
+    with prune(vlm, "random", KEEP) as handle:
+        out = vlm.model.generate(**inputs, **NEW, return_dict_in_generate=True)
+        kept, turn = handle.last_kept, inputs
+        for said in words:
+            turn = said_next(vlm, out.sequences, turn["attention_mask"], said)
+            out = vlm.model.generate(
+                **turn, **NEW, past_key_values=out.past_key_values, return_dict_in_generate=True, output_logits=True
+            )
+            length = turn["input_ids"].shape[1]
+            anew = vlm.model.generate(
+                **{**inputs, **padded(vlm, inputs, length), **turn}, **NEW, return_dict_in_generate=True,
+                output_logits=True,
+            )  # fmt: skip
+            assert handle.last_kept == kept
+            assert torch.equal(out.sequences, anew.sequences)
+            torch.testing.assert_close(torch.stack(out.logits), torch.stack(anew.logits), atol=1e-4, rtol=1e-4)
+        # Given the new columns alone, beside the mask of all of them, the answer is the same.
+        turn = said_next(vlm, out.sequences, turn["attention_mask"], words[0])
+        cache, new = copy.deepcopy(out.past_key_values), 1 + len(words[0])
+        whole = vlm.model.generate(**turn, **NEW, past_key_values=out.past_key_values)
+        short = vlm.model.generate(**{**turn, "input_ids": turn["input_ids"][:, -new:]}, **NEW, past_key_values=cache)
+        assert torch.equal(short[:, new:], whole[:, turn["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("vlm", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"], indirect=True)
+@pytest.mark.parametrize("first", ["an image", "words"])
+@torch.no_grad()
+def test_an_image_joins_a_conversation_by_generate(vlm: Any, picture_of: Picture, first: str) -> None:
+    """The image and the ids of the whole conversation, on a cache that was filled by a prompt with an image, or by
+    words alone."""
+    pictures = [[picture_of(0, 130, 70)] if first == "an image" else []]
+    opening, next_one = vlm.prompt(pictures, ["what is this ?"]), vlm.prompt([[picture_of(1, 60, 110)]], ["red"])
+    with prune(vlm, "random", KEEP) as handle:
+        out = vlm.model.generate(**opening, **NEW, return_dict_in_generate=True)
+        before, kept = opening["input_ids"].shape[1], handle.last_kept
+        turn = said_next(vlm, out.sequences, opening["attention_mask"], next_one["input_ids"][0])
+        columns = {
+            name: torch.cat([padded(vlm, opening, out.sequences.shape[1])[name], next_one[name]], 1)
+            for name in family_of(vlm.model).column_inputs
+        }
+        new = {name: value for name, value in next_one.items() if name not in ("input_ids", "attention_mask", *columns)}
+        found = vlm.model.generate(**turn, **columns, **new, **NEW, past_key_values=out.past_key_values)
+        kept = [*kept, *handle.last_kept]
+        both = {
+            name: torch.cat([opening[name], value], 1 if vlm.kind == "smolvlm" else 0) if name in opening else value
+            for name, value in new.items()
+        }
+        expected = vlm.model.generate(**turn, **columns, **both, **NEW)
+        assert handle.last_kept == kept
+    assert before < len(out.sequences[0]) < len(found[0])
+    assert torch.equal(found, expected)
 
 
 @torch.no_grad()

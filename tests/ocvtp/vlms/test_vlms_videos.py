@@ -11,7 +11,10 @@ from torch import Tensor
 
 import ocvtp
 from ocvtp.errors import BadInput
+from ocvtp.methods import Encoded, Kept, Method
+from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruning.videos import VideoBudget
+from ocvtp.vlms import family_of
 
 Picture = Callable[..., Image.Image]
 NEW = {"max_new_tokens": 4, "do_sample": False}
@@ -25,6 +28,16 @@ MARKS = {
 @pytest.fixture(scope="module", params=list(MARKS))
 def moving(request: pytest.FixtureRequest, make_vlm: Any) -> Any:
     return make_vlm(request.param, 0)
+
+
+class OwnPass(Method):
+    """Runs the tower in a way of its own."""
+
+    def encode(self, family: Any, images: Any, keeps: Any) -> Any:
+        return family.encode(images, ())
+
+    def choose(self, encoded: Encoded) -> Kept:
+        return Kept(torch.arange(encoded.keep).expand(len(encoded.members), -1))
 
 
 def film(picture_of: Picture, seed: int, frames: int, width: int, height: int) -> Tensor:
@@ -105,14 +118,17 @@ def test_a_batch_is_what_its_rows_are_alone(moving: Any, picture_of: Picture, me
     assert all(len(numbers) == 2 for numbers in kept)
 
 
+@pytest.mark.parametrize("group", [1, 2])
 @torch.no_grad()
-def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of: Picture) -> None:
+def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of: Picture, group: int) -> None:
     """Each prompt without the columns that go, in front of the language model; all others stay where they were in time
     and place."""
     for one in rows(moving, picture_of):
         inputs = prompts(moving, [one])
         whole, then, *_ = read(moving, lambda inputs=inputs: moving.model.generate(**inputs, **NEW))
-        with ocvtp.prune(moving.model, "random", 2, positions="original") as handle:
+        with ocvtp.prune(
+            moving.model, "random", 2, video_keep="1/frame", video_group=group, seed=3, positions="original"
+        ) as handle:
             output = moving.model.generate(**inputs, **NEW, return_dict_in_generate=True, output_logits=True)
             columns = handle.last_columns[0].tolist() if handle.last_columns is not None else None
             kept = handle.last_kept
@@ -121,7 +137,7 @@ def test_a_pruned_video_is_one_that_never_had_the_tokens(moving: Any, picture_of
         config = moving.model.config
         vision = (ids == config.image_token_id) | (ids == config.video_token_id)
         newlines = (
-            0 if config.model_type != "llava_onevision" else sum(bool(vision[c]) for c in columns) - 2 * len(kept)
+            0 if config.model_type != "llava_onevision" else sum(bool(vision[c]) for c in columns) - sum(map(len, kept))
         )
         assert sum(bool(vision[column]) for column in columns) == sum(map(len, kept)) + newlines
         assert (newlines > 0) == (config.model_type == "llava_onevision" and bool(kept))
@@ -195,6 +211,48 @@ def test_budgets(moving: Any, picture_of: Picture) -> None:
             moving.model(**inputs)
 
 
+@torch.no_grad()
+def test_pairs_of_frames_are_chosen_from_together(moving: Any, picture_of: Picture) -> None:
+    """By OC-VTP, whose slots attend to the tokens of both; the last frame of an odd number is alone."""
+    one = "onevision" in moving.model.config.model_type
+    video = film(picture_of, 1, 3 if one else 6, 84, 84)
+    inputs = prompts(moving, [(f"<s>{MARKS[moving.model.config.model_type]} what ?", [], [video])])
+    family = family_of(moving.model)
+    torch.manual_seed(0)
+    pruner = OCPruner(PrunerConfig(family.facts.width, grid=(4, 4), decoder=None, queries="qr")).eval()
+    tokens = family.encode(family.images(inputs), {2}, values=False).tokens(2, range(3))
+    size = tokens.shape[1]
+    with ocvtp.prune(moving.model, "oc-vtp", 1.0, pruner, layer=2, video_keep="2/frame", video_group=2) as handle:
+        assert moving.model(**inputs).logits.isfinite().all()
+        slots = handle.slots(**inputs)
+    both = pruner.select(torch.cat([tokens[0], tokens[1]])[None], 4)[0]
+    alone = pruner.select(tokens[2:], 2)[0]
+    expected = [both[both < size], both[both >= size] - size, alone]
+    assert handle.last_kept == [each.tolist() for each in expected]
+    assert [tuple(each.shape) for each in slots] == [(4, size), (4, size), (2, size)]
+    torch.testing.assert_close(torch.cat(slots[:2], 1).sum(0), torch.ones(2 * size))
+
+
+@torch.no_grad()
+def test_a_pair_may_spend_all_on_one_frame(moving: Any, picture_of: Picture) -> None:
+    """And the other frame then has no token; of a batch each has what it has alone."""
+    some = rows(moving, picture_of)
+    each = [4] * 4 if "onevision" in moving.model.config.model_type else [2, 3, 2, 3]
+    with ocvtp.prune(moving.model, "random", 1, video_group=2, seed=1) as handle:
+        inputs = prompts(moving, some)
+        logits, kept = moving.model(**inputs).logits, handle.last_kept
+        frames, alone = kept[1:], list[list[int]]()
+        for row, one in enumerate(some):
+            mine = moving.model(**prompts(moving, [one])).logits[0]
+            torch.testing.assert_close(logits[row, -len(mine) :], mine, atol=1e-4, rtol=1e-4)
+            alone += handle.last_kept[len(one[1]) :]
+    assert frames == alone
+    assert [] in frames
+    for count in each:
+        video, frames = frames[:count], frames[count:]
+        assert [sum(map(len, video[i : i + 2])) for i in range(0, count, 2)] == [2] * (count // 2) + [1] * (count % 2)
+
+
 def test_budgets_are_read() -> None:
     for keep, per, counts in (
         (4, "frame", [4, 4, 3]),
@@ -221,8 +279,16 @@ def test_budgets_are_read() -> None:
 def test_what_cannot_be_is_refused(moving: Any, llava: Any, picture_of: Picture) -> None:
     with pytest.raises(BadInput, match="fastv drops tokens inside the LLM by keep alone"):
         ocvtp.prune(moving.model, "fastv", 0.9, k=2, video_keep="4/frame")
-    with pytest.raises(BadInput, match="videos of this family are not pruned"):
-        ocvtp.prune(llava.model, "random", 2, video_keep="4/frame")
+    for options in ({"video_keep": "4/frame"}, {"video_group": 2}):
+        with pytest.raises(BadInput, match=f"{next(iter(options))} is .* videos of this family are not pruned"):
+            ocvtp.prune(llava.model, "random", 2, **options)
+    with pytest.raises(BadInput, match="video_group is 2, but fastv drops tokens inside the LLM"):
+        ocvtp.prune(moving.model, "fastv", 0.9, k=2, video_group=2)
+    for group in (0, 1.5, True):
+        with pytest.raises(BadInput, match=f"video_group is {group}: a whole number of frames"):
+            ocvtp.prune(moving.model, "random", 2, video_group=group)
+    with pytest.raises(BadInput, match="video_group is 2, but OwnPass runs the tower itself, frame by frame"):
+        ocvtp.prune(moving.model, OwnPass(), 2, video_group=2)
     with (
         ocvtp.prune(llava.model, "random", 2),
         pytest.raises(BadInput, match="cannot take pixel_values_videos: videos"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import ocvtp
-from ocvtp.pruning.memory import VisionMemory
 from ocvtp.vlms.families import family_of
 from ocvtp.vlms.images import Images
+from ocvtp.vlms.memory import VisionMemory
 
 
 class Counting:
@@ -43,6 +43,9 @@ def test_a_batch_is_encoded_once_for_all_layers_that_were_asked_for(llava: Any, 
         both = memory.encode(counting, images, {2})  # type: ignore[arg-type]
         assert memory.encode(counting, images, {1}) is both  # type: ignore[arg-type]
         assert counting.passes == 2
+        other = batch(llava, 1)
+        assert memory.encode(counting, other, {2}) is memory.encode(counting, other, {1})  # type: ignore[arg-type]
+        assert counting.passes == 3
         plain = counting.family.encode(images, {1, 2})
     for layer in (1, 2):
         assert torch.equal(both.tokens(layer, [0, 1]), plain.tokens(layer, [0, 1]))

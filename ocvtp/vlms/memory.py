@@ -24,6 +24,7 @@ class VisionMemory:
 
     def __init__(self, limit: int = 512 * 2**20) -> None:
         self._limit, self._held = limit, 0
+        self._layers = frozenset[int]()  # that anyone has asked for
         self._found: OrderedDict[bytes, tuple[Vision, frozenset[int], int]] = OrderedDict()
 
     def encode(self, family: Family, images: Images, layers: Collection[int]) -> Vision:
@@ -31,10 +32,11 @@ class VisionMemory:
         if images.pixels.device.type != "cpu":
             return family.encode(images, layers)
         key, wanted = _digest(images), frozenset(layers)
+        self._layers |= wanted
         known, there, size = self._found.pop(key, (None, frozenset[int](), 0))
         self._held -= size
         if known is None or not wanted <= there:
-            wanted |= there
+            wanted = self._layers  # so that a batch is seldom encoded twice: one method's layers are soon another's
             known = family.encode(images, wanted)
             tokens = sum(known.counts) * (len(wanted) + 1)  # and what values come from
             there, size = wanted, tokens * family.facts.width * images.pixels.element_size()
@@ -46,7 +48,7 @@ class VisionMemory:
 
 
 class Remembering:
-    """A family whose `encode` looks into a memory first; all else is the family's own."""
+    """A family whose `encode` asks a memory first; all else is the family's own."""
 
     def __init__(self, family: Family, memory: VisionMemory) -> None:
         self._family, self._memory = family, memory
@@ -62,7 +64,7 @@ class Remembering:
 
 
 def _digest(images: Images) -> bytes:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(images.videos).encode())
     for tensor in (images.pixels, images.sizes):
         if tensor is not None:
             digest.update(repr((tensor.shape, tensor.dtype)).encode())

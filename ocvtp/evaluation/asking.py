@@ -1,0 +1,147 @@
+"""Asks a VLM the questions of a benchmark, or a shard of them; scoring is another step, which needs no VLM."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ocvtp.errors import Incompatible
+from ocvtp.evaluation import journal as journals
+from ocvtp.evaluation import preflight
+from ocvtp.evaluation.answered import Answered, Answers, Shard, digest_of
+from ocvtp.evaluation.benchmarks import Benchmark
+from ocvtp.evaluation.benchmarks import benchmark as named
+from ocvtp.evaluation.generate import Answerer
+from ocvtp.evaluation.setting import EvaluationSetting, pruner_fingerprint, ready
+
+_PACKAGES = ("ocvtp", "torch", "transformers", "tokenizers", "lmms-eval", "datasets", "numpy", "pillow", "torchvision")
+WHOLE = Shard()
+Progress = Callable[[int, int], None]
+
+
+def ask(
+    setting: EvaluationSetting,
+    benchmark: str,
+    data: Path | None,
+    *,
+    shard: Shard = WHOLE,
+    limit: int | None = None,
+    device: str = "cpu",
+    journal: Path | None = None,
+    progress: Progress | None = None,
+) -> Answers:
+    """Answers of a VLM to a shard of a benchmark's questions.
+
+    Args:
+        setting: the VLM and how it is pruned.
+        benchmark: a name of benchmarks.yaml.
+        data: a parquet with the official columns, or a folder with `<benchmark>.parquet`; None: the official data set.
+        shard: which part of the questions.
+        limit: ask at most so many of the first questions; pairs stay whole.
+        device: cpu, cuda, ...
+        journal: a file that each batch is added to as soon as it is answered. What it holds already is not asked again.
+        progress: called with (questions answered, questions) after each batch.
+
+    Raises:
+        BadInput: unknown benchmark or method, unfit data or pruner; before the VLM is loaded where that can be known.
+        Incompatible: the journal holds answers that something else made, or to other questions.
+        NotAvailable: lmms-eval, the VLM or the official data set is not on this machine.
+    """
+    entry = named(benchmark)
+    path = None if data is None else preflight.locate(entry, data)
+    rows = preflight.unseen(entry, limit) if path is None else preflight.check(entry, path, limit)
+    fingerprint = pruner_fingerprint(setting.pruner)
+    from ocvtp.evaluation.lmms.questions import ALONE, opened
+    from ocvtp.evaluation.lmms.tasks import package
+
+    package()
+    with ALONE, ready(setting, device) as answerer, opened(entry, path) as questions:
+        total = len(questions) if rows is None else min(rows, len(questions))
+        about = {**_made_by(setting, answerer, fingerprint), "benchmark": benchmark, "data": _data(entry, path)}
+        with nullcontext() if journal is None else journals.opened(journal, about) as kept:
+            answered = answers_to(questions, answerer, shard.rows(total), setting.batch_size, kept, progress)
+    return Answers({**about, "limit": limit}, total, answered)
+
+
+def answers_to(
+    questions: Any, answerer: Answerer, rows: Sequence[int], batch_size: int,
+    journal: journals.Journal | None, progress: Progress | None,
+) -> list[Answered]:  # fmt: skip
+    """Answers to these rows, in their order: what the journal has, and the others batch by batch.
+
+    Raises:
+        Incompatible: the journal answers another question than that of its row.
+        BadInput: a question cannot be read.
+    """
+    found: dict[int, Answered] = {}
+    if journal is not None:
+        found = {row: journal.known[row] for row in rows if row in journal.known}
+        for row, one in found.items():
+            if one.digest != digest_of(questions.messages(row)):
+                raise Incompatible(
+                    f"{journal.path}: question {row} of {questions.benchmark.name} is not the one that was answered: "
+                    "its data has changed"
+                )
+    left = [row for row in rows if row not in found]
+    for start in range(0, len(left), batch_size):
+        batch = left[start : start + batch_size]
+        conversations = [questions.messages(row) for row in batch]
+        answers = answerer.answer(conversations, questions.options)
+        new = [
+            Answered(row, digest_of(messages), answer)
+            for row, messages, answer in zip(batch, conversations, answers, strict=True)
+        ]
+        if journal is not None:
+            journal.add(new)
+        found |= {one.row: one for one in new}
+        questions.heard(progress, len(found), len(rows))
+    return [found[row] for row in rows]
+
+
+def _made_by(setting: EvaluationSetting, answerer: Answerer, fingerprint: str | None) -> dict[str, Any]:
+    """All but the questions that determines the answers."""
+    vlm, name = answerer.vlm, setting.vlm
+    return {
+        "setting": {
+            "vlm": Path(name).name if Path(name).is_dir() else name,
+            "revision": vlm.revision or None,
+            "weights": vlm.weights,
+            "method": setting.method,
+            "keep": setting.keep,
+            "seed": setting.seed,
+            "options": dict(setting.options),
+            "fingerprint": fingerprint,
+            "max_new_tokens": setting.max_new_tokens,
+        },
+        "prompt_template": answerer.prompt_template,
+        "dtype": setting.dtype,
+        "attn_implementation": vlm.model.config._attn_implementation,
+        "image_backend": _image_backend(vlm.processor.image_processor),
+        "grid": None if vlm.entry.grid is None else list(vlm.entry.grid),
+        "versions": _versions(),
+    }
+
+
+def _image_backend(processor: Any) -> str:
+    """Which library resizes images: the two differ in the last digits of a pixel."""
+    return "pil" if type(processor).__name__.endswith("Pil") or find_spec("torchvision") is None else "torchvision"
+
+
+def _data(entry: Benchmark, path: Path | None) -> Mapping[str, Any]:
+    if path is None:
+        return {"hub": entry.hub, "config": entry.config, "split": entry.split}
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,121 @@
+"""The questions of a benchmark, as lmms-eval's official task has them: loaded once, asked and scored many times."""
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ocvtp.errors import BadInput, NotAvailable, OcvtpError
+from ocvtp.evaluation.benchmarks import Benchmark
+from ocvtp.evaluation.lmms.quiet import aloud, aside, import_lmms_eval, sandbox
+from ocvtp.evaluation.lmms.tasks import write_task
+
+Progress = Callable[[int, int], None]
+ALONE = threading.RLock()
+"""lmms-eval has settings of the whole process: one thread at a time asks or scores."""
+_KEPT: dict[tuple[Any, ...], Any] = {}
+_MOST = 16
+"""Sets that stay loaded: more than there are benchmarks."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Of one benchmark.
+
+    Attributes:
+        benchmark: which.
+        task: of lmms-eval.
+        folder: for what official functions write; it goes when `opened` ends.
+        streams: standard output and error as they were.
+    """
+
+    benchmark: Benchmark
+    task: Any
+    folder: Path
+    streams: tuple[TextIO, TextIO]
+
+    def __len__(self) -> int:
+        return len(self.task.eval_docs)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """How the official task wants answers to be generated."""
+        return dict(self.task.config.generation_kwargs or {})
+
+    def messages(self, row: int) -> Any:
+        """The question of a row as chat messages; its images are decoded here. `BadInput` if it cannot be read."""
+        config = self.task.config
+        return messages_of(self.task.doc_to_messages, self.task.eval_docs, row, f"{config.task} ({config.test_split})")
+
+    def heard(self, progress: Progress | None, done: int, total: int) -> None:
+        """Call `progress` where it may print."""
+        if progress is not None:
+            with aloud(self.streams):
+                progress(done, total)
+
+
+def messages_of(to_messages: Callable[[Any], Any], docs: Any, row: int, where: str) -> Any:
+    """One question of a data set as chat messages; `BadInput` if it cannot be read."""
+    try:
+        return to_messages(docs[row])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+        raise BadInput(f"question {row} of {where} cannot be read: {error}") from error
+
+
+@contextmanager
+def opened(benchmark: Benchmark, data: Path | None) -> Iterator[Questions]:
+    """The questions of a benchmark; within the `with` lmms-eval prints nothing and has the process to itself.
+
+    Local data is read once a process; the latest sets stay.
+
+    Args:
+        benchmark: which.
+        data: a local parquet with the official columns; None: the official data set.
+
+    Raises:
+        NotAvailable: the official data set is neither here nor to be had.
+    """
+    with ALONE, tempfile.TemporaryDirectory(prefix="ocvtp-evaluate-") as name, aside() as streams:
+        import_lmms_eval()
+        folder = Path(name)
+        with sandbox(folder / "cache", offline=data is not None):
+            task = _kept(benchmark, data, folder) if data else _load(benchmark, None, folder)
+            yield Questions(benchmark, task, folder, streams)
+
+
+def _kept(benchmark: Benchmark, data: Path, folder: Path) -> Any:
+    """The task of a local file, loaded once as long as the file stays as it is."""
+    about = data.stat()
+    key = (benchmark.name, data, about.st_ino, about.st_mtime_ns, about.st_size)
+    if key not in _KEPT:
+        while len(_KEPT) >= _MOST:
+            _KEPT.pop(next(iter(_KEPT)))
+        # What `datasets` converts stays mapped when its file goes with the folder.
+        _KEPT[key] = _load(benchmark, data, folder)
+    return _KEPT[key]
+
+
+def _load(benchmark: Benchmark, data: Path | None, folder: Path) -> Any:
+    from lmms_eval.tasks import TaskManager, get_task_dict
+    from tenacity import RetryError
+
+    name = write_task(folder / "tasks", benchmark, data, folder / "cache")
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False, model_name="ocvtp")
+    try:
+        return get_task_dict([name], manager, "chat")[name]
+    except RetryError as error:
+        raise cause_of(benchmark, error) from error
+
+
+def cause_of(benchmark: Benchmark, error: Any) -> OcvtpError:
+    """lmms-eval tries five times and then hides the reason: what it was."""
+    reason = error.last_attempt.exception()
+    if isinstance(reason, ConnectionError | FileNotFoundError):
+        return NotAvailable(
+            f"the data set of {benchmark.name} ({benchmark.hub}) is not here and cannot be fetched: {reason}. "
+            f"`ocvtp prefetch {benchmark.name}` gets it where there is a network"
+        )
+    return BadInput(f"lmms-eval failed on {benchmark.name} ({benchmark.task}): {type(reason).__name__}: {reason}")

@@ -1,0 +1,1 @@
+"""Pruned VLMs in a serving engine: the plugin for vLLM, and folders that vLLM reads."""

@@ -1,0 +1,182 @@
+"""Qwen2.5-VL in vLLM, pruned where its config has the entry `ocvtp`, and else as vLLM has it.
+
+Positions are M-RoPE's of the whole image. Those of text follow from the sizes of images alone; those of tokens that
+stay are known when an image has been looked at. vLLM lets a model hand them over with the embeddings, as more columns
+of these, and asks it for the positions of a prompt once more (`recompute_mrope_positions`), which its own pruning of
+videos needs. Videos are not served here.
+
+Letters: I images, K tokens of an image that stay, D width of the language model, L columns of a prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models import qwen2_5_vl as plain
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import PromptReplacement
+
+from ocvtp.serving.section import Setting
+from ocvtp.serving.vision import PrunedVision
+from ocvtp.vlms.images import Images, Placed
+
+ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+_DIGIT = 128
+"""Numbers are handed over as two digits: bfloat16 has whole numbers to 256."""
+_CHANNELS = 6
+"""Row and column of a token, and positions that its image takes, two digits each."""
+
+
+class _Info(plain.Qwen2_5_VLProcessingInfo):
+    """Sizes of prompts with fewer tokens, and no videos."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(ctx)
+        config = self.get_hf_config()
+        setting = Setting.of(config)
+        assert setting is not None  # noqa: S101 - else there is vLLM's own
+        setting.check(ARCHITECTURE, config)
+        self.setting = setting
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Any number of images."""
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Placeholders of the largest image."""
+        return {"image": self.get_max_image_tokens()}
+
+    def get_num_image_tokens(self, **size: Any) -> int:
+        """Placeholders of an image."""
+        return self.setting.budget.at_most(super().get_num_image_tokens(**size))
+
+
+class _Processor(plain.Qwen2_5_VLMultiModalProcessor):
+    """Prompts with as many placeholders as tokens stay."""
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
+        placeholder: int = self.info.get_hf_config().image_token_id
+        merge = self.info.get_image_processor(**hf_processor_mm_kwargs).merge_size
+
+        def placeholders(number: int) -> list[int]:
+            item = out_mm_kwargs["image"][number]
+            if "image_embeds" in item:
+                raise ValueError("a pruned Qwen2.5-VL takes images, not image_embeds")
+            count = int(item["image_grid_thw"].data.prod()) // merge**2
+            return [placeholder] * self.info.setting.budget.at_most(count)
+
+        return [PromptReplacement(modality="image", target=[placeholder], replacement=placeholders)]
+
+
+def _info(ctx: Any) -> Any:
+    own = plain.Qwen2_5_VLForConditionalGeneration._processor_factory.info
+    return (own if Setting.of(ctx.get_hf_config()) is None else _Info)(ctx)
+
+
+def _processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
+    own = plain.Qwen2_5_VLForConditionalGeneration._processor_factory.processor
+    return (_Processor if isinstance(info, _Info) else own)(info, dummy_inputs, **more)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _processor,
+    info=_info,
+    dummy_inputs=plain.Qwen2_5_VLForConditionalGeneration._processor_factory.dummy_inputs,
+)
+class PrunedQwen25VL(plain.Qwen2_5_VLForConditionalGeneration):
+    """`Qwen2_5_VLForConditionalGeneration`."""
+
+    supports_tower_connector_lora = False
+    supports_mm_device_do_normalize = False
+    _vision: PrunedVision | None = None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        setting = Setting.of(self.config)
+        if setting is None:
+            return
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+            self.config.vision_config, dtype=torch.get_default_dtype(), attn_implementation="sdpa"
+        ).eval()
+        self._vision = PrunedVision(setting, ARCHITECTURE, self.config, self)
+        self.use_data_parallel = self.supports_encoder_cudagraph = self.is_multimodal_pruning_enabled = False
+        # The switch that makes vLLM ask for positions again; there are no videos.
+        self.multimodal_config.video_pruning_rate = 0.5
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        """What stays of each image, and where it stood, [K, D + channels]."""
+        if self._vision is None:
+            return super()._process_image_input(image_input)
+        sizes = image_input["image_grid_thw"].cpu()
+        placed = self._vision.embed(Images(image_input["pixel_values"], sizes))
+        return tuple(
+            torch.cat([each.features_XD, self._channels(each, size).to(each.features_XD)], 1)
+            for each, size in zip(placed, sizes.tolist(), strict=True)
+        )
+
+    def _grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image, from those of its patches."""
+        merge = self.config.vision_config.spatial_merge_size
+        return size[1] // merge, size[2] // merge
+
+    def _channels(self, placed: Placed, size: Sequence[int]) -> Tensor:
+        """Row, column and span of each token that stays, in digits, [K, 6]."""
+        rows, columns = self._grid(size)
+        numbers_K = placed.numbers_X
+        span_K = torch.full_like(numbers_K, max(rows, columns))
+        told_K3 = torch.stack([numbers_K // columns, numbers_K % columns, span_K], 1)
+        return torch.cat([told_K3 // _DIGIT, told_K3 % _DIGIT], 1)
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """Positions [3, L] of a prompt, and by how much the next one is ahead of L.
+
+        Those of text are right; an image's are all that of its beginning, until it has been looked at.
+        """
+        if self._vision is None:
+            found: tuple[Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)
+            return found
+        parts, at, done = list[Tensor](), 0, 0
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            start, count = feature.mm_position.offset, feature.mm_position.length
+            parts.append(torch.arange(at, at + start - done))
+            at, done = at + start - done, start + count
+            parts.append(torch.full((count,), at))
+            at += max(self._grid(feature.data["image_grid_thw"].data.tolist()))
+        length = len(input_tokens)
+        parts.append(torch.arange(at, at + length - done))
+        return torch.cat(parts).expand(3, -1).clone(), at - done
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | Tensor,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[Sequence[Tensor], Tensor, int]:
+        """Embeddings [K, D], positions [3, L] with those of the tokens that they are of, and as above."""
+        if self._vision is None:
+            asked: tuple[Sequence[Tensor], Tensor, int] = super().recompute_mrope_positions(
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
+            return asked
+        positions_3L = mrope_positions.clone()
+        device, length = positions_3L.device, positions_3L.shape[1]
+        marks_L = torch.as_tensor(input_ids, device=device) == self.config.image_token_id
+        columns_L = torch.arange(length, device=device)
+        begins_L = marks_L & ~torch.nn.functional.pad(marks_L[:-1], (1, 0))
+        # Where the image of each column begins, and the position there: one after the text before it.
+        first_L = torch.where(begins_L, columns_L, 0).cummax(0).values
+        base_L = torch.where(first_L > 0, positions_3L[0, (first_L - 1).clamp(min=0)] + 1, 0)
+        following = int(positions_3L.max()) + 1 if length else 0
+        if multimodal_embeddings:
+            digits_X6 = torch.cat([each[:, -_CHANNELS:] for each in multimodal_embeddings]).to(device).long()
+            told_X3 = digits_X6[:, :3] * _DIGIT + digits_X6[:, 3:]
+            where_X = columns_L[marks_L & (columns_L >= num_computed_tokens)][: len(told_X3)]
+            positions_3L[0, where_X] = base_L[where_X]
+            positions_3L[1:, where_X] = base_L[where_X] + told_X3[:, :2].T
+            following = max(following, int((base_L[where_X] + told_X3[:, 2]).max()))
+        return [each[:, :-_CHANNELS] for each in multimodal_embeddings], positions_3L, following - length

@@ -1,0 +1,147 @@
+"""What a served model's config may ask for, and folders for vLLM; the engine itself is asked in tests/serving."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import ocvtp
+from ocvtp import cli, vlms
+from ocvtp.errors import BadInput, Incompatible
+from ocvtp.methods import REGISTRY
+from ocvtp.pruner import OCPruner, PrunerConfig
+from ocvtp.serving.export import export
+from ocvtp.serving.section import Setting
+from ocvtp.serving.vision import PrunedVision
+from ocvtp.vlms.images import Images
+
+
+def setting(**section: Any) -> Setting | None:
+    return Setting.of(SimpleNamespace(ocvtp=section))
+
+
+def test_a_model_without_the_entry_is_not_pruned() -> None:
+    assert Setting.of(SimpleNamespace()) is None
+    assert Setting.of(SimpleNamespace(ocvtp=None)) is None
+
+
+def test_every_method_is_served_or_refused_with_the_reason() -> None:
+    reasons = {"nowhere": "prunes nothing", "inside the LLM": "between layers of the LLM"}
+    served = set()
+    for name, entry in REGISTRY.items():
+        if entry.acts == "before the LLM" and not entry.needs_text:
+            served.add(name)
+            assert setting(method=name, keep=16) is not None
+            continue
+        with pytest.raises(BadInput, match=reasons.get(entry.acts, "reads the prompt")) as refused:
+            setting(method=name, keep=16)
+        assert ", random," in str(refused.value), "what can be served"
+    assert {"random", "css", "qr", "oc-vtp", "oc-vtp-untrained", "visionzip", "hiprune", "tome", "divprune"} <= served
+
+
+@pytest.mark.parametrize(
+    ("section", "why"),
+    [
+        ("css", "is needed"),
+        ({"keep": 16}, "has no method"),
+        ({"method": "css"}, "has no keep"),
+        ({"method": "cs", "keep": 16}, "no method 'cs'; did you mean 'css'"),
+        ({"method": "css", "keep": 0}, "at least 1 token"),
+        ({"method": "css", "keep": 1.5}, "a share outside"),
+        ({"method": "css", "keep": 16, "sed": 1}, "no entry 'sed'; did you mean 'seed'"),
+        ({"method": "css", "keep": 16, "seed": "a"}, "seed is 'a'"),
+        ({"method": "oc-vtp", "keep": 16, "pruner": 3}, "pruner is 3"),
+        ({"method": "oc-vtp", "keep": 16, "fill": "none"}, "counts them before it looks at an image"),
+        ({"method": "visionzip", "keep": 16, "tiles": "floor"}, "counts them before it looks at an image"),
+        ({"method": "visionzip+fastv", "keep": 16}, "between layers of the LLM"),
+    ],
+)
+def test_what_is_wrong_is_named(section: Any, why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        Setting.of(SimpleNamespace(ocvtp=section))
+
+
+def test_more_tokens_than_an_image_has_are_refused(llava: Any) -> None:
+    found = setting(method="random", keep=17)
+    assert found is not None
+    with pytest.raises(BadInput, match="keep is 17, but an image has 16 tokens"):
+        found.check("LlavaForConditionalGeneration", llava.model.config)
+
+
+@pytest.mark.parametrize(
+    "how", [{"method": "random", "keep": 5, "seed": 3}, {"method": "css", "keep": 0.25, "layer": 2}]
+)
+@torch.no_grad()
+def test_what_an_engine_reads_is_what_prune_reads(llava: Any, how: dict[str, Any]) -> None:
+    """Tower and projector alone, under the names of transformers, as the plugin has them in vLLM's model."""
+    pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with ocvtp.prune(llava.model, **how) as handle:
+        expected = handle.embed(pixels)
+    found = setting(**how)
+    assert found is not None
+    module = SimpleNamespace(
+        vision_tower=llava.model.model.vision_tower, multi_modal_projector=llava.model.model.multi_modal_projector
+    )
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM has it while it makes a model
+    try:
+        vision = PrunedVision(found, "LlavaForConditionalGeneration", llava.model.config, module)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for each, wanted in zip(vision.embed(Images(pixels)), expected, strict=True):
+        assert each.kept == wanted.kept
+        assert torch.equal(each.features_XD, wanted.features_XD)
+
+
+def test_an_exported_folder_has_published_names_and_the_same_model(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "out"
+    assert (
+        cli.main(["export-vllm", "tiny-llava", str(folder), "--method", "css", "--keep", "16", "--set", "layer=10"])
+        == 0
+    )
+    config = json.loads((folder / "config.json").read_text())
+    assert config["ocvtp"] == {"method": "css", "keep": 16, "layer": 10}
+    names = set(load_file(folder / "model.safetensors"))
+    own = set(load_file(vlms.resolve("tiny-llava").folder / "model.safetensors"))
+    assert names == {n.replace("vision_tower.", "vision_tower.vision_model.") for n in own}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    whole = vlms.load("tiny-llava", dtype=torch.bfloat16).model.state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+    export(folder, tmp_path / "again")
+    assert set(load_file(tmp_path / "again/model.safetensors")) == names, "what has the names keeps them"
+    assert cli.main(["export-vllm", "tiny-llava", str(folder)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}, "nothing half made is left"
+
+
+def test_a_pruner_is_checked_and_lies_in_the_folder(tmp_path: Path) -> None:
+    fits, other = (OCPruner(PrunerConfig(width, grid=(12, 12), decoder=None)).eval() for width in (96, 32))
+    fits.save_pretrained(tmp_path / "fits")
+    other.save_pretrained(tmp_path / "other")
+    how = {"method": "oc-vtp", "keep": 16, "layer": 9}
+    with pytest.raises(Incompatible, match="width 32"):
+        export("tiny-llava", tmp_path / "wrong", {**how, "pruner": str(tmp_path / "other")})
+    assert not (tmp_path / "wrong").exists()
+    files = export("tiny-llava", tmp_path / "out", {**how, "pruner": str(tmp_path / "fits")})
+    assert {"pruner/config.json", "pruner/model.safetensors", "config.json", "tokenizer.json"} <= set(files)
+    section = json.loads((tmp_path / "out/config.json").read_text())["ocvtp"]
+    assert section == {**how, "pruner": "pruner", "other_vlm": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--keep", "16"], "name a --method"),
+        (["--method", "fastv", "--keep", "16"], "cannot be served"),
+        (["--method", "css", "--keep", "145"], "keep is 145, but an image has 144 tokens"),
+        (["--method", "css", "--keep", "16", "--set", "layer"], "NAME=VALUE is needed"),
+    ],
+)
+def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: Any, arguments: list[str], why: str) -> None:
+    assert cli.main(["export-vllm", "tiny-llava", str(tmp_path / "out"), *arguments]) == 2
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,125 @@
+"""A pruned VLM on a real vLLM answers as `ocvtp.prune` does, and reads as few tokens as was promised."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from serving_engine import NEW_TOKENS, Asked, Engine
+
+import ocvtp
+from ocvtp import vlms
+from ocvtp.pruner import OCPruner, PrunerConfig
+
+pytestmark = pytest.mark.nightly
+TOKENS = 144
+CSS = {"method": "css", "keep": 16}
+Serve = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def vlm() -> vlms.VLM:
+    return vlms.load("tiny-llava", dtype=torch.float32)
+
+
+def pruned_answers(vlm: vlms.VLM, questions: Sequence[Asked], **how: Any) -> list[tuple[str, int]]:
+    """Of `ocvtp.prune`: answers, and tokens of the prompts that the language model reads."""
+    found, tokenizer = list[tuple[str, int]](), vlm.processor.tokenizer
+    with ocvtp.prune(vlm.model, **how) as handle, torch.no_grad():
+        for start in range(0, len(questions), 20):
+            part = questions[start : start + 20]
+            texts = [
+                vlm.processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked.text}]}],
+                    add_generation_prompt=True,
+                )
+                for asked in part
+            ]
+            inputs = vlm.processor(
+                text=texts, images=[asked.image for asked in part], return_tensors="pt", padding=True
+            )
+            output = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+            new = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            whole = inputs["attention_mask"].sum(1).tolist()
+            kept = [len(row) for row in handle.last_kept]
+            found += [(text, tokens - TOKENS + k) for text, tokens, k in zip(new, whole, kept, strict=True)]
+    return found
+
+
+def told(answers: Sequence[Any]) -> list[tuple[str, int]]:
+    return [(answer.text.strip(), answer.prompt_tokens) for answer in answers]
+
+
+def stripped(answers: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [(text.strip(), tokens) for text, tokens in answers]
+
+
+def test_answers_and_prompt_tokens_are_those_of_prune(serve: Serve, vlm: vlms.VLM, questions: list[Asked]) -> None:
+    expected = stripped(pruned_answers(vlm, questions, **CSS))
+    assert len({text for text, _ in expected}) > 5, "questions that have different answers"
+    found = told(serve(ocvtp=CSS).ask_all(questions, 8))
+    assert found == expected
+
+
+def test_32_requests_at_once(serve: Serve, questions: list[Asked]) -> None:
+    engine = serve(ocvtp=CSS)
+    alone = told(engine.ask_all(questions[:32], 1))
+    assert told(engine.ask_all(questions[:32] * 3, 32)) == alone * 3
+
+
+def test_bad_requests_are_told_and_harm_nobody(serve: Serve, questions: list[Asked]) -> None:
+    engine = serve(ocvtp=CSS)
+    before = told([engine.ask(questions[0])])
+    words = questions[0].text
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    for wrong in (
+        {"messages": [{"role": "user", "content": [picture, {"type": "text", "text": words}]}]},
+        {"messages": [{"role": "user", "content": words + " what" * 600}]},
+        {"model": "another"},
+        {"max_tokens": -1},
+    ):
+        with pytest.raises(openai.APIStatusError) as refused:
+            engine.ask(questions[0], **wrong)
+        assert 400 <= refused.value.status_code < 500, refused.value
+    text_only = engine.ask(questions[0], messages=[{"role": "user", "content": words}])
+    assert text_only.prompt_tokens == before[0][1] - 16 - 1, "no image, and no line break after it"
+    assert told([engine.ask(questions[0])]) == before
+
+
+def test_another_engine_and_a_restarted_one(
+    serve: Serve, questions: list[Asked], vlm: vlms.VLM, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    OCPruner(PrunerConfig(vlm.width, grid=(12, 12))).eval().save_pretrained(tmp_path / "pruner")
+    how = {"method": "oc-vtp", "keep": 0.05, "pruner": str(tmp_path / "pruner"), "layer": 9, "seed": 3}
+    first = told(serve(ocvtp=CSS).ask_all(questions[:20], 4))
+    other = told(serve(ocvtp=how).ask_all(questions[:20], 4))
+    assert other == stripped(pruned_answers(vlm, questions[:20], **how))
+    assert [tokens - 9 for _, tokens in first] == [tokens for _, tokens in other], "16 of 144 tokens, and 7"
+    assert told(serve(ocvtp=how, again=True).ask_all(questions[:20], 20)) == other
+
+
+def test_a_model_without_the_entry_is_vllms_own(serve: Serve, questions: list[Asked], vlm: vlms.VLM) -> None:
+    whole = told(serve().ask_all(questions[:10], 4))
+    assert whole == stripped(pruned_answers(vlm, questions[:10], method="vanilla"))
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "why"),
+    [
+        ("tiny-llava", {"method": "css", "keep": 145}, "keep is 145, but an image has 144 tokens"),
+        ("tiny-qwen", CSS, "ocvtp does not prune Qwen3VLForConditionalGeneration in vLLM"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_the_start(
+    stopped: None, tmp_path: Path, name: str, section: dict[str, Any], why: str
+) -> None:
+    engine = Engine(vlms.resolve(name).folder, {"ocvtp": section}, tmp_path / "log")
+    engine.begin()
+    try:
+        assert engine.process.wait(600) != 0
+    finally:
+        engine.end()
+    assert why in engine.said()
