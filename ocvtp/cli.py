@@ -19,6 +19,8 @@ COMMANDS = (
     "train",
     "show",
     "inspect",
+    "evaluations.evaluate",
+    "evaluations.results",
     "explain",
     "methods",
     "catalog",
