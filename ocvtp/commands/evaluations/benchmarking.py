@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.commands import common, pruned_vlm
-from ocvtp.commands.evaluations.results import cell
+from ocvtp.commands.evaluations.table_of_results import cell
 from ocvtp.errors import BadInput
 
 JOURNAL = "journal"
