@@ -38,6 +38,8 @@ from pipelines.tasks.answers import answers, asked
 from pipelines.tasks.scores import scored, scores
 
 log = logging.getLogger(__name__)
+FEW = 20_000
+"""Answers that are scored before a second worker has loaded lmms-eval."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def work(run: Stage) -> None:
     wanted, everything = _works(run)
     run.set_damaged_aside(one.score.out for one in everything.values())
     missing = [one for one in everything.values() if not is_published(one.score.out)]
+    # One benchmark after the other: a worker then knows its images, and what the tower makes of them.
+    missing.sort(key=lambda one: run.params.benchmark.index(one.asking["benchmark"]))
     speeds = _speeds(run)
     shards = [_shards(run, one, speeds) for one in missing]
     asked_ = run.run([task for some in shards for task in some]) if missing else Report()
@@ -62,7 +66,8 @@ def work(run: Stage) -> None:
     speeds.note(asked_.done, sizes)
     answered = [one for one, some in zip(missing, shards, strict=True) if all(is_published(task.out) for task in some)]
     known = {one.score.key for one in missing} - {one.score.key for one in answered}
-    report = run.run([one.score for one in everything.values() if one.score.key not in known])
+    few = sum(one.questions for one in answered) < FEW
+    report = run.run([one.score for one in everything.values() if one.score.key not in known], 1 if few else None)
     tasks = {place: one.score for place, one in everything.items()}
     results = list(_write(run, tasks))
     tracking.track(run, list(_records(run, wanted, tasks, results)))

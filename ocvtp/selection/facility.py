@@ -12,6 +12,7 @@ from torch import Tensor
 from ocvtp.selection.greedy import TIE, Step, row
 
 
+@torch.no_grad()
 def begin(likeness_BNN: Tensor, exists_BN: Tensor, weights_BN: Tensor | None = None) -> tuple[Tensor, Step]:
     """What each token adds, [B, N], and what it adds after a pick.
 

@@ -80,6 +80,25 @@ def _processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
     return (_Processor if isinstance(info, _Info) else own)(info, dummy_inputs, **more)
 
 
+def _mend_cpu_runner() -> None:
+    """Have the runner for CPUs look at that switch, as the one for GPUs does when it has loaded a model.
+
+    In 0.32 it loads models in its own way and leaves out this part.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def asked(runner: Any) -> bool:
+        model = runner.__dict__.get("model")
+        enabled: bool = runner.model_config.multimodal_config.is_multimodal_pruning_enabled()
+        return enabled and getattr(model, "supports_multimodal_pruning", False)
+
+    CPUModelRunner.is_multimodal_pruning_enabled = property(asked, lambda runner, value: None)
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     _processor,
     info=_info,
@@ -106,6 +125,7 @@ class PrunedQwen25VL(plain.Qwen2_5_VLForConditionalGeneration):
         self.use_data_parallel = self.supports_encoder_cudagraph = self.is_multimodal_pruning_enabled = False
         # The switch that makes vLLM ask for positions again; there are no videos.
         self.multimodal_config.video_pruning_rate = 0.5
+        _mend_cpu_runner()
 
     def _process_image_input(self, image_input: Any) -> Any:
         """What stays of each image, and where it stood, [K, D + channels]."""

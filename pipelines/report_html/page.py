@@ -4,6 +4,7 @@ plots.
 Equal results give equal bytes: nothing here knows the date or the machine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from pipelines.report_html import charts, facts, names
 from pipelines.report_html.ablation_tables import ablations
 from pipelines.report_html.claims import Finding, findings
 from pipelines.report_html.data import Results
+from pipelines.report_html.formats import as_csv, as_latex
 from pipelines.report_html.headline import Headline, headline
 from pipelines.report_html.leaderboard import leaderboard
 from pipelines.report_html.measures import measures_tables
+from pipelines.report_html.paper_tables import paper_tables
+from pipelines.report_html.rerun import rerun
 from pipelines.report_html.scenes import Gallery, gallery
 from pipelines.report_html.tables import Table, coverage_table, main_table
 
@@ -38,6 +42,7 @@ class Section:
     accuracy: bytes | None
     gallery: Gallery | None
     efficiency: Table | None
+    paper: list[Table]
 
 
 def render(results: Results) -> dict[str, bytes]:
@@ -46,6 +51,7 @@ def render(results: Results) -> dict[str, bytes]:
     out = {**documents(results, sections), **_figures(results, sections)}
     out["plots/accuracy_vs_tokens.csv"] = charts.accuracy_csv(results)
     out["plots/training_curves.csv"] = charts.curves_csv(results.pruners)
+    out |= table_files([table for section in sections for table in section.paper])
     return dict(sorted(out.items()))
 
 
@@ -56,11 +62,18 @@ def documents(results: Results, sections: list[Section] | None = None) -> dict[s
         "curves": charts.curves_svg(results.pruners),
         "pruners": facts.pruners_table(results),
         "paper": facts.paper_table(results),
+        "rerun": rerun(results),
         "provenance": facts.provenance(results),
         "names": names,
     }
     templates = _templates()
     return {name: templates.get_template(f"{name}.j2").render(context).encode() for name in ("index.html", "report.md")}
+
+
+def table_files(tables: Sequence[Table]) -> dict[str, bytes]:
+    """Each table as CSV and as LaTeX."""
+    kinds = {"csv": as_csv, "tex": as_latex}
+    return {f"tables/{table.name}.{kind}": write(table) for table in tables for kind, write in kinds.items()}
 
 
 def _section(results: Results, vlm: str) -> Section:
@@ -76,6 +89,7 @@ def _section(results: Results, vlm: str) -> Section:
         accuracy=charts.accuracy_svg(results, vlm),
         gallery=gallery(results, vlm),
         efficiency=facts.efficiency_table(results, vlm),
+        paper=paper_tables(results, vlm),
     )
 
 

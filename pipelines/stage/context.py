@@ -106,13 +106,15 @@ class Stage:
             raise Corrupt(f"{path} is not what stage sample writes: a list of objects with id, path and sha256")
         return images
 
-    def run(self, tasks: Sequence[Task]) -> Report:
+    def run(self, tasks: Sequence[Task], workers: int | None = None) -> Report:
         """Run what is missing; results that are damaged are set aside and made again.
 
-        The report tells what failed: nothing is raised for that.
+        `workers` are for tasks that take less time than another worker needs to start. The report tells what failed:
+        nothing is raised for that.
         """
         self.set_damaged_aside(task.out for task in tasks)
-        return run(tasks, config=self.config, label=self.name, fail_fast=self.params.cluster.fail_fast)
+        config = self.config if workers is None else self.config.model_copy(update={"workers": workers})
+        return run(tasks, config=config, label=self.name, fail_fast=self.params.cluster.fail_fast)
 
     def set_damaged_aside(self, folders: Iterable[Path]) -> None:
         """Verify those that are published; move the damaged ones away, so that they count as missing."""

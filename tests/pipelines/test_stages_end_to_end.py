@@ -323,33 +323,6 @@ def test_evaluating_again_asks_nothing_and_another_budget_only_its_own_cells(wor
     assert (work.ran, work.files("results")) == ([], before)
 
 
-def test_another_way_to_score_asks_nothing_and_shards_end_in_the_same_bytes(work: Workspace) -> None:
-    changes: dict[str, Any] = {"method": ["vanilla", "random"], "keep": [16]}
-    assert work.run(evaluate, **changes) == 0
-    before = work.files("results")
-    shutil.rmtree(work.store / "scores")  # as if their code had changed
-    assert work.run(evaluate, **changes) == 0
-    assert ([task.kind for task in work.ran], work.files("results")) == (["scores"] * 2, before)
-    assert (
-        {f"answers/{path.name}" for path in (work.store / "answers").iterdir()}
-        >= {name for name in in_use(Store(work.store), [work.root]) if name.startswith("answers/")}
-        != set()
-    )
-    for kind in ("scores", "answers"):
-        shutil.rmtree(work.store / kind)
-    small = {"minutes_per_task": 0.001}
-    assert work.run(evaluate, **changes, evaluate=small) == 0
-    shards = [task.spec["shard"] for task in work.ran if task.kind == "answers"]
-    count = len(shards) // 2
-    assert count in (2, 4, 8)
-    assert shards == 2 * [[number, count] for number in range(count)]
-    assert work.files("results") == before
-    assert [speed for speed in work.json(".ocvtp/store/logs/speeds.json").values() if not speed > 0] == []
-    shutil.rmtree(work.store / "scores")
-    assert work.run(evaluate, **changes) == 0
-    assert [task.kind for task in work.ran] == ["scores"] * 2, "shards of another size are gone on with"
-
-
 def test_measure_says_what_each_setting_keeps(work: Workspace) -> None:
     changes: dict[str, Any] = {"method": ["random", "oc-vtp", "qr", "tome", "fastv"], "measure": {"images": 6}}
     assert work.run(measure, **changes) == 0
@@ -395,6 +368,34 @@ def test_if_a_task_fails_the_others_are_kept_and_shown(work: Workspace, capsys: 
     assert [row["benchmark"] for row in work.json("results/scores.json")] == ["pope"]
     (row,) = work.json("results/summary.json")
     assert (row["benchmarks"]["mme"]["score"], row["average"]["relative"]) == (None, None)
+
+
+@pytest.mark.nightly
+def test_another_way_to_score_asks_nothing_and_shards_end_in_the_same_bytes(work: Workspace) -> None:
+    changes: dict[str, Any] = {"method": ["vanilla", "random"], "keep": [16]}
+    assert work.run(evaluate, **changes) == 0
+    before = work.files("results")
+    shutil.rmtree(work.store / "scores")  # as if their code had changed
+    assert work.run(evaluate, **changes) == 0
+    assert ([task.kind for task in work.ran], work.files("results")) == (["scores"] * 2, before)
+    assert (
+        {f"answers/{path.name}" for path in (work.store / "answers").iterdir()}
+        >= {name for name in in_use(Store(work.store), [work.root]) if name.startswith("answers/")}
+        != set()
+    )
+    for kind in ("scores", "answers"):
+        shutil.rmtree(work.store / kind)
+    small = {"minutes_per_task": 0.001}
+    assert work.run(evaluate, **changes, evaluate=small) == 0
+    shards = [task.spec["shard"] for task in work.ran if task.kind == "answers"]
+    count = len(shards) // 2
+    assert count in (2, 4, 8)
+    assert shards == 2 * [[number, count] for number in range(count)]
+    assert work.files("results") == before
+    assert [speed for speed in work.json(".ocvtp/store/logs/speeds.json").values() if not speed > 0] == []
+    shutil.rmtree(work.store / "scores")
+    assert work.run(evaluate, **changes) == 0
+    assert [task.kind for task in work.ran] == ["scores"] * 2, "shards of another size are gone on with"
 
 
 @pytest.fixture

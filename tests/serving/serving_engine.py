@@ -117,10 +117,10 @@ class Engine:
         answer = self.client.chat.completions.create(**{**request, **more})
         return Answer(answer.choices[0].message.content or "", answer.usage.prompt_tokens)
 
-    def ask_all(self, questions: Sequence[Asked], together: int) -> list[Answer]:
+    def ask_all(self, questions: Sequence[Asked], together: int, **more: Any) -> list[Answer]:
         """Answers in the order of the questions, so many asked at the same time."""
         with ThreadPoolExecutor(together) as pool:
-            return list(pool.map(self.ask, questions))
+            return list(pool.map(lambda asked: self.ask(asked, **more), questions))
 
 
 def url_of(image: Image.Image) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import openai
 import pytest
+import serving_models
 import torch
 from serving_engine import NEW_TOKENS, Asked, Engine
 
@@ -14,7 +15,6 @@ from ocvtp import vlms
 from ocvtp.pruner import OCPruner, PrunerConfig
 
 pytestmark = pytest.mark.nightly
-TOKENS = 144
 CSS = {"method": "css", "keep": 16}
 Serve = Callable[..., Engine]
 
@@ -40,12 +40,20 @@ def pruned_answers(vlm: vlms.VLM, questions: Sequence[Asked], **how: Any) -> lis
             inputs = vlm.processor(
                 text=texts, images=[asked.image for asked in part], return_tensors="pt", padding=True
             )
-            output = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+            output = vlm.model.generate(
+                **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, suppress_tokens=_visual(vlm.family) or None
+            )
             new = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             whole = inputs["attention_mask"].sum(1).tolist()
+            spans = vlm.family.spans(vlm.family.images(inputs))
             kept = [len(row) for row in handle.last_kept]
-            found += [(text, tokens - TOKENS + k) for text, tokens, k in zip(new, whole, kept, strict=True)]
+            found += [(t, n - span + k) for t, n, span, k in zip(new, whole, spans, kept, strict=True)]
     return found
+
+
+def _visual(family: Any) -> list[int]:
+    """Tokens that a model with random weights must not say."""
+    return sorted(family.placeholders.values())
 
 
 def told(answers: Sequence[Any]) -> list[tuple[str, int]]:
@@ -99,6 +107,30 @@ def test_another_engine_and_a_restarted_one(
     assert other == stripped(pruned_answers(vlm, questions[:20], **how))
     assert [tokens - 9 for _, tokens in first] == [tokens for _, tokens in other], "16 of 144 tokens, and 7"
     assert told(serve(ocvtp=how, again=True).ask_all(questions[:20], 20)) == other
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [
+        (serving_models.llava_next, {"method": "visionzip", "keep": 64}),
+        (serving_models.qwen2_5_vl, {"method": "random", "keep": 0.3, "seed": 1}),
+        (serving_models.qwen2_5_vl, {"method": "css", "keep": 12, "layer": 3}),
+    ],
+)
+def test_other_families(
+    serve: Serve, questions: list[Asked], tmp_path: Path, make: Callable[[Path], Path], how: dict[str, Any]
+) -> None:
+    """Images of several sizes, and so of several numbers of tokens and, for Qwen, places in a picture."""
+    folder = make(tmp_path / "model")
+    other = vlms.load(folder, dtype=torch.float32)
+    sizes = [(96, 96), (192, 96), (80, 160), (64, 64), (176, 192), (48, 96)]
+    asked = [Asked(q.image.resize(sizes[i % len(sizes)]), q.text) for i, q in enumerate(questions[:48])]
+    expected = stripped(pruned_answers(other, asked, **how))
+    bias = dict.fromkeys(map(str, _visual(other.family)), -100)
+    engine = serve(folder, ocvtp=how)
+    assert told(engine.ask_all(asked, 8, logit_bias=bias)) == expected
+    assert told(engine.ask_all(asked * 2, 32, logit_bias=bias)) == expected * 2, "from caches, too"
+    assert len({text for text, _ in expected}) > 3
 
 
 def test_a_model_without_the_entry_is_vllms_own(serve: Serve, questions: list[Asked], vlm: vlms.VLM) -> None:

@@ -72,6 +72,13 @@ def test_coverage_is_facility_location_with_weights(seed):
             left.remove(pick)
 
 
+def test_coverage_is_chosen_where_gradients_are_wanted():
+    likeness = cosines(drawn(0, 2, 11, 4).requires_grad_()).clamp(min=0)
+    exists = torch.ones(2, 11, dtype=torch.bool)
+    found = picks(exists, 6, *facility.begin(likeness, exists))
+    assert torch.equal(found, picks(exists, 6, *facility.begin(likeness.detach(), exists)))
+
+
 def test_farthest_points_may_begin_with_the_loneliest():
     tokens = drawn(3, 4, 12, 5)
     found = fps(tokens, 4, first="lonely")

@@ -1,0 +1,191 @@
+"""The paper's tables with our numbers in them, as HTML, Markdown, CSV and LaTeX."""
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_results import write_results
+
+from pipelines.report_html import names
+from pipelines.report_html.data import Results, load, paper
+from pipelines.report_html.formats import as_csv, as_latex, latex
+from pipelines.report_html.page import documents, table_files
+from pipelines.report_html.paper_tables import common, mean_relative, paper_tables
+from pipelines.report_html.rerun import NEVER, rerun
+from pipelines.report_html.tables import Block, Cell, Line, Table
+
+PAPER: Any = paper()
+MAIN = ("table1_llava_1_5_7b", "table2_llava_next_7b", "table3_qwen2_5_vl_7b", "table5_slots_top_k")
+ODD = {
+    ("table2_llava_next_7b", "640 Tokens (22.2%)", "HiPrune"): 100.0,
+    ("table2_llava_next_7b", "640 Tokens (22.2%)", "OC-VTP"): 101.0,
+}
+"""Averages that the paper rounds to whole percents: its rows give 100.2 and 100.6."""
+
+
+@pytest.mark.parametrize("key", MAIN)
+def test_our_average_of_the_papers_numbers_is_its_column_avg(key: str) -> None:
+    table = PAPER[key]
+    whole = {label: table["rows"][0][label] for label in table["benchmarks"]}
+    for row in table["rows"]:
+        printed = row["average_relative_percent"]
+        found = mean_relative({label: row[label] for label in table["benchmarks"]}, whole)
+        if printed is None:
+            continue
+        assert found is not None
+        odd = (key, row["retain"], row["method"]) in ODD
+        assert (abs(found - printed) > 0.07) == odd, (row["retain"], row["method"], found, printed)
+
+
+def of_the_paper(vlm: str = "llava-1.5-7b", drop: str = "") -> Results:
+    """Results whose scores are the paper's own."""
+    table = PAPER[PAPER["vlms"][vlm]]
+    names_of = {label: name for name, label in PAPER["benchmarks"].items()}
+    methods = {label: name for name, label in PAPER["methods"].items()}
+    whole, rows = table["rows"][0], []
+    for row in table["rows"]:
+        if row["method"] not in methods:
+            continue
+        method, share = methods[row["method"]], float(re.findall(r"([\d.]+)%", row["retain"])[0]) / 100
+        found = {
+            names_of[label]: {"score": row[label], "relative": 100 * row[label] / whole[label]}
+            for label in table["benchmarks"]
+            if row[label] is not None and names_of[label] != drop
+        }
+        ours = method == "oc-vtp"
+        axes = {"layer": 9, "loss": "aw_mse", "slots": [16], "top_k": 1} if ours else dict.fromkeys(
+            ("layer", "loss", "slots", "top_k"))  # fmt: skip
+        rows.append({"vlm": vlm, "method": method, "tokens": None, "share": share, "benchmarks": found,
+                     "average": {"relative": None}, "changes": {}, "difference": None, "against": {},
+                     "coverage": None, **axes})  # fmt: skip
+    return Results(Path(), [], rows, paper=PAPER)
+
+
+@pytest.mark.parametrize(("vlm", "number"), [("llava-1.5-7b", 1), ("llava-next-7b", 2), ("qwen2.5-vl-7b", 3)])
+def test_the_papers_own_numbers_come_out_as_the_paper(vlm: str, number: int) -> None:
+    table = paper_tables(of_the_paper(vlm), vlm)[0]
+    theirs = PAPER[PAPER["vlms"][vlm]]
+    assert table.name == f"table{number}-{vlm}"
+    assert list(table.head) == ["Method", *theirs["benchmarks"], "Avg"]
+    assert [(block.title, line.label) for block in table.blocks for line in block.lines] == [
+        (row["retain"], row["method"]) for row in theirs["rows"]
+    ]
+    for block, row in zip([b for b in table.blocks for _ in b.lines], theirs["rows"], strict=True):
+        line = next(line for line in block.lines if line.label == row["method"])
+        compared = row["method"] in PAPER["methods"].values()
+        for cell, label in zip(line.cells, theirs["benchmarks"], strict=False):
+            if row[label] is None:
+                assert (cell.top, cell.bottom) == (names.DASH, "")
+            else:
+                said = f"paper {row[label]:g}" + (" (+0.0)" if compared else "")
+                assert (cell.bottom, cell.top == names.DASH) == (said, not compared)
+    assert "It is the paper's VLM." in table.note
+
+
+def test_averages_are_over_what_all_rows_have() -> None:
+    results = of_the_paper()  # VisionZip has no VizWiz, PyramidDrop no MMMU
+    shown = common(results, "llava-1.5-7b")
+    assert shown == [n for n in results.benchmarks if n not in ("vizwiz", "mmmu")]
+    table = paper_tables(results, "llava-1.5-7b")[0]
+    averages = {line.label: line.cells[-1] for line in table.blocks[1].lines}
+    row = next(r for r in results.summary if r["method"] == "fastv")
+    assert averages["FastV"].value == pytest.approx(sum(row["benchmarks"][n]["relative"] for n in shown) / 8)
+    assert averages["FastV"].bottom == "paper 89.7% (+0.0)"
+    assert averages["OC-VTP (unpadded)"].top == names.DASH if "OC-VTP (unpadded)" in averages else True
+    assert "VizWiz" not in table.note.split("Avg here")[1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return load(write_results(tmp_path_factory.mktemp("report"), losses=("aw_mse", "mse"), layers=(9, 10)))
+
+
+def mean(results: Results, **axis: Any) -> str:
+    """Of OC-VTP with 48 tokens at this value of an axis and the paper's choice of the others."""
+    wanted = {"layer": 9, "loss": "aw_mse", "tokens": 48, "method": "oc-vtp", **axis}
+    (row,) = [row for row in results.summary if all(row[key] == value for key, value in wanted.items())]
+    known = [found["relative"] for found in row["benchmarks"].values()]
+    return names.percent(sum(known) / len(known))
+
+
+def test_a_vlm_that_the_paper_has_not_stands_in_the_layout_of_table_1(tiny: Results) -> None:
+    found = {table.name: table for table in paper_tables(tiny, "tiny-llava")}
+    assert list(found) == [f"table{n}-tiny-llava" for n in (1, 4, 5, 6, 7)]
+    first = found["table1-tiny-llava"]
+    assert "The paper has no tiny-llava" in first.note
+    (ours,) = [line for line in first.blocks[1].lines if line.label == "OC-VTP"]
+    cells = dict(zip(first.head[1:], ours.cells, strict=True))
+    assert (cells["GQA"].top, cells["GQA"].bottom) == ("83.3", "paper 59.5 (+1.9)")
+    assert (cells["MMBench"].top, cells["MMBench"].bottom) == (names.DASH, "paper 63.4")
+    assert "Random" in [line.label for line in first.blocks[1].lines], "what the paper lacks stands below it"
+    layers = found["table6-tiny-llava"].blocks[0].lines[0].cells
+    assert [cell.top for cell in layers] == [mean(tiny, layer=9), mean(tiny, layer=10), names.DASH]
+    assert layers[2].bottom == "paper 98.1%"
+    losses = found["table7-tiny-llava"].blocks[0].lines[0].cells
+    assert [cell.top for cell in losses] == [mean(tiny, loss="mse"), mean(tiny, loss="aw_mse")]
+    assert len({cell.top for cell in (*layers, *losses)}) == 4
+    assert {line.cells[0].top for line in found["table4-tiny-llava"].blocks[0].lines} == {names.DASH}
+
+
+def test_files_for_other_programs_hold_the_same_cells(tiny: Results) -> None:
+    files = documents(tiny) | table_files(paper_tables(tiny, "tiny-llava"))
+    for table in paper_tables(tiny, "tiny-llava"):
+        rows = list(csv.reader(io.StringIO(files[f"tables/{table.name}.csv"].decode())))
+        lines = [(block, line) for block in table.blocks for line in block.lines]
+        assert len(rows) == 1 + len(lines)
+        assert {len(row) for row in rows} == {2 * len(table.head)}
+        for row, (block, line) in zip(rows[1:], lines, strict=True):
+            assert row[:2] == [block.title, line.label]
+            assert row[2::2] == [cell.top.replace(names.DASH, "") for cell in line.cells]
+        page, text = files["index.html"].decode(), files["report.md"].decode()
+        assert f'id="table-{table.name}"' in page
+        assert f"**{table.caption}**" in text
+    assert "Rerun against paper" in files["index.html"].decode()
+
+
+def test_latex_is_sound(tiny: Results, tmp_path: Path) -> None:
+    tables = [*paper_tables(tiny, "tiny-llava"), *paper_tables(of_the_paper(), "llava-1.5-7b")]
+    for table in tables:
+        text = as_latex(table).decode()
+        body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
+        rows = [line for line in body.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table.head) - 1}
+        plain = re.sub(r"\\[a-z]+\{\}|\\.", "", text)
+        assert plain.count("{") == plain.count("}")
+        assert re.search(r"[%#_]", re.sub(r"\\label\{.*\}", "", plain)) is None
+        assert re.findall(r"\\begin\{(\w+)\}", text) == re.findall(r"\\end\{(\w+)\}", text)[::-1]
+    assert latex(r"50% & a_b {x} ~\^") == (
+        r"50\% \& a\_b \{x\} \textasciitilde{}\textbackslash{}\textasciitilde{}".rsplit(r"\text", 1)[0]
+        + r"\textasciicircum{}"
+    )
+    if (program := shutil.which("pdflatex") or shutil.which("tectonic")) is not None:
+        whole = b"".join(map(as_latex, tables)).decode()
+        source = tmp_path / "tables.tex"
+        source.write_text(rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{whole}\end{{document}}")
+        subprocess.run([program, source.name], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+        assert (tmp_path / "tables.pdf").stat().st_size > 0
+
+
+def test_what_is_missing_is_empty_in_csv() -> None:
+    table = Table("t", "c", ["A", "B"], [Block("", [Line("x", [Cell(names.DASH)])])])
+    assert as_csv(table) == b'block,A,B,"B, below"\n,x,,\n'
+
+
+def test_claims_that_nothing_was_measured_of_say_so(tiny: Results) -> None:
+    found = {one.claim: one.measured for one in rerun(tiny)}
+    (own,) = [measured for claim, measured in found.items() if "own images" in claim]
+    assert own == [NEVER]
+    rivals = found["OC-VTP keeps more accuracy than every other method at equal budget"]
+    assert rivals[0].startswith("tiny-llava (not a VLM of the paper): holds. OC-VTP keeps more accuracy than Random")
+    assert rivals[-1] == f"on the weights of any VLM of the paper: {NEVER}"
+    assert len(found) == 9
+
+
+def test_without_the_papers_numbers_there_are_no_such_tables(tiny: Results) -> None:
+    bare = Results(tiny.root, tiny.scores, tiny.summary)
+    assert paper_tables(bare, "tiny-llava") == []
