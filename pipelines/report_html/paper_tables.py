@@ -6,12 +6,13 @@ have, and so compare with each other.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ocvtp.evaluation.benchmarks import benchmark
 from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Results, Row
-from pipelines.report_html.tables import PRUNED, Block, Cell, Line, Table, reference, score_text
+from pipelines.report_html.tables import PRUNED, Block, Cell, Line, Table, chosen_rows, reference, score_text
 
 LIKE_ANY = "table1_llava_1_5_7b"
 _NUMBER = {"table1_llava_1_5_7b": 1, "table2_llava_next_7b": 2, "table3_qwen2_5_vl_7b": 3, "table5_slots_top_k": 5}
@@ -35,8 +36,7 @@ def paper_tables(results: Results, vlm: str) -> list[Table]:
     if results.paper is None:
         return []
     key = results.paper["vlms"].get(vlm, LIKE_ANY)
-    rows = _rows(results, vlm, {})
-    tables = [_table(results, vlm, key, rows), _costs(results, vlm)]
+    tables = [_table(results, vlm, key, chosen_rows(results, vlm)), _costs(results, vlm)]
     tables.append(_table(results, vlm, "table5_slots_top_k", _rows(results, vlm, {"top_k"})))
     for number, name, axis in ((6, "table6_reference_layer", "layer"), (7, "table7_loss", "loss")):
         tables.append(_by_axis(results, vlm, number, name, axis))
@@ -44,12 +44,24 @@ def paper_tables(results: Results, vlm: str) -> list[Table]:
 
 
 def common(results: Results, vlm: str) -> list[str]:
-    """The benchmarks on which every evaluated setting of a VLM has a relative accuracy."""
-    rows = [row for row in results.summary if row["vlm"] == vlm and row["method"] != "vanilla"]
+    """The benchmarks on which every evaluated setting of a VLM has a relative accuracy that means something.
+
+    Where the unpruned model does no better than chance, a percentage of its score means nothing.
+    """
+    rows = [row for row in results.summary if row["vlm"] == vlm]
+    pruned = [row for row in rows if row["method"] != "vanilla"]
+    whole: Row = next((row["benchmarks"] for row in rows if row["method"] == "vanilla"), {})
+
+    def means_something(name: str) -> bool:
+        score = (whole.get(name) or {}).get("score")
+        return score is not None and score > (benchmark(name).chance or 0)
+
     return [
         name
         for name in results.benchmarks
-        if rows and all((row["benchmarks"].get(name) or {}).get("relative") is not None for row in rows)
+        if pruned
+        and means_something(name)
+        and all((row["benchmarks"].get(name) or {}).get("relative") is not None for row in pruned)
     ]
 
 
@@ -82,8 +94,8 @@ def _table(results: Results, vlm: str, key: str, rows: Sequence[Row]) -> Table:
     )
 
 
-def _rows(results: Results, vlm: str, free: Any) -> list[Row]:
-    """Rows of a VLM at the paper's choice of each axis, but for those that are free."""
+def _rows(results: Results, vlm: str, free: Collection[str]) -> list[Row]:
+    """Rows of a VLM at the paper's choice of each axis but the free ones, of which `ablate` may have others."""
     wanted = reference(results, vlm)
     return [
         row
@@ -155,7 +167,10 @@ def _about_average(shown: Sequence[str], columns: Mapping[str, str]) -> str:
     if not shown:
         return "No benchmark has a relative accuracy in all rows, so there is no average."
     over = ", ".join(column for column, name in columns.items() if name in shown)
-    return f"Avg here: over {over}, which all our rows have; the difference is to the paper's mean over the same."
+    return (
+        f"Avg here: over {over}, which all our rows have and where the unpruned model is above chance; the difference "
+        "is to the paper's mean over the same."
+    )
 
 
 # --- Table 4: cost ---------------------------------------------------------------------------------------------------
