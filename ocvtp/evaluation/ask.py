@@ -1,6 +1,7 @@
 """Asks a VLM the questions of a benchmark, or a shard of them; scoring is another step, which needs no VLM."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ocvtp.errors import Incompatible
+import torch
+
+from ocvtp.errors import Incompatible, NotAvailable
 from ocvtp.evaluation import journal as journals
 from ocvtp.evaluation import preflight
 from ocvtp.evaluation.answered import Answered, Answers, Shard, digest_of
@@ -17,6 +20,7 @@ from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.generate import Answerer
 from ocvtp.evaluation.setting import EvaluationSetting, pruner_fingerprint, ready
 
+log = logging.getLogger(__name__)
 _PACKAGES = ("ocvtp", "torch", "transformers", "tokenizers", "lmms-eval", "datasets", "numpy", "pillow", "torchvision")
 WHOLE = Shard()
 Progress = Callable[[int, int], None]
@@ -72,9 +76,12 @@ def answers_to(
 ) -> list[Answered]:  # fmt: skip
     """Answers to these rows, in their order: what the journal has, and the others batch by batch.
 
+    A batch that does not fit into memory is halved, and so are those behind it: at most once for each power of two.
+
     Raises:
         Incompatible: the journal answers another question than that of its row.
         BadInput: a question cannot be read.
+        NotAvailable: one question alone does not fit into memory.
     """
     found: dict[int, Answered] = {}
     if journal is not None:
@@ -85,11 +92,22 @@ def answers_to(
                     f"{journal.path}: question {row} of {questions.benchmark.name} is not the one that was answered: "
                     "its data has changed"
                 )
-    left = [row for row in rows if row not in found]
-    for start in range(0, len(left), batch_size):
-        batch = left[start : start + batch_size]
+    # Questions of one length stand together, so that little is padded; the same order for every setting.
+    left = sorted((row for row in rows if row not in found), key=questions.length)
+    while left:
+        batch, left = left[:batch_size], left[batch_size:]
         conversations = [questions.messages(row) for row in batch]
-        answers = answerer.answer(conversations, questions.options)
+        try:
+            answers = answerer.answer(conversations, questions.options)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise NotAvailable(
+                    f"question {batch[0]} of {questions.benchmark.name} alone needs more memory"
+                ) from error
+            batch_size, left = (len(batch) + 1) // 2, batch + left
+            log.warning("%d questions at once need more memory than there is: %d from here on", len(batch), batch_size)
+            torch.cuda.empty_cache()
+            continue
         new = [
             Answered(row, digest_of(messages), answer)
             for row, messages, answer in zip(batch, conversations, answers, strict=True)

@@ -45,6 +45,10 @@ class Questions:
         """How the official task wants answers to be generated."""
         return dict(self.task.config.generation_kwargs or {})
 
+    def length(self, row: int) -> int:
+        """Letters of a question, without looking at its images."""
+        return len(str(self.task.doc_to_text(self.task.eval_docs_no_media[row])))
+
     def messages(self, row: int) -> Any:
         """The question of a row as chat messages; its images are decoded here. `BadInput` if it cannot be read."""
         config = self.task.config

@@ -105,7 +105,7 @@ def test_an_answer_to_another_question_than_that_of_its_row_is_refused(
     header, first, second = path.read_bytes().splitlines()
     changed = json.loads(second[17:]) | {"digest": json.loads(first[17:])["digest"]}
     path.write_bytes(b"\n".join([header, first, journals._line(changed)]))
-    with pytest.raises(Incompatible, match="question 1 of gqa is not the one that was answered: its data has changed"):
+    with pytest.raises(Incompatible, match=f"question {changed['row']} of gqa is not the one that was answered"):
         ask(pruned, "gqa", question_sets, journal=path)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from evaluation_data import MAKERS, Parrot, gqa, mme, right_answers, write_parquet
 from PIL import Image, ImageFile
 
@@ -120,6 +122,46 @@ def test_questions_are_asked_as_lmms_eval_does(tmp_path: Path) -> None:
     assert parrot.options[0]["max_new_tokens"] == 16
     limited, parrot = run("mme", rows, right_answers("mme", rows), tmp_path, limit=2)
     assert len(limited.samples) == len(parrot.asked) == 2
+
+
+class Small(Parrot):
+    """Has memory for so many questions at once."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__([])
+        self.most, self.tried = most, list[int]()
+
+    def answer(self, conversations: Sequence[Any], options: Any = None) -> list[Answer]:
+        self.tried.append(len(conversations))
+        if len(conversations) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [Answer(one[0]["content"][-1]["text"], [[0]], 1, 1) for one in conversations]
+
+
+def test_a_batch_that_does_not_fit_is_halved_once_for_each_power_of_two(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_parquet(tmp_path / "gqa.parquet", gqa(12))
+    with opened(benchmark("gqa"), path) as questions:
+        wide, small = Small(12), Small(3)
+        whole = answers_to(questions, wide, range(12), 8, None, None)  # type: ignore[arg-type]
+        found = answers_to(questions, small, range(12), 8, None, None)  # type: ignore[arg-type]
+        assert (wide.tried, small.tried) == ([8, 4], [8, 4, 2, 2, 2, 2, 2, 2])
+        assert found == whole
+        assert [one.row for one in found] == list(range(12))
+        assert "8 questions at once need more memory than there is: 4 from here on" in caplog.text
+        with pytest.raises(NotAvailable, match="question 0 of gqa alone needs more memory"):
+            answers_to(questions, Small(0), range(12), 8, None, None)  # type: ignore[arg-type]
+
+
+def test_questions_of_one_length_are_asked_together(tmp_path: Path) -> None:
+    rows = [row | {"question": "What is it?" + " Really?" * (i % 3)} for i, row in enumerate(gqa(12))]
+    path = write_parquet(tmp_path / "gqa.parquet", rows)
+    with opened(benchmark("gqa"), path) as questions:
+        parrot = Parrot(["red"] * 12)
+        answers_to(questions, parrot, range(12), 4, None, None)  # type: ignore[arg-type]
+    said = [parrot.text(number).count("Really") for number in range(12)]
+    assert said == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_pope_counts_answers_that_go_on_as_wrong_like_lmms_eval(tmp_path: Path) -> None:
