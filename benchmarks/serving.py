@@ -135,14 +135,15 @@ def main() -> None:
     import transformers
     import vllm
 
-    with tempfile.TemporaryDirectory() as folder:
-        model, side = folder, 336
-        if arguments.quick:
-            from ocvtp import vlms
+    from ocvtp.serving.export import export
 
-            model, side = str(vlms.resolve("tiny-llava").folder), 96
+    with tempfile.TemporaryDirectory() as folder:
+        model, side, made = f"{folder}/served", 336, f"{folder}/made"
+        if arguments.quick:
+            side, made = 96, "tiny-llava"
         else:
-            make_model(Path(folder))
+            make_model(Path(made))
+        export(made, model)  # with the names that vLLM's own model looks for
         sections: dict[str, dict[str, Any] | None] = {"vanilla": None}
         sections |= {name: {"method": name, "keep": arguments.keep} for name in arguments.methods.split(",")}
         cases = {name: apart(arguments, model, section, side) for name, section in sections.items()}

@@ -19,6 +19,8 @@ COMMANDS = (
     "train",
     "show",
     "inspect",
+    "evaluations.benchmarking",
+    "evaluations.table_of_results",
     "explain",
     "methods",
     "catalog",

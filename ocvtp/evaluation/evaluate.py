@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.evaluation import listing
-from ocvtp.evaluation.asking import ask
-from ocvtp.evaluation.scoring import score
+from ocvtp.evaluation.ask import ask
+from ocvtp.evaluation.score import score
 from ocvtp.evaluation.setting import EvaluationSetting, forget
 
 __all__ = ["EvaluationSetting", "evaluate", "forget"]
@@ -35,15 +35,15 @@ def evaluate(
         out: folder for the results.
         limit: ask at most so many of the first questions; pairs stay whole.
         device: cpu, cuda, ...
-        journal: a file that keeps answers through a kill, see `ocvtp.evaluation.asking.ask`.
+        journal: a file that keeps answers through a kill, see `ocvtp.evaluation.ask.ask`.
         progress: called with (questions answered, questions) after each batch.
 
     Returns:
         What stands in score.json.
 
     Raises:
-        BadInput, Incompatible, NotAvailable, Corrupt: as `ocvtp.evaluation.asking.ask` and
-            `ocvtp.evaluation.scoring.score` do.
+        BadInput, Incompatible, NotAvailable, Corrupt: as `ocvtp.evaluation.ask.ask` and
+            `ocvtp.evaluation.score.score` do.
     """
     answers = ask(setting, benchmark, data, limit=limit, device=device, journal=journal, progress=progress)
     result, samples = score([answers], data)

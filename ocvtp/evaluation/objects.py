@@ -1,13 +1,14 @@
 """Where a question set comes with the masks of its scenes: which of an image's objects the kept tokens lie on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ocvtp.data.coverage import Covered, Grid, read_objects
+from ocvtp.data.coverage import Covered, Grid, Objects, read_objects
 
 MASKS = "scenes.json"
 """COCO instances of a question set's images, beside its parquet."""
@@ -28,11 +29,12 @@ def add_objects(samples: Sequence[dict[str, Any]], data: Path | None, grid: Grid
     path = None if data is None else data.with_name(MASKS)
     if data is None or path is None or grid is None or not path.is_file():
         return None
-    objects = read_objects(path, grid)
+    about = path.stat()
+    objects = _objects(path, (about.st_ino, about.st_mtime_ns, about.st_size), grid)
     file = pq.ParquetFile(data)
     if "image" not in file.schema_arrow.names or not pa.types.is_struct(file.schema_arrow.field("image").type):
         return None  # questions about several images
-    names = [image["path"] for image in file.read(columns=["image"])["image"].to_pylist()]
+    names = [image["path"] for image in file.read(columns=["image.path"])["image"].to_pylist()]
     images: dict[str, Covered] = {}
     for sample in samples:
         name, kept = names[sample["doc_id"]], sample["kept"]
@@ -43,3 +45,9 @@ def add_objects(samples: Sequence[dict[str, Any]], data: Path | None, grid: Grid
         sample |= {"image": name, "objects": list(covered.numbers)}
         images.setdefault(name, covered)
     return sum(images.values(), Covered())
+
+
+@lru_cache(maxsize=4)
+def _objects(path: Path, stamp: tuple[int, ...], grid: Grid) -> Mapping[str, Objects]:
+    """Read once a process, as long as the file stays as `stamp` says: a worker scores many answers to one set."""
+    return read_objects(path, grid)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # so that an option of one method is in the keys of no other'
 
 def prune(
     model: Any,
-    method: str | Method = "css",
+    method: str | Method = "qr",
     keep: Keep | None = None,
     pruner: Any = None,
     *,
@@ -56,8 +56,8 @@ def prune(
     Args:
         model: a supported model of transformers (`ocvtp.vlms.families.FAMILIES`), on any device.
         method: a name that `ocvtp methods` lists; two, one before the LLM and one inside it, as "visionzip+fastv"
-            (`ocvtp.methods.combined`); or a `Method` of your own (docs/your-own-method.md). By default the greedy
-            column subset, which needs no training and was ahead of what was trained (docs/findings.md).
+            (`ocvtp.methods.combined`); or a `Method` of your own (docs/your-own-method.md). By default pivoted
+            QR of what the LLM is fed from, which needs no training (docs/findings.md says why it is the default).
         keep: tokens an image (int), a share of them in (0, 1], or a percentage such as "11.1%". Only `vanilla` needs
             none.
         pruner: for `oc-vtp`: an `OCPruner`, a folder, or an id on the hub.

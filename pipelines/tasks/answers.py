@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster import progress
 from ocvtp.evaluation.answered import Shard
-from ocvtp.evaluation.asking import ask
+from ocvtp.evaluation.ask import ask
 from ocvtp.evaluation.benchmarks import benchmark
 from ocvtp.evaluation.setting import EvaluationSetting, ready
 from pipelines.tasks.places import check_same, device, in_store

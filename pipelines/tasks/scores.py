@@ -9,7 +9,7 @@ from typing import Any
 from ocvtp.evaluation import listing
 from ocvtp.evaluation.answered import Answers
 from ocvtp.evaluation.benchmarks import benchmark
-from ocvtp.evaluation.scoring import score
+from ocvtp.evaluation.score import score
 from pipelines.tasks.places import check_same, in_store
 
 

@@ -11,6 +11,9 @@ pytestmark = pytest.mark.pipeline
 TWO_FAMILIES = (
     "dvc exp run -S 'vlm=[tiny-llava,tiny-qwen]' -S 'keep=[0.333,0.222,0.111]' -S 'sample.style.sides=[64,160]'"
 )
+EVAL = (
+    "ocvtp eval --vlm tiny-llava --method css --keep 16 --benchmark pope,gqa --data data/sample/benchmarks --limit 200"
+)
 TEN = "dvc exp run -S benchmark=all -S 'method=[random,visionzip,css,oc-vtp]' -S 'keep=[48,32,16]' -S seed=0"
 ELSEWHERE = {
     "make repro": "the workspace that all tests here share: `dvc repro`",
@@ -22,6 +25,7 @@ ELSEWHERE = {
     "dvc exp run -S layer=-2": "test_pipeline.py",
     "dvc exp run -S 'keep=[72,16]'": "test_pipeline.py",
     "dvc exp run -S 'loss=[mse,aw_mse]'": "tests/pipelines: grids",
+    EVAL: "tests/ocvtp/evaluation/test_evaluation_commands.py",
     TEN: "tests/pipelines/test_ten_benchmarks.py",
     TWO_FAMILIES: "tests/pipelines/test_two_families.py",
     "ocvtp prefetch llava-1.5-7b gqa mme pope textvqa": "needs the internet",

@@ -58,7 +58,7 @@ def test_scores_know_nothing_of_how_answers_are_made_and_the_other_way_round() -
     asking, scoring = (set(parts(f"pipelines.tasks.{name}")) for name in ("answers", "scores"))
     made = {part for part in scoring if part.startswith(("ocvtp.vlms", "ocvtp.pruning", "ocvtp.methods"))}
     assert made | (scoring & {"ocvtp.evaluation.generate", "ocvtp.evaluation.setting"}) == set()
-    assert asking & {"ocvtp.evaluation.scores", "ocvtp.evaluation.scoring", "ocvtp.evaluation.lmms.outcome"} == set()
+    assert asking & {"ocvtp.evaluation.scores", "ocvtp.evaluation.score", "ocvtp.evaluation.lmms.outcome"} == set()
 
 
 @pytest.mark.parametrize(

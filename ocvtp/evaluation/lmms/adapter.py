@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 
 from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.evaluation.answered import Answer
-from ocvtp.evaluation.lmms.questions import messages_of
+from ocvtp.evaluation.lmms.official import messages_of
 from ocvtp.evaluation.setting import EvaluationSetting, ready
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ocvtp.errors import Corrupt
 from ocvtp.evaluation.answered import Answer
 from ocvtp.evaluation.benchmarks import Benchmark
-from ocvtp.evaluation.lmms.questions import Questions, cause_of
+from ocvtp.evaluation.lmms.official import Questions, cause_of
 
 Logged = Mapping[str, Any]
 
@@ -17,7 +17,7 @@ def scored(questions: Questions, answers: Sequence[Answer]) -> tuple[dict[str, A
     """lmms-eval's own metrics, and the lines of samples.jsonl.
 
     Args:
-        questions: as `ocvtp.evaluation.lmms.questions.opened` gives them.
+        questions: as `ocvtp.evaluation.lmms.official.opened` gives them.
         answers: to the first rows, in their order.
     """
     from lmms_eval.evaluator_utils import TaskOutput

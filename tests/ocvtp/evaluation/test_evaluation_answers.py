@@ -17,9 +17,9 @@ from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.evaluation import journal as journals
 from ocvtp.evaluation import listing
 from ocvtp.evaluation.answered import Answer, Answered, Answers, Shard, digest_of, joined
-from ocvtp.evaluation.asking import ask
+from ocvtp.evaluation.ask import ask
 from ocvtp.evaluation.generate import Answerer
-from ocvtp.evaluation.scoring import score
+from ocvtp.evaluation.score import score
 from ocvtp.evaluation.setting import EvaluationSetting
 
 ABOUT = {"benchmark": "gqa", "data": {"sha256": "0"}, "setting": {"method": "random", "keep": 16}}

@@ -18,10 +18,10 @@ from PIL import Image, ImageFile
 
 from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.evaluation.answered import Answer
-from ocvtp.evaluation.asking import answers_to
+from ocvtp.evaluation.ask import answers_to
 from ocvtp.evaluation.benchmarks import benchmark, benchmarks
+from ocvtp.evaluation.lmms.official import opened
 from ocvtp.evaluation.lmms.outcome import primary_of, scored
-from ocvtp.evaluation.lmms.questions import opened
 from ocvtp.evaluation.lmms.quiet import import_lmms_eval
 from ocvtp.evaluation.lmms.tasks import write_task
 from ocvtp.evaluation.preflight import check

@@ -76,15 +76,15 @@ def prune(vlm: Any, method: str, keep: Any) -> Any:
 
 
 @torch.no_grad()
-def test_by_default_it_is_the_column_subset(vlm: Any, images: Any) -> None:
+def test_by_default_it_is_pivoted_qr(vlm: Any, images: Any) -> None:
     inputs = vlm.prompt(images)
     kept = []
-    for how in ((), ("css",)):
+    for how in ((), ("qr",)):
         with ocvtp.prune(vlm.model, *how, keep=0.5) as handle:
             vlm.model(**inputs)
             kept.append(handle.last_kept)
     assert kept[0] == kept[1]
-    with pytest.raises(BadInput, match="css"):
+    with pytest.raises(BadInput, match="qr uses no pruner"):
         ocvtp.prune(vlm.model, keep=0.5, pruner="folder")
 
 

@@ -36,8 +36,8 @@ def score(shards: Sequence[Answers], data: Path | None) -> tuple[dict[str, Any],
     entry = named(about["benchmark"])
     path = None if data is None else preflight.locate(entry, data)
     _check_data(about["data"], path)
+    from ocvtp.evaluation.lmms.official import opened
     from ocvtp.evaluation.lmms.outcome import primary_of, scored
-    from ocvtp.evaluation.lmms.questions import opened
     from ocvtp.evaluation.lmms.tasks import package
 
     package()

@@ -54,7 +54,7 @@ def ask(
     path = None if data is None else preflight.locate(entry, data)
     rows = preflight.unseen(entry, limit) if path is None else preflight.check(entry, path, limit)
     fingerprint = pruner_fingerprint(setting.pruner)
-    from ocvtp.evaluation.lmms.questions import ALONE, opened
+    from ocvtp.evaluation.lmms.official import ALONE, opened
     from ocvtp.evaluation.lmms.tasks import package
 
     package()

@@ -1,0 +1,1 @@
+"""Subcommands that evaluate, and that read what was evaluated."""

@@ -1,0 +1,109 @@
+"""All results of a folder as one data frame: a store, the output of stage `evaluate`, or what `ocvtp eval` wrote."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ocvtp.errors import BadInput, Corrupt, NotAvailable
+from ocvtp.evaluation.listing import SCORE, read_samples
+from ocvtp.evaluation.scores import RESAMPLES, interval
+from ocvtp.json_files import read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COMPARED = ("vlm", "weights", "dtype", "max_new_tokens", "benchmark", "data", "limit")
+"""What a result shares with the unpruned model's that it is a percentage of."""
+Where = Mapping[str, Any]
+
+
+def results(place: Path | str | None = None, where: Where | None = None, *, intervals: bool = False) -> "pd.DataFrame":
+    """Every result below a folder, a row each.
+
+    Columns: the setting (`vlm`, `revision`, `weights`, `method`, `keep`, `tokens`, `seed`, `fingerprint` of the pruner,
+    `max_new_tokens`, each option as `option.NAME`), `benchmark`, `score` and its `scale`, `relative` (percent of the
+    unpruned model on the same questions; missing without one), `n` questions, `kept` tokens in the mean, `dtype`,
+    `data`, `limit`, lmms-eval's and our own metrics as `metric.NAME`, versions of packages as `version.NAME`, and
+    `path`, the folder, whose answers `answers` reads.
+
+    Args:
+        place: the folder; by default OCVTP_STORE, or `.ocvtp/store` here.
+        where: column -> the value, or a list of values, that rows must have.
+        intervals: also `ci_low` and `ci_high`, the 95 % interval of each score; reads all answers.
+
+    Raises:
+        BadInput: there is no such folder or column, or no result in it.
+        Corrupt: a result is not what it should be; names the file.
+        NotAvailable: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise NotAvailable(
+            "results come as a data frame of pandas, which is not installed: pip install pandas"
+        ) from error
+    folder = Path(place or os.environ.get("OCVTP_STORE") or ".ocvtp/store")
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder: name a store, or a folder such as results/evaluate")
+    rows = [_row(path) for path in _found(folder)]
+    if not rows:
+        raise BadInput(f"{folder} holds no results: run `python pipelines/eval.py` or `ocvtp eval` first")
+    frame = pd.DataFrame(_with_relative(rows))
+    for column, wanted in (where or {}).items():
+        if column not in frame:
+            raise BadInput(f"there is no column {column!r}; there are: {', '.join(frame)}")
+        values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
+        frame = frame[frame[column].map(_text).isin(set(map(_text, values)))]
+    if intervals:
+        ends = [interval(answers(row), row["benchmark"], resamples=RESAMPLES) for row in frame.to_dict("records")]
+        frame = frame.assign(
+            ci_low=[None if one is None else one[0] for one in ends],
+            ci_high=[None if one is None else one[1] for one in ends],
+        )
+    return frame.reset_index(drop=True)
+
+
+def answers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answers behind a row: lines of samples.jsonl, with question, answer, prediction, score and kept tokens."""
+    return read_samples(Path(row["path"]))
+
+
+def _found(folder: Path) -> Iterator[Path]:
+    """Folders with a score, by path; what is hidden is being written, or was damaged."""
+    for path in sorted(folder.rglob(SCORE)):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path.parent
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / SCORE)
+    try:
+        setting = dict(found["setting"])
+        return {
+            **{key: value for key, value in setting.items() if key != "options"},
+            **{f"option.{name}": value for name, value in (setting.get("options") or {}).items()},
+            **{key: found[key] for key in ("benchmark", "score", "scale", "n", "dtype", "limit")},
+            "kept": found["tokens_kept"]["mean"],
+            "data": found["data"].get("sha256") or found["data"].get("hub"),
+            **{f"metric.{name}": value for name, value in found["metrics"].items()},
+            **{f"version.{name}": value for name, value in found["versions"].items()},
+            "path": str(folder),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Corrupt(f"{folder / SCORE} is no result of an evaluation: it has no {error}") from error
+
+
+def _with_relative(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    key: Callable[[dict[str, Any]], str] = lambda row: repr([row.get(name) for name in _COMPARED])  # noqa: E731
+    whole = {key(row): row["score"] for row in rows if row["method"] == "vanilla"}
+    return [
+        {**row, "relative": 100 * row["score"] / base if row["score"] is not None and base else None}
+        for row in rows
+        for base in [whole.get(key(row))]
+    ]
+
+
+def _text(value: Any) -> str:
+    """One text for what people would call equal: 16, 16.0 and "16"."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,102 @@
+"""`ocvtp eval`, `ocvtp results` and `ocvtp.results()`: one's own model without the pipeline."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ocvtp
+from ocvtp import cli
+from ocvtp.errors import BadInput, Corrupt
+from ocvtp.evaluation.generate import Answerer
+from ocvtp.evaluation.results import answers
+from ocvtp.evaluation.scores import interval
+
+
+@pytest.fixture(scope="module")
+def place(vlm_folder: Path, question_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vanilla and random tokens on two benchmarks."""
+    out = tmp_path_factory.mktemp("evaluations")
+    for more in ([], ["--method", "random", "--keep", "16", "--seed", "1"]):
+        assert cli.main(arguments(vlm_folder, question_sets, out, *more)) == 0
+    return out
+
+
+def arguments(vlm: Path, data: Path, out: Path, *more: str, benchmark: str = "gqa,mme") -> list[str]:
+    return ["eval", "--vlm", str(vlm), "--benchmark", benchmark, "--data", str(data), "--limit", "4", "--out", str(out),
+            "--max-new-tokens", "4", "--device", "cpu", *more]  # fmt: skip
+
+
+def test_what_was_answered_is_not_asked_again(
+    place: Path, vlm_folder: Path, question_sets: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before = {path: path.read_bytes() for path in place.rglob("*.json*")}
+    monkeypatch.setattr(Answerer, "answer", lambda *_: pytest.fail("a question was asked again"))
+    assert cli.main(arguments(vlm_folder, question_sets, place, "--json")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [(row["benchmark"], row["n"], row["kept"]) for row in printed["rows"]] == [("gqa", 4, 144), ("mme", 4, 144)]
+    assert {path: path.read_bytes() for path in place.rglob("*.json*")} == before
+
+
+def test_a_benchmark_that_fails_takes_no_other_with_it(
+    place: Path, vlm_folder: Path, question_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gqa.parquet").write_bytes((question_sets / "gqa.parquet").read_bytes())
+    asked = arguments(vlm_folder, tmp_path, tmp_path / "out", benchmark="mme,gqa")
+    assert cli.main(asked) == 1
+    printed = capsys.readouterr()
+    assert "gqa" in printed.out
+    assert "mme: " in printed.err
+    assert "mme.parquet does not exist" in printed.err
+    assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", benchmark="pope")) == 2
+    assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", benchmark="pop")) == 2
+    assert "no benchmark 'pop'" in capsys.readouterr().err
+    assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", "--options", "top_k")) == 2
+
+
+def test_results_are_one_data_frame(place: Path) -> None:
+    frame = ocvtp.results(place)
+    assert sorted(zip(frame["method"], frame["benchmark"], strict=True)) == [
+        ("random", "gqa"), ("random", "mme"), ("vanilla", "gqa"), ("vanilla", "mme"),
+    ]  # fmt: skip
+    by = {(row["method"], row["benchmark"]): row for row in frame.to_dict("records")}
+    whole, pruned = by["vanilla", "mme"], by["random", "mme"]
+    assert (whole["kept"], pruned["kept"], pruned["tokens"], pruned["seed"]) == (144, 16, 16, 1)
+    if whole["score"]:
+        assert pruned["relative"] == pytest.approx(100 * pruned["score"] / whole["score"])
+    assert [line["doc_id"] for line in answers(pruned)] == [0, 1, 2, 3]
+    few = ocvtp.results(place, {"method": "random", "keep": 16, "benchmark": ["mme", "pope"]}, intervals=True)
+    (row,) = few.to_dict("records")
+    assert (row["ci_low"], row["ci_high"]) == interval(answers(row), "mme")
+    assert len(ocvtp.results(place, {"method": "css"})) == 0
+
+
+def test_results_are_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*more: str) -> str:
+        assert cli.main(["results", str(place), *more]) == 0
+        return capsys.readouterr().out
+
+    assert "2 results" in printed("--where", "method=random")
+    rows = list(csv.DictReader(io.StringIO(printed("--where", "method=random", "benchmark=gqa", "--csv"))))
+    assert [(row["method"], row["benchmark"], row["scale"]) for row in rows] == [("random", "gqa", "share")]
+    found: list[dict[str, Any]] = json.loads(printed("--json"))
+    assert {row["seed"] for row in found} == {None, 1}
+
+
+def test_what_cannot_be_read_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["results", str(tmp_path / "nowhere")]) == 2
+    assert cli.main(["results", str(tmp_path)]) == 2
+    assert cli.main(["results", str(place), "--where", "method"]) == 2
+    assert "COLUMN=VALUE" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="there is no column 'metod'; there are: vlm"):
+        ocvtp.results(place, {"metod": "random"})
+    (tmp_path / "score.json").write_text('{"setting": {}}')
+    with pytest.raises(Corrupt, match="is no result of an evaluation: it has no 'benchmark'"):
+        ocvtp.results(tmp_path)
+    (tmp_path / "score.json").write_text("{")
+    with pytest.raises(Corrupt, match=r"score\.json is not JSON"):
+        ocvtp.results(tmp_path)
