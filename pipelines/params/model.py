@@ -169,7 +169,7 @@ class Evaluate(Section):
     bootstrap: int = Field(default=2000, ge=100)
     minutes_per_task: float = Field(default=30.0, gt=0)
     limit: Positive | None = None
-    options: dict[str, dict[str, Any]] = Field(default={"css": {"layer": -2}})
+    options: dict[str, dict[str, Any]] = Field(default={"qr": {"layer": -2}, "css": {"layer": -2}})
 
 
 class Measure(Section):

@@ -140,8 +140,8 @@ def test_a_change_adds_what_it_concerns_once_more(shipped, change, pruners, ours
     assert {one.changes for one in new} == {(change,)}
     assert sum(one.method == "oc-vtp" for one in new) == ours
     assert sum(one.method == "oc-vtp-untrained" for one in new) == untrained
-    free = sum(one.method in CHOICES for one in new)  # two choices on the layer of the axis, three budgets
-    assert free == (6 if change[0] == "layer" else 0)
+    free = sum(one.method in CHOICES for one in new)  # one choice on the layer of the axis, three budgets
+    assert free == (3 if change[0] == "layer" else 0)
     assert len(new) == ours + untrained + free
     assert len({(one.vlm, one.name) for one in found}) == len(found)
     assert {one.pruner for one in found if one.pruner} == set(pruner_cells(params))
@@ -170,17 +170,17 @@ def test_what_is_changed_together_is_one_pruner_and_concerns_each_method_as_far_
     assert {one.options.get("fill") for one in ours if one.pruner.loss == "span"} == {"random"}
     assert {one.pruner for one in ours} == set(new)
     others = [one for one in cells if one.method != "oc-vtp"]
-    assert {one.method for one in others} == {"oc-vtp-untrained", "qr", "fps"}  # css has a layer of its own
+    assert {one.method for one in others} == {"oc-vtp-untrained", "fps"}  # qr and css have a layer of their own
     assert {one.changes for one in others} == {(("layer", -2),)}
     assert len({(one.vlm, one.name) for one in cells}) == len(cells), "both combinations have layer -2"
 
 
 def test_changes_that_come_to_the_same_are_one_setting(shipped: Params) -> None:
-    one, other = {"layer": -2, "loss": "span"}, {"evaluate": {"options": {"qr": {"layer": -2}}}}
+    one, other = {"layer": -2, "loss": "span"}, {"evaluate": {"options": {"fps": {"layer": -2}}}}
     both = tuple(
-        Together.model_validate(changes) for changes in (one, other, {"evaluate": {"options": {"qr": {"layer": 9}}}})
+        Together.model_validate(changes) for changes in (one, other, {"evaluate": {"options": {"fps": {"layer": 9}}}})
     )
-    cells = [cell for cell in expand(shipped, ablate=Ablate(together=both)) if cell.method == "qr"]
+    cells = [cell for cell in expand(shipped, ablate=Ablate(together=both)) if cell.method == "fps"]
     assert [(cell.tokens, cell.layer, cell.changes) for cell in cells] == [
         *((keep, 9, ()) for keep in (48, 32, 16)),
         *((keep, -2, (("layer", -2),)) for keep in (48, 32, 16)),
@@ -218,6 +218,7 @@ def test_a_layer_of_its_own_stands_in_place_of_the_axis(shipped) -> None:
         return {one.layer for one in expand(params) if one.method == method}
 
     assert layers_of(shipped, "css") == {-2}
-    assert layers_of(shipped, "qr") == {9}
+    assert layers_of(shipped, "qr") == {-2}
+    assert layers_of(shipped, "fps") == {9}
     assert {one.options["layer"] for one in expand(shipped) if one.method == "css"} == {-2}
     assert layers_of(with_ablate(shipped, ("evaluate.options.css.layer", 9)), "css") == {-2, 9}

@@ -59,7 +59,7 @@ def test_the_layer_asked_for_chooses(llava: Any, picture_of: Any, name: str) -> 
             found = handle.last_kept
         states = llava.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         assert found == CHOICES[name](states[layer][:, 1:], 5).tolist()
-    assert entry_of(name).options["layer"] == (-2 if name == "css" else 9)
+    assert entry_of(name).options["layer"] == (-2 if name in ("qr", "css") else 9)
     with pytest.raises(BadInput, match="layer 9 is outside"):
         ocvtp.prune(llava.model, name, 5, layer=9)
     with pytest.raises(BadInput, match=f"{name} uses no pruner"):
