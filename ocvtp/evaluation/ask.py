@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from ocvtp.evaluation import preflight
 from ocvtp.evaluation.answered import Answered, Answers, Shard, digest_of
 from ocvtp.evaluation.benchmarks import Benchmark
 from ocvtp.evaluation.benchmarks import benchmark as named
-from ocvtp.evaluation.generate import Answerer
+from ocvtp.evaluation.generate import Answerer, Prepared
 from ocvtp.evaluation.setting import EvaluationSetting, pruner_fingerprint, ready
 
 log = logging.getLogger(__name__)
@@ -96,9 +97,10 @@ def answers_to(
     left = sorted((row for row in rows if row not in found), key=questions.length)
     while left:
         batch, left = left[:batch_size], left[batch_size:]
-        conversations = [questions.messages(row) for row in batch]
+        make = partial(_prepared, questions, answerer, batch)
+        prepared = answerer.prepared.get((questions.stamp, *batch), make)
         try:
-            answers = answerer.answer(conversations, questions.options)
+            answers = answerer.answer_prepared(prepared, questions.options)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise NotAvailable(
@@ -109,14 +111,17 @@ def answers_to(
             torch.cuda.empty_cache()
             continue
         new = [
-            Answered(row, digest_of(messages), answer)
-            for row, messages, answer in zip(batch, conversations, answers, strict=True)
+            Answered(row, digest, answer) for row, digest, answer in zip(batch, prepared.digests, answers, strict=True)
         ]
         if journal is not None:
             journal.add(new)
         found |= {one.row: one for one in new}
         questions.heard(progress, len(found), len(rows))
     return [found[row] for row in rows]
+
+
+def _prepared(questions: Any, answerer: Answerer, rows: Sequence[int]) -> Prepared:
+    return answerer.prepare([questions.messages(row) for row in rows])
 
 
 def _made_by(setting: EvaluationSetting, answerer: Answerer, fingerprint: str | None) -> dict[str, Any]:

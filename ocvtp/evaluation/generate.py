@@ -5,17 +5,62 @@ depends on its seed and the image alone.
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ocvtp.errors import BadInput
-from ocvtp.evaluation.answered import Answer
+from ocvtp.evaluation.answered import Answer, digest_of
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: `role`, and `content` as text or a list of parts; images are PIL under `image` or `url`."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch of conversations as a VLM reads them.
+
+    Attributes:
+        inputs: what its processor made of them.
+        images: of each conversation how many.
+        digests: of each conversation's content.
+    """
+
+    inputs: Any
+    images: list[int]
+    digests: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(value.nbytes for value in self.inputs.values() if isinstance(value, torch.Tensor))
+
+
+class PreparedMemory:
+    """Batches that were prepared for one VLM, the ones used last: every method is asked the same questions.
+
+    Args:
+        limit: bytes to hold, about.
+    """
+
+    def __init__(self, limit: int = 256 * 2**20) -> None:
+        self._limit, self._held = limit, 0
+        self._found: OrderedDict[Hashable, Prepared] = OrderedDict()
+
+    def get(self, key: Hashable, prepare: Callable[[], Prepared]) -> Prepared:
+        """What stands under a key, or what `prepare` makes, which then stands there."""
+        if key in self._found:
+            self._found.move_to_end(key)
+            return self._found[key]
+        self._found[key] = made = prepare()
+        self._held += made.nbytes
+        while self._held > self._limit:
+            self._held -= self._found.popitem(last=False)[1].nbytes
+        return made
 
 
 class Answerer:
@@ -25,10 +70,14 @@ class Answerer:
         vlm: as `ocvtp.vlms.loading.load` gives it.
         handle: of `ocvtp.prune` on the VLM's model; None if it is not pruned.
         max_new_tokens: of a question that does not say.
+        prepared: batches that were prepared for this VLM before.
     """
 
-    def __init__(self, vlm: Any, handle: Any = None, max_new_tokens: int = 16) -> None:
+    def __init__(
+        self, vlm: Any, handle: Any = None, max_new_tokens: int = 16, prepared: PreparedMemory | None = None
+    ) -> None:
         self.vlm, self.handle, self.max_new_tokens = vlm, handle, max_new_tokens
+        self.prepared = prepared or PreparedMemory()
         vlm.processor.tokenizer.padding_side = "left"
 
     @property
@@ -50,7 +99,10 @@ class Answerer:
             options: as lmms-eval's tasks give them: `max_new_tokens`, `until`, `do_sample`, `temperature`, `top_p`,
                 `num_beams`. Others are for other models and mean nothing here.
         """
-        options = options or {}
+        return self.answer_prepared(self.prepare(conversations), options)
+
+    def prepare(self, conversations: Sequence[Messages]) -> Prepared:
+        """A batch of conversations as the VLM reads it, whatever method prunes it."""
         images = [self._images(messages) for messages in conversations]
         flat = [image for some in images for image in some]
         inputs = self.vlm.processor(
@@ -58,12 +110,18 @@ class Answerer:
             images=(images if self.vlm.family.nested else flat) if flat else None,
             padding=True,
             return_tensors="pt",
-        ).to(self.device, dtype=self.vlm.model.dtype)
+        )
+        return Prepared(inputs, [len(some) for some in images], [digest_of(messages) for messages in conversations])
+
+    def answer_prepared(self, batch: Prepared, options: Mapping[str, Any] | None = None) -> list[Answer]:
+        """As `answer`, of what `prepare` made."""
+        options = options or {}
+        inputs = type(batch.inputs)(dict(batch.inputs)).to(self.device, dtype=self.vlm.model.dtype)
         with torch.inference_mode():
             sequences = self.vlm.model.generate(**inputs, **self._generation(options))
         new = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.vlm.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        kept = self._kept(inputs, [len(some) for some in images])
+        kept = self._kept(inputs, batch.images)
         lengths = inputs["attention_mask"].sum(1).tolist()
         made = (new != self._pad_id).sum(1).tolist()
         return [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.errors import BadInput
-from ocvtp.evaluation.generate import Answerer
+from ocvtp.evaluation.generate import Answerer, PreparedMemory
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -66,9 +66,9 @@ def ready(setting: EvaluationSetting, device: str = "cpu", *, shared: bool = Tru
     """
     from ocvtp.pruning import prune
 
-    vlm, memory = (_load if shared else _load.__wrapped__)(setting.vlm, setting.dtype, device)
+    vlm, memory, prepared = (_load if shared else _load.__wrapped__)(setting.vlm, setting.dtype, device)
     if setting.keep is None:  # vanilla
-        yield Answerer(vlm, None, setting.max_new_tokens)
+        yield Answerer(vlm, None, setting.max_new_tokens, prepared)
         return
     handle = prune(
         vlm.model,
@@ -80,18 +80,18 @@ def ready(setting: EvaluationSetting, device: str = "cpu", *, shared: bool = Tru
     )
     handle.share(memory)
     with handle:
-        yield Answerer(vlm, handle, setting.max_new_tokens)
+        yield Answerer(vlm, handle, setting.max_new_tokens, prepared)
 
 
 @lru_cache(maxsize=1)
-def _load(vlm: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """The VLM, and the memory of what its tower saw."""
+def _load(vlm: str, dtype: str, device: str) -> tuple[Any, Any, PreparedMemory]:
+    """The VLM, and memories of what its tower saw and of what it was asked."""
     import torch
 
     from ocvtp.vlms.loading import load
     from ocvtp.vlms.memory import VisionMemory
 
-    return load(vlm, device=device, dtype=getattr(torch, dtype)), VisionMemory()
+    return load(vlm, device=device, dtype=getattr(torch, dtype)), VisionMemory(), PreparedMemory()
 
 
 def forget() -> None:

@@ -2,7 +2,7 @@
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,14 @@ class Questions:
     Attributes:
         benchmark: which.
         task: of lmms-eval.
+        stamp: equal where the questions are, within one process.
         folder: for what official functions write; it goes when `opened` ends.
         streams: standard output and error as they were.
     """
 
     benchmark: Benchmark
     task: Any
+    stamp: Hashable
     folder: Path
     streams: tuple[TextIO, TextIO]
 
@@ -86,20 +88,26 @@ def opened(benchmark: Benchmark, data: Path | None) -> Iterator[Questions]:
         import_lmms_eval()
         folder = Path(name)
         with sandbox(folder / "cache", offline=data is not None):
-            task = _kept(benchmark, data, folder) if data else _load(benchmark, None, folder)
-            yield Questions(benchmark, task, folder, streams)
+            stamp = _stamp(benchmark, data)
+            task = _kept(benchmark, data, stamp, folder) if data else _load(benchmark, None, folder)
+            yield Questions(benchmark, task, stamp, folder, streams)
 
 
-def _kept(benchmark: Benchmark, data: Path, folder: Path) -> Any:
-    """The task of a local file, loaded once as long as the file stays as it is."""
+def _stamp(benchmark: Benchmark, data: Path | None) -> tuple[Hashable, ...]:
+    if data is None:
+        return (benchmark.name,)
     about = data.stat()
-    key = (benchmark.name, data, about.st_ino, about.st_mtime_ns, about.st_size)
-    if key not in _KEPT:
+    return (benchmark.name, data, about.st_ino, about.st_mtime_ns, about.st_size)
+
+
+def _kept(benchmark: Benchmark, data: Path, stamp: tuple[Hashable, ...], folder: Path) -> Any:
+    """The task of a local file, loaded once as long as the file stays as it is."""
+    if stamp not in _KEPT:
         while len(_KEPT) >= _MOST:
             _KEPT.pop(next(iter(_KEPT)))
         # What `datasets` converts stays mapped when its file goes with the folder.
-        _KEPT[key] = _load(benchmark, data, folder)
-    return _KEPT[key]
+        _KEPT[stamp] = _load(benchmark, data, folder)
+    return _KEPT[stamp]
 
 
 def _load(benchmark: Benchmark, data: Path | None, folder: Path) -> Any:

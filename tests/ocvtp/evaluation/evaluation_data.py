@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from ocvtp.evaluation.answered import Answer
+from ocvtp.evaluation.answered import Answer, digest_of
+from ocvtp.evaluation.generate import Prepared, PreparedMemory
 
 Row = dict[str, Any]
 
@@ -172,6 +173,13 @@ class Parrot:
         self._answers = iter(answers)
         self.asked: list[Any] = []
         self.options: list[Any] = []
+        self.prepared = PreparedMemory()
+
+    def prepare(self, conversations: Sequence[Any]) -> Prepared:
+        return Prepared({"conversations": conversations}, [1], [digest_of(one) for one in conversations])
+
+    def answer_prepared(self, batch: Prepared, options: Any = None) -> list[Answer]:
+        return self.answer(batch.inputs["conversations"], options)
 
     def answer(self, conversations: Sequence[Any], options: Any = None) -> list[Answer]:
         self.asked.extend(conversations)

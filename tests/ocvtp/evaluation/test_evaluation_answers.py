@@ -16,9 +16,9 @@ import pytest
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.evaluation import journal as journals
 from ocvtp.evaluation import listing
-from ocvtp.evaluation.answered import Answer, Answered, Answers, Shard, digest_of, joined
+from ocvtp.evaluation.answered import Answer, Answered, Answers, Shard, joined
 from ocvtp.evaluation.ask import ask
-from ocvtp.evaluation.generate import Answerer
+from ocvtp.evaluation.generate import Answerer, Prepared
 from ocvtp.evaluation.score import score
 from ocvtp.evaluation.setting import EvaluationSetting
 
@@ -38,13 +38,13 @@ def pruned(vlm_folder: Path) -> EvaluationSetting:
 def asked(monkeypatch: pytest.MonkeyPatch) -> "Counter[str]":
     """How often each question was put to the VLM."""
     seen: Counter[str] = Counter()
-    answer = Answerer.answer
+    answer = Answerer.answer_prepared
 
-    def counting(self: Answerer, conversations: Any, options: Any = None) -> list[Answer]:
-        seen.update(map(digest_of, conversations))
-        return answer(self, conversations, options)
+    def counting(self: Answerer, batch: Prepared, options: Any = None) -> list[Answer]:
+        seen.update(batch.digests)
+        return answer(self, batch, options)
 
-    monkeypatch.setattr(Answerer, "answer", counting)
+    monkeypatch.setattr(Answerer, "answer_prepared", counting)
     return seen
 
 

@@ -1,5 +1,6 @@
 """Answers of a real VLM in batches, against what transformers says to one question at a time."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 import ocvtp
 from ocvtp.errors import BadInput
 from ocvtp.evaluation.answered import Answer
-from ocvtp.evaluation.generate import Answerer, finish
+from ocvtp.evaluation.generate import Answerer, Prepared, PreparedMemory, finish
 from ocvtp.vlms.loading import VLM, load
 
 
@@ -137,3 +138,26 @@ def test_text_alone_and_images_under_either_key(vlm: VLM) -> None:
 )
 def test_the_end_of_an_answer(text: str, until: Any, expected: str) -> None:
     assert finish(text, until) == expected
+
+
+def test_a_batch_is_prepared_once_for_all_methods_as_long_as_there_is_room() -> None:
+    made: list[int] = []
+
+    def batch(number: int) -> Prepared:
+        made.append(number)
+        return Prepared({"pixel_values": torch.zeros(25)}, [1], ["0"])
+
+    memory = PreparedMemory(limit=200)
+    for number in (0, 1, 0, 2, 0):  # 2 pushes 1 out
+        memory.get(number, partial(batch, number))
+    assert made == [0, 1, 2]
+    memory.get(1, partial(batch, 1))
+    assert made == [0, 1, 2, 1]
+
+
+def test_what_was_prepared_for_one_method_is_as_good_for_the_next(vlm: VLM) -> None:
+    batch = Answerer(vlm).prepare(QUESTIONS[:3])
+    with ocvtp.prune(vlm.model, method="random", keep=16) as handle:
+        pruned = Answerer(vlm, handle).answer_prepared(batch)
+        assert pruned == Answerer(vlm, handle).answer_prepared(batch) == Answerer(vlm, handle).answer(QUESTIONS[:3])
+    assert Answerer(vlm).answer_prepared(batch) == Answerer(vlm).answer(QUESTIONS[:3])
