@@ -10,6 +10,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,6 @@ from pipelines.tasks.answers import answers, asked
 from pipelines.tasks.scores import scored, scores
 
 log = logging.getLogger(__name__)
-FEW = 20_000
-"""Answers that are scored before a second worker has loaded lmms-eval."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,19 @@ def work(run: Stage) -> None:
     missing.sort(key=lambda one: run.params.benchmark.index(one.asking["benchmark"]))
     speeds = _speeds(run)
     shards = [_shards(run, one, speeds) for one in missing]
-    asked_ = run.run([task for some in shards for task in some]) if missing else Report()
-    sizes = {task.key: one.questions // len(some) for one, some in zip(missing, shards, strict=True) for task in some}
-    speeds.note(asked_.done, sizes)
-    answered = [one for one, some in zip(missing, shards, strict=True) if all(is_published(task.out) for task in some)]
-    known = {one.score.key for one in missing} - {one.score.key for one in answered}
-    few = sum(one.questions for one in answered) < FEW
-    report = run.run([one.score for one in everything.values() if one.score.key not in known], 1 if few else None)
+    with run.workers() if missing else nullcontext() as workers:
+        asked_ = run.run([task for some in shards for task in some], workers) if missing else Report()
+        sizes = {
+            task.key: one.questions // len(some) for one, some in zip(missing, shards, strict=True) for task in some
+        }
+        speeds.note(asked_.done, sizes)
+        unanswered = {
+            one.score.key
+            for one, some in zip(missing, shards, strict=True)
+            if not all(is_published(task.out) for task in some)
+        }
+        scored_ = [one.score for one in everything.values() if one.score.key not in unanswered]
+        report = run.run(scored_, workers)
     tasks = {place: one.score for place, one in everything.items()}
     results = list(_write(run, tasks))
     tracking.track(run, list(_records(run, wanted, tasks, results)))

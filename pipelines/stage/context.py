@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ from cluster import (
 )
 from cluster.driver.plan import fault_of
 from cluster.host import visible_gpus
+from cluster.local.executor import WORKER_LOGS, LocalExecutor
+from cluster.protocol import Context, Executor
 from cluster.task import Call
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.json_files import read_json
@@ -106,15 +109,28 @@ class Stage:
             raise Corrupt(f"{path} is not what stage sample writes: a list of objects with id, path and sha256")
         return images
 
-    def run(self, tasks: Sequence[Task], workers: int | None = None) -> Report:
+    def run(self, tasks: Sequence[Task], workers: Executor | None = None) -> Report:
         """Run what is missing; results that are damaged are set aside and made again.
 
-        `workers` are for tasks that take less time than another worker needs to start. The report tells what failed:
-        nothing is raised for that.
+        The report tells what failed: nothing is raised for that.
         """
         self.set_damaged_aside(task.out for task in tasks)
-        config = self.config if workers is None else self.config.model_copy(update={"workers": workers})
-        return run(tasks, config=config, label=self.name, fail_fast=self.params.cluster.fail_fast)
+        return run(tasks, workers, config=self.config, label=self.name, fail_fast=self.params.cluster.fail_fast)
+
+    @contextmanager
+    def workers(self) -> Iterator[Executor | None]:
+        """Workers of this machine for several calls of `run`: what one has loaded stays loaded.
+
+        None where tasks run elsewhere: there, starting a worker is the scheduler's business.
+        """
+        if self.config.executor != "local":
+            yield None
+            return
+        logs = self.store.logs / WORKER_LOGS / f"{self.name}-{os.getpid()}"
+        with closing(LocalExecutor(Context(logs.name, logs, self.config))) as executor:
+            yield executor
+        with suppress(OSError):  # is not there, or has something to read
+            logs.rmdir()
 
     def set_damaged_aside(self, folders: Iterable[Path]) -> None:
         """Verify those that are published; move the damaged ones away, so that they count as missing."""
