@@ -37,6 +37,8 @@ RULE = "#d5d9de"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b68c8", "#8c6d31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
+_GAP = 0.03
+"""Inches around a panel."""
 VEIL = (0.05, 0.06, 0.08, 0.74)
 """What lies over dropped tokens: red, green, blue, opacity."""
 STANDING = ("oc-vtp", "random", "oc-vtp-untrained", "visionzip", "hiprune", "downsample", "fastv",
@@ -219,15 +221,19 @@ def _slot_colors(count: int) -> NDArray[np.float64]:
 def _panels(rows: Sequence[Sequence[tuple[str, Callable[[Axes], None]]]], width: float) -> bytes:
     if not any(rows):
         raise BadInput("there is no image to draw")
-    columns = max(len(row) for row in rows)
-    with _figure((columns * width, len(rows) * (width + 0.24))) as figure:
+    columns, title_height = max(len(row) for row in rows), 0.24
+    size = columns * width, len(rows) * (width + title_height)
+    # Panels are placed by hand: a layout engine takes seconds for a page of them.
+    with _figure(size, layout=None) as figure:
         for r, row in enumerate(rows):
+            bottom = (len(rows) - r - 1) * (width + title_height) + _GAP
             for c, (title, draw) in enumerate(row):
-                axes = figure.add_subplot(len(rows), columns, r * columns + c + 1)
+                inches = c * width + _GAP, bottom, width - 2 * _GAP, width - 2 * _GAP
+                x, y, wide, high = (inch / size[i % 2] for i, inch in enumerate(inches))
+                axes = figure.add_axes((x, y, wide, high))
                 axes.set_axis_off()
                 axes.set_title(title, fontsize=7.5, pad=3)
                 draw(axes)
-        figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
         return _save(figure, "png")
 
 
@@ -359,12 +365,12 @@ def _budget(tokens: float, whole: int | None) -> str:
 
 
 @contextmanager
-def _figure(size: tuple[float, float]) -> Iterator[Figure]:
+def _figure(size: tuple[float, float], layout: Literal["constrained"] | None = "constrained") -> Iterator[Figure]:
     """A figure in our style, that belongs to no window and no global state."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout=layout)
         FigureCanvasAgg(figure)
         yield figure
 
@@ -372,5 +378,6 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 def _save(figure: Figure, form: Format) -> bytes:
     buffer = io.BytesIO()
     nothing = {"Software": None} if form == "png" else dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format=form, metadata=nothing, transparent=form == "svg")
+    pillow = {"pil_kwargs": {"compress_level": 3}} if form == "png" else {}
+    figure.savefig(buffer, format=form, metadata=nothing, transparent=form == "svg", **pillow)
     return buffer.getvalue()

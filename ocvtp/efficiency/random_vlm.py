@@ -14,8 +14,8 @@ from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape, known_shape
 from ocvtp.errors import BadInput
 from ocvtp.vlms.families import family_of
 
-_HEAD, _TOWER_HEAD = 128, 64
-"""Width of an attention head: of all language models in `shapes.KNOWN`, and of CLIP's towers."""
+_TOWER_HEAD = 64
+"""Width of an attention head of CLIP's towers."""
 _PHOTOGRAPH = 756, 1036
 """Height and width in pixels of an image of a VLM that takes any size: 999 tokens of 28 x 28 pixels."""
 
@@ -89,6 +89,7 @@ def random_inputs(
     family = family_of(model)
     found = family.images(call)
     assert found is not None  # noqa: S101 - just made
+    call.pop("num_patches", None)  # of InternVL, whose model counts placeholders
     span = family.spans(found)[0]
     placeholder = family.placeholder
     vocabulary = model.config.get_text_config().vocab_size
@@ -99,6 +100,8 @@ def random_inputs(
     call |= {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
     if "mm_token_type_ids" in family.column_inputs:
         call["mm_token_type_ids"] = (ids_BL == placeholder).long()
+    if "token_type_ids" in family.column_inputs:
+        call["token_type_ids"] = (ids_BL == placeholder).long()
     call["pixel_values"] = call["pixel_values"].to(model.dtype)
     return {name: value.to(model.device) for name, value in call.items()}
 
@@ -119,25 +122,30 @@ def _text(llm: LlmShape, **more: Any) -> dict[str, Any]:
         "hidden_size": llm.width,
         "intermediate_size": llm.mlp,
         "num_hidden_layers": llm.layers,
-        "num_attention_heads": llm.queries // _HEAD,
-        "num_key_value_heads": llm.keys // _HEAD,
+        "num_attention_heads": llm.queries // llm.head,
+        "num_key_value_heads": llm.keys // llm.head,
         "vocab_size": llm.vocabulary,
         "max_position_embeddings": 32768,
         **more,
     }
 
 
-def _llava(shape: VlmShape) -> dict[str, Any]:
-    tower = shape.tower
-    vision = {
-        "model_type": "clip_vision_model",
+def _vision(tower: TowerShape, kind: str, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind,
         "hidden_size": tower.width,
         "intermediate_size": tower.mlp,
         "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.width // _TOWER_HEAD,
+        "num_attention_heads": heads,
         "image_size": tower.image_size,
         "patch_size": tower.patch,
+        **more,
     }
+
+
+def _llava(shape: VlmShape) -> dict[str, Any]:
+    tower = shape.tower
+    vision = _vision(tower, "clip_vision_model", tower.width // _TOWER_HEAD)
     text = _text(shape.llm, model_type="llama")
     return {"vision_config": vision, "text_config": text, "image_token_id": 32000,
             "image_seq_length": tower.patches_per_tile}  # fmt: skip
@@ -175,7 +183,34 @@ def _qwen3(shape: VlmShape) -> dict[str, Any]:
     third = tower.layers // (planes or 1)
     deep = [third * plane + third - 1 for plane in range(planes)]
     vision = _native(tower, shape.llm) | {"deepstack_visual_indexes": deep}
-    return {"vision_config": vision, "text_config": _text(shape.llm, head_dim=_HEAD, **_mrope(True))}
+    return {"vision_config": vision, "text_config": _text(shape.llm, head_dim=shape.llm.head, **_mrope(True))}
+
+
+def _internvl(shape: VlmShape) -> dict[str, Any]:
+    tower = shape.tower
+    square = {"image_size": [tower.image_size] * 2, "patch_size": [tower.patch] * 2}
+    text = _text(shape.llm, model_type="qwen3", head_dim=shape.llm.head)
+    vision = _vision(tower, "internvl_vision", tower.width // _TOWER_HEAD) | square
+    return {"vision_config": vision, "text_config": text, "image_seq_length": tower.tokens_per_tile,
+            "downsample_ratio": 1 / tower.merge, "image_token_id": 151671}  # fmt: skip
+
+
+def _onevision(shape: VlmShape) -> dict[str, Any]:
+    vision = _vision(shape.tower, "siglip_vision_model", 16, vision_use_head=False)
+    text = _text(shape.llm, model_type="qwen2")
+    return {"vision_config": vision, "text_config": text, "vision_feature_layer": -1, "image_token_id": 151646}
+
+
+def _gemma3(shape: VlmShape) -> dict[str, Any]:
+    vision = _vision(shape.tower, "siglip_vision_model", 16, vision_use_head=False)
+    text = _text(shape.llm, model_type="gemma3_text", head_dim=shape.llm.head)
+    return {"vision_config": vision, "text_config": text, "mm_tokens_per_image": shape.tower.tokens_per_tile}
+
+
+def _smolvlm(shape: VlmShape) -> dict[str, Any]:
+    vision = _vision(shape.tower, "smolvlm_vision", 16)
+    return {"vision_config": vision, "text_config": _text(shape.llm, model_type="llama"),
+            "scale_factor": shape.tower.merge, "image_token_id": 49190}  # fmt: skip
 
 
 # --- Images ----------------------------------------------------------------------------------------------------------
@@ -201,16 +236,56 @@ def _patches(config: Any, batch: int, draws: torch.Generator, pixels: tuple[int,
     return {"pixel_values": torch.randn(batch * rows * columns, numbers, generator=draws), "image_grid_thw": grid}
 
 
-_KINDS = {"llava-1.5": "llava", "llava-next": "llava_next", "qwen2.5-vl": "qwen2_5_vl", "qwen3-vl": "qwen3_vl"}
+def _tiles_and_thumbnail(config: Any, batch: int, draws: torch.Generator, pixels: tuple[int, int]) -> dict[str, Tensor]:
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+    side = config.vision_config.image_size[0]
+    columns, rows = get_optimal_tiled_canvas(pixels, (side, side), 1, 12)
+    tiles = columns * rows + 1
+    return {"pixel_values": torch.randn(batch * tiles, 3, side, side, generator=draws),
+            "num_patches": torch.full((batch,), tiles)}  # fmt: skip
+
+
+def _any_resolution(config: Any, batch: int, draws: torch.Generator, pixels: tuple[int, int]) -> dict[str, Tensor]:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side = config.vision_config.image_size
+    tiles = image_size_to_num_patches(pixels, config.image_grid_pinpoints, side)
+    return {"pixel_values": torch.randn(batch, tiles, 3, side, side, generator=draws),
+            "image_sizes": torch.tensor(pixels).expand(batch, 2)}  # fmt: skip
+
+
+def _one_tile(config: Any, batch: int, draws: torch.Generator, pixels: tuple[int, int]) -> dict[str, Tensor]:
+    return {"pixel_values": _square(config, batch, draws, pixels)["pixel_values"][:, None]}
+
+
+_KINDS = {
+    "llava-1.5": "llava",
+    "llava-next": "llava_next",
+    "llava-onevision": "llava_onevision",
+    "qwen2.5-vl": "qwen2_5_vl",
+    "qwen3-vl": "qwen3_vl",
+    "internvl": "internvl",
+    "gemma-3": "gemma3",
+    "smolvlm": "smolvlm",
+}
 _CONFIGS: Mapping[str, Callable[[VlmShape], dict[str, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": _qwen3,
+    "internvl": _internvl,
+    "llava_onevision": _onevision,
+    "gemma3": _gemma3,
+    "smolvlm": _smolvlm,
 }
 _PIXELS: Mapping[str, Callable[[Any, int, torch.Generator, tuple[int, int]], dict[str, Tensor]]] = {
     "llava": _square,
     "llava_next": _five_tiles,
     "qwen2_5_vl": _patches,
     "qwen3_vl": _patches,
+    "internvl": _tiles_and_thumbnail,
+    "llava_onevision": _any_resolution,
+    "gemma3": _square,
+    "smolvlm": _one_tile,
 }

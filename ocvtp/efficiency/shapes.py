@@ -50,7 +50,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class LlmShape:
-    """A language model. `queries` and `keys` are heads times the size of a head."""
+    """A language model. `queries` and `keys` are heads times the size of a head, which is `head`."""
 
     width: int
     layers: int
@@ -58,6 +58,7 @@ class LlmShape:
     queries: int
     keys: int
     vocabulary: int
+    head: int = 128
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ def _llm(text: Any) -> LlmShape:
         queries=head * text.num_attention_heads,
         keys=head * text.num_key_value_heads,
         vocabulary=text.vocab_size,
+        head=head,
     )
 
 
@@ -242,6 +244,8 @@ _VICUNA_7B = LlmShape(4096, 32, 11008, 4096, 4096, 32064)
 _VICUNA_13B = LlmShape(5120, 40, 13824, 5120, 5120, 32064)
 _QWEN3_4B = TowerShape("native", 1024, 24, 24, 4096, 16, 3 * 2 * 16**2, merge=2, global_layers=tuple(range(24)))
 _QWEN3_8B = TowerShape("native", 1152, 27, 27, 4304, 16, 3 * 2 * 16**2, merge=2, global_layers=tuple(range(27)))
+_INTERN_VIT_300M = TowerShape("tiles", 1024, 24, 24, 4096, 14, 3 * 14**2, image_size=448, merge=2, cls=True)
+_SIGLIP = TowerShape("tiles", 1152, 27, 27, 4304, 14, 3 * 14**2, image_size=384)
 
 KNOWN: Mapping[str, VlmShape] = {
     "llava-1.5-7b": VlmShape(_CLIP_L_336, _VICUNA_7B, 1024),
@@ -251,5 +255,24 @@ KNOWN: Mapping[str, VlmShape] = {
     "qwen2.5-vl-7b": VlmShape(_QWEN_TOWER, LlmShape(3584, 28, 18944, 3584, 512, 152064), 5120, 5120, "tokens"),
     "qwen3-vl-4b": VlmShape(_QWEN3_4B, LlmShape(2560, 36, 9728, 4096, 1024, 151936), 4096, 4096, "tokens", 4),
     "qwen3-vl-8b": VlmShape(_QWEN3_8B, LlmShape(4096, 36, 12288, 4096, 1024, 151936), 4608, 4608, "tokens", 4),
+    "internvl3.5-8b": VlmShape(
+        _INTERN_VIT_300M, LlmShape(4096, 36, 12288, 4096, 1024, 151936), 4096, projects="tokens"
+    ),
+    "llava-onevision-7b": VlmShape(
+        replace(_SIGLIP, layers=26, used_layers=26),
+        LlmShape(3584, 28, 18944, 3584, 512, 152000),
+        1152,
+        projects="patches",
+    ),
+    "gemma-3-4b": VlmShape(
+        replace(_SIGLIP, image_size=896, merge=4),
+        LlmShape(2560, 34, 10240, 2048, 1024, 262208, head=256),
+        1152,
+        0,
+        "tokens",
+    ),
+    "smolvlm2-2.2b": VlmShape(
+        replace(_SIGLIP, merge=3), LlmShape(2048, 24, 8192, 2048, 2048, 49280, head=64), 10368, 0, "tokens"
+    ),
 }
 """Shapes of the large VLMs of the catalogue, so that their cost can be told without their config files."""

@@ -78,14 +78,18 @@ class Gallery:
     def png(self, title: str) -> bytes:
         """One budget as a PNG: the images above, a row for each method below."""
         methods = dict(self.budgets)[title]
-        first = [figures.Panel(scene.image, None, self.grid, "image", scene.fit) for scene in self.scenes]
-        rows = [first]
-        for method, shots in methods:
-            rows.append([
-                figures.Panel(self.scenes[shot.scene].image, shot.kept, self.grid, method, self.scenes[shot.scene].fit)
-                for shot in shots
-            ])  # fmt: skip
-        return figures.kept_tokens(rows)
+        wanted: list[tuple[str, list[tuple[Scene, Sequence[int] | None]]]] = [
+            ("image", [(scene, None) for scene in self.scenes])
+        ]
+        wanted += [(method, [(self.scenes[shot.scene], shot.kept) for shot in shots]) for method, shots in methods]
+        rows = [
+            [
+                figures.Panel(scene.image, kept, self.grid, "" if column else name, scene.fit)  # named once a row
+                for column, (scene, kept) in enumerate(shown)
+            ]
+            for name, shown in wanted
+        ]
+        return figures.kept_tokens(rows, width=1.15)
 
 
 def gallery(results: Results, vlm: str) -> Gallery | None:

@@ -92,7 +92,10 @@ def test_phases_are_all_of_a_call(family: str, make_vlm, picture_of) -> None:
     assert hooks(vlm.model) == before
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family",
+    ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm"],
+)
 def test_random_inputs_are_what_a_model_takes(family: str, make_vlm) -> None:
     vlm = make_vlm(family)
     inputs = random_inputs(vlm.model, 2, text_tokens=6, pixels=(112, 56))
