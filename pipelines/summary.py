@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ocvtp.evaluation.listing import SCORE, read_samples
 from ocvtp.evaluation.scores import Average, interval, relative_average
@@ -192,9 +193,7 @@ def _coverage(group: Sequence[Result], resamples: int) -> Row | None:
     if not images:
         return None
     sums_I4 = np.array([np.mean(list(seeds.values()), axis=0) for seeds in images.values()])
-    rng = np.random.default_rng(0)
-    counts_RI = rng.multinomial(len(sums_I4), [1 / len(sums_I4)] * len(sums_I4), size=resamples)
-    drawn_R4 = counts_RI @ sums_I4
+    drawn_R4 = _draws(len(sums_I4), resamples) @ sums_I4
     found = {}
     for name, column in (("all", 0), ("small", 2)):
         total = sums_I4[:, column].sum()
@@ -207,6 +206,13 @@ def _coverage(group: Sequence[Result], resamples: int) -> Row | None:
             "objects": int(total),
         }
     return found
+
+
+@lru_cache(maxsize=2)
+def _draws(images: int, resamples: int) -> NDArray[np.float64]:
+    """How often each image is drawn, [R, I]."""
+    counts_RI = np.random.default_rng(0).multinomial(images, [1 / images] * images, size=resamples)
+    return counts_RI.astype(np.float64)
 
 
 def metrics(summary: Sequence[Row]) -> Row:

@@ -32,6 +32,7 @@ def config_of(name: str) -> Any:
 
     made = _CONFIGS[kind](shape)
     made["text_config"] |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    made["tie_word_embeddings"] = made["text_config"]["tie_word_embeddings"] = False
     config = AutoConfig.for_model(kind, **made)
     if kind == "llava_next":
         config.mm_patch_merge_type = "flat"  # 2880 tokens, as in all papers

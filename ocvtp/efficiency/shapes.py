@@ -107,7 +107,10 @@ def known_shape(name: str) -> VlmShape:
 
 
 def parameters(shape: VlmShape) -> int:
-    """Of the matrices of a VLM, embeddings and head among them: what its memory is made of."""
+    """Of the matrices of a VLM, embeddings and head among them: what its memory is made of.
+
+    Where the head is the embeddings (Gemma 3, Qwen's small models) that matrix is counted twice.
+    """
     llm = shape.llm
     return (
         llm_parameters(llm)

@@ -10,6 +10,7 @@ Letters: S runs (vanilla and the seeds of a method), U units, F terms of a score
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -245,16 +246,31 @@ def _score(sums_F: Floats, benchmark: Benchmark) -> Any:
 def _resampled(runs: Sequence[_Terms], benchmark: Benchmark, resamples: int, seed: int) -> Floats:
     """Scores of each run [R, S], the same units drawn for all of them."""
     terms_UX = np.concatenate([terms.values_UF for terms in runs], axis=1)
-    # A benchmark's draws depend on its name and the seed, not on which others are resampled beside it.
-    rng = np.random.default_rng([seed, zlib.crc32(benchmark.name.encode())])
-    parts = [counts_RU @ terms_UX for counts_RU in _draws(runs[0].strata, resamples, rng)]
+    strata = runs[0].strata
+    small = resamples * len(strata) <= _CHUNK
+    draws = (
+        _kept_draws(strata, resamples, seed, benchmark.name)
+        if small
+        else _draws(strata, resamples, seed, benchmark.name)
+    )
+    parts = [counts_RU @ terms_UX for counts_RU in draws]
     sums_RSF = np.concatenate(parts).reshape(resamples, len(runs), -1)
     scores: Floats = _score(sums_RSF, benchmark)
     return scores
 
 
-def _draws(strata: Sequence[str], resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """How often each unit is drawn, [R, U] in chunks of R: as many units of each stratum as it has."""
+@lru_cache(maxsize=10)
+def _kept_draws(strata: Sequence[str], resamples: int, seed: int, name: str) -> list[Floats]:
+    """As `_draws`, for the next setting that was asked the same questions."""
+    return list(_draws(strata, resamples, seed, name))
+
+
+def _draws(strata: Sequence[str], resamples: int, seed: int, name: str) -> Iterator[Floats]:
+    """How often each unit is drawn, [R, U] in chunks of R: as many units of each stratum as it has.
+
+    The draws of a benchmark depend on its name and the seed, not on which others are resampled beside it.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     units = len(strata)
     names = np.array(strata)
     members = [np.flatnonzero(names == name) for name in dict.fromkeys(strata)]
