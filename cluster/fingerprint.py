@@ -20,7 +20,7 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -119,16 +119,15 @@ def _declared(tree: ast.Module, name: str, kind: type, wanted: str) -> Any:
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under `if TYPE_CHECKING:`, which never run, and docstrings."""
-    for child in ast.iter_child_nodes(tree):
-        if _is_idle(child):
-            continue
-        nodes: list[ast.AST] = [child]
-        if isinstance(child, ast.If) and getattr(child.test, "id", getattr(child.test, "attr", "")) == "TYPE_CHECKING":
-            nodes = [*child.orelse]
-        for node in nodes:
-            yield node
-            yield from _executed(node)
+    """Every node but those under `if TYPE_CHECKING:`, which never run, and docstrings; in no order."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        yield node
+        children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+        if isinstance(node, ast.If) and getattr(node.test, "id", getattr(node.test, "attr", "")) == "TYPE_CHECKING":
+            children = node.orelse
+        todo += [child for child in children if not _is_idle(child)]
 
 
 def _imports(tree: ast.Module, module: str, is_package: bool, packages: frozenset[str]) -> Iterator[str]:
@@ -157,6 +156,7 @@ def _with_packages(name: str) -> set[str]:
     return {name, *(".".join(parts[:stop]) for stop in range(2, len(parts)))}
 
 
+@cache
 def _read(name: str, path: Path, packages: frozenset[str]) -> tuple[dict[str, str], set[str]]:
     """What stands for one module and for each file of data that it reads, and the first-party modules it imports."""
     try:
@@ -213,5 +213,5 @@ def fingerprint(code: Callable[..., Any] | str) -> str:
 
 def forget() -> None:
     """Drop what was remembered: for tests, and for sessions that reload modules."""
-    for cached in (source_of, _closure):
+    for cached in (source_of, _read, _closure):
         cached.cache_clear()
