@@ -89,7 +89,7 @@ class Gallery:
             ]
             for name, shown in wanted
         ]
-        return figures.kept_tokens(rows, width=1.15)
+        return figures.kept_tokens(rows, width=0.95)
 
 
 def gallery(results: Results, vlm: str) -> Gallery | None:
