@@ -202,9 +202,9 @@ def test_implementations_of_attention_keep_the_same(vlm: Any, images: Any, metho
             kept[name] = handle.last_kept
     for name in names[1:]:
         apart = [len({*a} - {*b}) for a, b in zip(kept["sdpa"], kept[name], strict=True)]
-        assert max(apart) <= (0 if dtype == torch.float32 else allowed(method)), name
-
-
-def allowed(method: str) -> int:
-    """In bfloat16. What goes late inside the LLM depends on all that went before, as greedy picks do on each other."""
-    return 8 if REGISTRY[method].acts != "before the LLM" or method in GREEDY else IN_BF16
+        if dtype == torch.float32:
+            assert not any(apart), name
+        elif REGISTRY[method].acts == "before the LLM":
+            assert max(apart) <= (8 if method in GREEDY else IN_BF16), name
+        else:  # late layers depend on all that went before: an image whose tokens score alike may be chosen anew
+            assert max(apart) <= 8 or sum(apart) <= 0.15 * sum(map(len, kept[name])), name
