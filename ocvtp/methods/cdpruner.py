@@ -41,7 +41,7 @@ class CDPruner(Picking):
         super().__init__(name, facts, tiles)
         self.tower = tower
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         tokens_GNC = encoded.tokens(self.facts.feature_layer)
         if self.tower is None:
             return {"tokens": tokens_GNC}

@@ -22,7 +22,7 @@ from ocvtp.vlms.family import Family
 class DivPrune(Picking):
     """Farthest points, from the loneliest one on."""
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         return {"tokens": encoded.projected()}
 
     def pick(self, keep: int, **seen: Tensor) -> Tensor:  # noqa: D102

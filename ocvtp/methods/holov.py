@@ -54,7 +54,7 @@ class HoloV(Picking):
         whole("holov", options, "strips", 1)
         self._alpha, self._options = number("holov", options, "alpha", 0, 16), options
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         return {"tokens": encoded.projected(), "attention": encoded.attention(self.block, cls=self.facts.cls)}
 
     def pick(self, keep: int, **seen: Tensor) -> Tensor:  # noqa: D102

@@ -42,8 +42,8 @@ class Picking(Method):
         return {self.block, self.facts.feature_layer}
 
     @abstractmethod
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:
-        """What it looks at, by the names of arguments of `pick`, each [G, N, ...]."""
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:
+        """What it picks by, under the names of arguments of `pick`, each [G, N, ...]."""
 
     @abstractmethod
     def pick(self, keep: int, **seen: Tensor) -> Tensor:
@@ -51,11 +51,11 @@ class Picking(Method):
 
         Args:
             keep: k.
-            seen: as `look` names it, of the tokens of the tile, [G, n, ...].
+            seen: as `features` names it, of the tokens of the tile, [G, n, ...].
         """
 
     def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
-        seen = self.look(encoded)
+        seen = self.features(encoded)
         device = next(iter(seen.values())).device
         found = [torch.empty(len(encoded.members), 0, dtype=torch.int64, device=device)]
         for members_n, _, keep in parts(encoded.layout, encoded.keep, self._tiles, device):

@@ -42,7 +42,7 @@ class PromPrune(Picking):
         self._mu = number("promprune", options, "mu", 0, 1)
         self._tau = number("promprune", options, "tau", 1e-6, 100)
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         return {"tokens": encoded.projected(), "attention": encoded.attention(self.block, cls=self.facts.cls)}
 
     def pick(self, keep: int, **seen: Tensor) -> Tensor:  # noqa: D102

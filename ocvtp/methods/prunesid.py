@@ -59,7 +59,7 @@ class PruneSID(Picking):
         one_of("prunesid", options, "cls", (False, True))
         self._cls = options["cls"]
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         return {
             "tokens": encoded.tokens(self.facts.feature_layer),
             "attention": encoded.attention(self.block, cls=self.facts.cls),

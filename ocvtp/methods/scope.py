@@ -35,7 +35,7 @@ class Scope(Picking):
         super().__init__("scope", facts, options["tiles"])
         self._alpha = number("scope", options, "alpha", 0, 16)
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         return {
             "tokens": encoded.tokens(self.facts.feature_layer),
             "attention": encoded.attention(self.block, cls=self.facts.cls),

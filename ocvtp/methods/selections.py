@@ -35,7 +35,7 @@ class Selection(Picking):
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
         return {self._layer}
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         return {"tokens": encoded.tokens(self._layer)}
 
     def pick(self, keep: int, **seen: Tensor) -> Tensor:  # noqa: D102

@@ -36,7 +36,7 @@ class VisPruner(Picking):
         whole("vispruner", options, "removed", 1)
         self._important, self._removed = number("vispruner", options, "important", 0, 1), int(options["removed"])
 
-    def look(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
+    def features(self, encoded: Encoded) -> Mapping[str, Tensor]:  # noqa: D102 - as in Picking
         return {
             "tokens": encoded.tokens(self.facts.feature_layer),
             "attention": encoded.attention(self.block, cls=self.facts.cls),
