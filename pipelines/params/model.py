@@ -245,8 +245,7 @@ class Params(Section):
     keep: Axis[Keep] = tuple(map(Budget.parse, (48, 32, 16, 8, 4)))
     method: Axis[Text] = (
         "vanilla", "random", "downsample", "oc-vtp-untrained", "oc-vtp", "qr", "css", "fps", "visionzip",
-        "hiprune", "tome", "fastv", "sparsevlm", "pyramiddrop", "fastv-authors", "sparsevlm-authors",
-        "pyramiddrop-authors",
+        "hiprune", "tome", "fastv", "sparsevlm", "pyramiddrop",
     )  # fmt: skip
     benchmark: Axis[Text] = ("gqa", "mme", "pope", "textvqa")
     seed: Axis[Seed] = (0, 1, 2)
