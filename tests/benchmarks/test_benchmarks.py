@@ -77,7 +77,7 @@ def test_methods() -> None:
     assert (against["tome"], against["fastv-authors"], against["random"]) == ("random", "vanilla", "random")
     assert all(row["batch_2"]["ms"] > 0 for row in one["rows"])
     own = {row["method"]: row["batch_2"]["own"] for row in one["rows"]}
-    assert own["random"] == 0 < max(own.values())  # of a single method it may be noise
+    assert own["random"] == 0 < own["medoids"]
     added = {row["method"]: row["added_flops"] for row in one["rows"] if "added_flops" in row}
     assert added["random"] == 0
     assert 0 < added["cdpruner-no-text"] < added["divprune"]
