@@ -1,42 +1,20 @@
 """A pruned model is a model that never had the dropped tokens, whatever the batch and however it is called."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 import ocvtp
 from ocvtp.errors import BadInput
 
 Picture = Callable[..., Image.Image]
 NEW = {"max_new_tokens": 6, "do_sample": False}
-
-
-@pytest.fixture
-def batch(llava: Any, picture_of: Picture) -> Any:
-    """Eight ragged prompts: none, one and two images, of several sizes."""
-    images = [
-        [picture_of(0)],
-        [picture_of(1, 80, 40), picture_of(2)],
-        [],
-        [picture_of(3, 30, 90)],
-        [picture_of(4)],
-        [picture_of(5), picture_of(6), picture_of(7)],
-        [picture_of(8, 200, 100)],
-        [],
-    ]
-    return images, llava.prompt(images)
-
-
-@pytest.fixture
-def clean(llava: Any) -> Iterator[None]:
-    yield
-    assert not {"generate", "forward", "_ocvtp_handle"} & set(llava.model.__dict__)
 
 
 def embeddings(model: Any, ids: Tensor, pixels: Tensor | None, kept: list[list[int]]) -> Tensor:
@@ -328,166 +306,6 @@ def test_random_tokens_are_uniform(llava: Any, picture_of: Picture, clean: None)
     # Expected 100 a token, standard deviation below 9.
     assert hits.sum() == 1600
     assert (hits - 100).abs().max() < 40
-
-
-# --- On and off ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_two_pruned_models_and_a_plain_one_live_side_by_side(make_vlm: Callable[..., Any], picture_of: Picture) -> None:
-    one, two, plain = (make_vlm("llava", seed) for seed in (1, 2, 1))
-    inputs = one.prompt([[picture_of(0)], [picture_of(1)]])
-    expected = plain.model.generate(**inputs, **NEW)
-    weights = {name: value.clone() for name, value in one.model.state_dict().items()}
-    with ocvtp.prune(one.model, "random", 5) as first:
-        alone = one.model.generate(**inputs, **NEW)
-        kept = first.last_kept
-        with ocvtp.prune(two.model, "oc-vtp-untrained", 3, layer=2) as second:
-            two.model.generate(**inputs, **NEW)
-            assert torch.equal(one.model.generate(**inputs, **NEW), alone)
-            assert (first.last_kept, [len(k) for k in second.last_kept]) == (kept, [3, 3])
-            assert torch.equal(plain.model.generate(**inputs, **NEW), expected)
-    assert not torch.equal(alone, expected)
-    assert torch.equal(one.model.generate(**inputs, **NEW), expected)
-    assert set(one.model.__dict__) == set(plain.model.__dict__)
-    for name, value in one.model.state_dict().items():
-        assert torch.equal(value, weights[name])
-
-
-def test_a_model_is_pruned_once_at_a_time(llava: Any, clean: None) -> None:
-    handle = ocvtp.prune(llava.model, "random", 5)
-    with pytest.raises(BadInput, match=r"pruned already: call remove\(\) on its handle first"):
-        ocvtp.prune(llava.model, "random", 3)
-    handle.remove()
-    handle.remove()
-    other = ocvtp.prune(llava.model, "random", 3)
-    handle.remove()
-    assert "_ocvtp_handle" in llava.model.__dict__
-    other.remove()
-
-
-def test_what_replaced_the_methods_before_comes_back(llava: Any, clean: None) -> None:
-    def before(*args: Any, **kwargs: Any) -> Any:
-        return type(llava.model).generate(llava.model, *args, **kwargs)
-
-    llava.model.generate = before
-    with ocvtp.prune(llava.model, "random", 5):
-        assert llava.model.generate is not before
-    assert llava.model.generate is before
-    del llava.model.generate
-
-
-@torch.no_grad()
-def test_an_exception_inside_leaves_the_handle_usable(llava: Any, picture_of: Picture, clean: None) -> None:
-    inputs = llava.prompt([[picture_of(0)]])
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("stop here")
-
-    with ocvtp.prune(llava.model, "random", 5) as handle:
-        expected = llava.model.generate(**inputs, **NEW)
-        with pytest.raises(RuntimeError, match="stop here"):
-            llava.model.generate(**inputs, **NEW, stopping_criteria=[fail])
-        text = {"input_ids": torch.tensor([[1, 5, 6]])}
-        llava.model(**text)
-        assert handle.last_kept == []
-        assert torch.equal(llava.model.generate(**inputs, **NEW), expected)
-
-
-@torch.no_grad()
-def test_vanilla_is_the_model_itself(llava: Any, batch: Any, clean: None) -> None:
-    inputs = batch[1]
-    logits, answer = llava.model(**inputs).logits, llava.model.generate(**inputs, **NEW)
-    with ocvtp.prune(llava.model, "vanilla") as handle:
-        assert torch.equal(llava.model(**inputs).logits, logits)
-        assert torch.equal(llava.model.generate(**inputs, **NEW), answer)
-        assert handle.last_kept == [list(range(16))] * 9
-
-
-@torch.no_grad()
-def test_prompts_without_images_are_left_alone(llava: Any, clean: None) -> None:
-    inputs = llava.prompt([[], []])
-    logits, answer = llava.model(**inputs).logits, llava.model.generate(**inputs, **NEW)
-    with ocvtp.prune(llava.model, "random", 5) as handle:
-        assert torch.equal(llava.model(**inputs).logits, logits)
-        assert torch.equal(llava.model.generate(**inputs, **NEW), answer)
-        assert handle.last_kept == []
-
-
-@torch.no_grad()
-def test_the_language_model_reads_the_kept_tokens_only(llava: Any, picture_of: Picture, clean: None) -> None:
-    inputs = llava.prompt([[picture_of(0)], [picture_of(1)]])
-    lengths: list[list[int]] = []
-    hook = llava.model.model.language_model.layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(list((args[0] if args else kwargs["hidden_states"]).shape[:2])),
-        with_kwargs=True,
-    )
-    with ocvtp.prune(llava.model, "random", 5):
-        llava.model.generate(**inputs, **NEW)
-    hook.remove()
-    assert lengths[0] == [2, inputs["input_ids"].shape[1] - 11]
-    assert lengths[1:] == [[2, 1]] * 5
-
-
-# --- What is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "randon", "keep": 5}, "no method 'randon'; did you mean 'random'"),
-        ({"method": "random"}, "random needs keep"),
-        ({"method": "random", "keep": 17}, "keep is 17, but an image has 16 tokens"),
-        ({"method": "random", "keep": 0}, "at least 1 token"),
-        ({"method": "random", "keep": 1.5}, r"a share outside \(0, 1\]"),
-        ({"method": "random", "keep": 5, "sed": 1}, "random has no option 'sed'"),
-        ({"method": "random", "keep": 5, "seed": 0.5}, "seed is 0.5: a whole number"),
-        ({"method": "random", "keep": 5, "positions": "dense"}, "positions is 'dense': compact or original"),
-        ({"method": "random", "keep": 5, "pruner": "x"}, "random uses no pruner"),
-        ({"method": "oc-vtp", "keep": 5}, "oc-vtp needs a trained pruner"),
-        ({"method": "oc-vtp", "keep": 5, "pruner": 3}, "pruner is a int: an OCPruner, a folder"),
-        ({"method": "oc-vtp-untrained", "keep": 5, "topk": 2}, "no option 'topk'; did you mean 'top_k'"),
-    ],
-)
-def test_bad_arguments_are_named(llava: Any, clean: None, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        ocvtp.prune(llava.model, **arguments)
-
-
-@torch.no_grad()
-def test_calls_that_cannot_be_honoured_are_refused(llava: Any, picture_of: Picture, clean: None) -> None:
-    model, inputs = llava.model, llava.prompt([[picture_of(0)]])
-    with ocvtp.prune(model, "random", 5):
-        for argument, message in (
-            ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens: prompt lookup takes guesses .* leave it out"),
-            ({"assistant_model": model}, "assistant_model: assisted decoding takes guesses .* leave it out"),
-            ({"prefill_chunk_size": 4}, "prefill_chunk_size: an image cannot be chosen from in chunks: leave it out"),
-            ({"cache_implementation": "static"}, "='static': a static one is laid out .* or say 'dynamic'"),
-            (
-                {"past_key_values": StaticCache(model.config.text_config, max_cache_len=64)},
-                "not a StaticCache: a static",
-            ),
-        ):
-            with pytest.raises(BadInput, match=message):
-                model.generate(**inputs, **NEW, **argument)
-        cache = model(**inputs, use_cache=True).past_key_values
-        length = inputs["input_ids"].shape[1]
-        with pytest.raises(
-            BadInput, match=rf"cache stands for {length} columns, but the conversation has {length}, and"
-        ):
-            model.generate(input_ids=inputs["input_ids"], **NEW, past_key_values=cache)
-        with pytest.raises(BadInput, match="goes on from a cache by input_ids alone: give the ids of the whole"):
-            model.generate(inputs_embeds=torch.zeros(1, length + 1, 32), **NEW, past_key_values=cache)
-        with pytest.raises(BadInput, match=r"2 images of 16 tokens need 32 placeholders .* the prompts have 16"):
-            model(**{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
-        with pytest.raises(BadInput, match="needs input_ids beside images"):
-            model(pixel_values=inputs["pixel_values"])
-        with pytest.raises(BadInput, match="needs a mask of two dimensions"):
-            model(**{**inputs, "attention_mask": torch.ones(1, 1, 4, 4)})
-        split = inputs["input_ids"].clone()
-        split[0, [1, 20]] = split[0, [20, 1]]
-        with pytest.raises(BadInput, match="the 16 placeholders of image 0 do not stand in a row"):
-            model(**{**inputs, "input_ids": split})
 
 
 def without(inputs: Any, name: str) -> dict[str, Any]:
