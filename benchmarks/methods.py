@@ -1,6 +1,6 @@
 """The time that each method adds: the first token of an answer, against `random`, which does no more than drop tokens.
 
-    python benchmarks/methods.py --out benchmarks/results/methods-cpu-DATE.json   # on two quiet CPU cores some 6 minutes
+    python benchmarks/methods.py --out benchmarks/results/methods-cpu-DATE.json   # some 6 minutes on two cores
     python benchmarks/methods.py --device cuda
     python benchmarks/methods.py --quick         # tiny-llava alone, few runs, to see that it runs
 

@@ -6,6 +6,7 @@ the tokens beside them: so it is served without newlines alone (`mm_patch_merge_
 Letters: I images, T tiles of an image, K tokens of an image that stay, D width of the language model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,11 +79,24 @@ def _info(pruned: Any, plain: Any) -> Any:
     return lambda ctx: (own if Setting.of(ctx.get_hf_config()) is None else pruned)(ctx)
 
 
+def _single(image_input: Any) -> Images:
+    """Of [I, 3, height, width]."""
+    return Images(image_input["pixel_values"])
+
+
+def _tiled(image_input: Any) -> Images:
+    """Of [T, 3, height, width] of each image, or a tensor of them; tiles of all images in a row."""
+    tiles: list[Tensor] = list(image_input["pixel_values"])
+    return Images(torch.cat(tiles), image_input["image_sizes"].cpu())
+
+
 class _Pruned:
     """Stands before vLLM's own model: another tower and projector, if it is pruned."""
 
     supports_tower_connector_lora = False
     architecture: str
+    images_of: Callable[[Any], Images]
+    """What an image input of vLLM holds."""
     config: Any
     hf_to_vllm_mapper: WeightsMapper
     _vision: PrunedVision | None = None
@@ -103,10 +117,7 @@ class _Pruned:
         """What stays of each image, [K, D]."""
         if self._vision is None or image_input["type"] != "pixel_values":
             return super()._process_image_input(image_input)  # type: ignore[misc]
-        return [placed.features_XD for placed in self._vision.embed(self._images(image_input))]
-
-    def _images(self, image_input: Any) -> Images:
-        raise NotImplementedError
+        return [placed.features_XD for placed in self._vision.embed(self.images_of(image_input))]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -118,10 +129,7 @@ class PrunedLlava(_Pruned, llava.LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration`."""
 
     architecture = "LlavaForConditionalGeneration"
-
-    def _images(self, image_input: Any) -> Images:
-        """Of [I, 3, height, width]."""
-        return Images(image_input["pixel_values"])
+    images_of = staticmethod(_single)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -133,8 +141,4 @@ class PrunedLlavaNext(_Pruned, llava_next.LlavaNextForConditionalGeneration):
     """`LlavaNextForConditionalGeneration`."""
 
     architecture = "LlavaNextForConditionalGeneration"
-
-    def _images(self, image_input: Any) -> Images:
-        """Of [T, 3, height, width] of each image, or a tensor of them; tiles of all images in a row."""
-        tiles: list[Tensor] = list(image_input["pixel_values"])
-        return Images(torch.cat(tiles), image_input["image_sizes"].cpu())
+    images_of = staticmethod(_tiled)

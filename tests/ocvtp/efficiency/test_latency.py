@@ -1,5 +1,6 @@
 """The clock: what it runs, how often, and whether it tells a slow part from a fast one."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -84,8 +85,9 @@ def test_what_the_processor_does_and_memory_are_of_their_own(model, inputs) -> N
     )
     plain, eager = times["plain"], times["hungry"]
     assert plain.processing.median >= 1000 * PAUSE > plain.first_token.median
-    if plain.peak_memory_bytes is None:
-        pytest.skip("this system does not tell how much memory a process had at most")
+    if sys.platform != "linux":  # nobody tells how much memory a process had at most
+        assert plain.peak_memory_bytes is None
+        return
     assert 0.7 < (eager.peak_memory_bytes - plain.peak_memory_bytes) / SIZE < 1.3
 
 
