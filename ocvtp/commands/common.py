@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -74,6 +74,31 @@ def tokens(budget: int | float, whole: int) -> int:
     if count > whole:
         raise BadInput(f"keep is {count}, but an image has {whole} tokens: at most {whole} can be kept")
     return count
+
+
+def named_values(option: str, given: Sequence[str], example: str) -> dict[str, Any]:
+    """`NAME=VALUE` of a command line, each value read as YAML.
+
+    Args:
+        option: that they were given to, such as `--set`.
+        given: the words behind it.
+        example: of such a word, for who gave another.
+
+    Raises:
+        BadInput: no name, no `=`, or a value that is not YAML.
+    """
+    import yaml
+
+    found = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise BadInput(f"{option} {word}: NAME=VALUE is needed, such as {example}")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInput(f"{option} {word}: {error}") from error
+    return found
 
 
 def words(text: str) -> list[str]:

@@ -1,7 +1,6 @@
 """`ocvtp export-vllm`: a folder that vLLM reads, pruned or not."""
 
 import argparse
-import json
 from typing import Any
 
 from ocvtp.commands import common
@@ -33,24 +32,11 @@ def run(args: argparse.Namespace) -> int:
     section = None
     if args.method is not None:
         given = {"method": args.method, "keep": args.keep, "pruner": args.pruner}
-        section = {name: value for name, value in given.items() if value is not None} | _options(args.set)
+        section = {name: value for name, value in given.items() if value is not None}
+        section |= common.named_values("--set", args.set, "layer=9")
     written = export(args.vlm, args.folder, section)
     if args.json:
         common.print_json({"folder": args.folder, "files": written})
         return 0
     common.console().print(f"{args.folder}: {', '.join(written)}", markup=False, soft_wrap=True)
     return 0
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    """`layer=9`: numbers, true and false as such, all else as words."""
-    found: dict[str, Any] = {}
-    for each in given:
-        name, equals, value = each.partition("=")
-        if not equals:
-            raise BadInput(f"--set {each}: NAME=VALUE is needed, such as layer=9")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found

@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ocvtp.commands import common
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.json_files import read_json
@@ -137,15 +135,8 @@ def _options(given: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the training, and of the pruner."""
     options: dict[str, Any] = {}
     pruner: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise BadInput(f"--set {text}: NAME=VALUE is needed, such as steps=400")
-        try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise BadInput(f"--set {text}: {error}") from error
-        (pruner if name.startswith("pruner.") else options)[name.removeprefix("pruner.")] = read
+    for name, value in common.named_values("--set", given, "steps=400").items():
+        (pruner if name.startswith("pruner.") else options)[name.removeprefix("pruner.")] = value
     return options, pruner
 
 

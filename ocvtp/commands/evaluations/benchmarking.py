@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
 
     names = list(benchmarks()) if args.benchmark == ["all"] else [benchmark(name).name for name in args.benchmark]
+    options = common.named_values("--options", args.options, "top_k=2")
     setting = EvaluationSetting(
-        args.vlm, args.method, args.keep, args.seed, args.pruner, options(args.options), args.dtype, args.batch_size,
+        args.vlm, args.method, args.keep, args.seed, args.pruner, options, args.dtype, args.batch_size,
         args.max_new_tokens,
     )  # fmt: skip
     device, rows, failed = pruned_vlm.device(args.device), [], []
@@ -98,16 +98,3 @@ def folder_of(setting: Any) -> str:
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
     parts = [Path(setting.vlm).name, setting.method, setting.keep, setting.seed, digest]
     return "-".join(str(part).replace("/", "-") for part in parts if part is not None)
-
-
-def options(words: list[str]) -> Mapping[str, Any]:
-    """`top_k=2` as {"top_k": 2}: values are YAML."""
-    import yaml
-
-    found = {}
-    for word in words:
-        name, sign, value = word.partition("=")
-        if not sign or not name:
-            raise BadInput(f"--options {word!r}: NAME=VALUE, such as top_k=2, is needed")
-        found[name] = yaml.safe_load(value)
-    return found
