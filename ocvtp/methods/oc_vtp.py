@@ -149,6 +149,7 @@ ENTRY = Entry(
     trained=True,
     options={**_SELECTION, "layer": None, "other_vlm": False},
     build=_build,
+    loses={"fill": ("none",)},
 )
 UNTRAINED = Entry(
     name="oc-vtp-untrained",
@@ -159,5 +160,6 @@ UNTRAINED = Entry(
     trained=False,
     options={**_SELECTION, "layer": 9, "weights_seed": 0, "queries": None},
     build=_build_untrained,
+    loses={"fill": ("none",)},
 )
 ENTRIES = (ENTRY, UNTRAINED)

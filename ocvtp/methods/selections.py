@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, no_pruner
 from ocvtp.methods.picking import Picking
+from ocvtp.methods.tiles import FLOOR
 from ocvtp.selection import CHOICES
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts
@@ -58,6 +59,7 @@ def _entry(name: str, source: str, layer: int = 9) -> Entry:
         trained=False,
         options={"layer": layer, "tiles": "even"},
         build=partial(_build, name),
+        loses=FLOOR,
     )
 
 
