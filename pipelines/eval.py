@@ -29,7 +29,7 @@ from ocvtp.vlms import CatalogEntry, resolve
 from pipelines import tracking
 from pipelines.grid import Cell, PrunerCell, vlm_folder
 from pipelines.inputs import Input, method_code, pruners, questions, wanted_settings, weights
-from pipelines.shards import MOST, Speeds, count_of
+from pipelines.shards import Speeds, begun, count_of
 from pipelines.spool import Record
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
@@ -142,11 +142,10 @@ def _shards(run: Stage, work: Work, speeds: Speeds) -> list[Task]:
     """The tasks whose answers a score is made of; the score is told where these will be."""
     evaluate = run.params.evaluate
     count = count_of(work.questions, speeds.of(work.asking), evaluate.minutes_per_task)
-    begun = run.store.root / "answers"
-    if begun.is_dir() and any(begun.iterdir()):
-        # Shards of another size that are there already are gone on with.
-        sizes = (2**power for power in range(MOST.bit_length()) if 2**power <= work.questions)
-        count = next((size for size in sizes if is_published(_shard(run, work, 0, size).out)), count)
+    there = run.store.root / "answers"
+    published = frozenset(path.name for path in there.iterdir()) if there.is_dir() else frozenset[str]()
+    if published:
+        count = begun(work.questions, lambda size, one: _shard(run, work, one, size).out.name in published) or count
     tasks = [_shard(run, work, number, count) for number in range(count)]
     work.score.inputs["answers"] = [run.in_store(task.out) for task in tasks]
     return tasks

@@ -1,15 +1,18 @@
 """Into how many tasks the questions of a benchmark are cut: by how fast they were answered here before."""
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster import Task
 from cluster.driver.board import Outcome
+from cluster.store.layout import ATTEMPTS
 from ocvtp.json_files import read_json
 from pipelines.stage import outputs
 
+log = logging.getLogger(__name__)
 ASSUMED = 2.0
 """Questions a second, until some were answered."""
 MOST = 1024
@@ -22,6 +25,25 @@ def count_of(questions: int, speed: float, minutes: float) -> int:
     while 2 * tasks <= min(MOST, questions) and questions / tasks > 60 * minutes * speed:
         tasks *= 2
     return tasks
+
+
+def begun(questions: int, is_there: Callable[[int, int], bool]) -> int | None:
+    """Of how many tasks a cut is of which any task is done, so that it can be gone on with; None if there is none.
+
+    Args:
+        questions: to be cut.
+        is_there: of so many tasks, whether the one with this number is done.
+    """
+    sizes = (2**power for power in range(MOST.bit_length()) if 2**power <= questions)
+    return next((size for size in sizes if any(is_there(size, number) for number in range(size))), None)
+
+
+def _seconds(attempts: Path) -> Iterator[tuple[str, float]]:
+    """Key and seconds of each task that ended well."""
+    for line in attempts.read_text(encoding="utf-8").splitlines():
+        note = json.loads(line)
+        if note["cause"] == "done" and note["seconds"]:
+            yield note["key"], note["seconds"]
 
 
 class Speeds:
@@ -46,10 +68,10 @@ class Speeds:
         """
         seconds: dict[str, float] = {}
         for folder in {one.log.parent for one in done if one.log is not None}:
-            for line in (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines():
-                note = json.loads(line)
-                if note["cause"] == "done" and note["seconds"]:
-                    seconds[note["key"]] = note["seconds"]
+            try:
+                seconds |= dict(_seconds(folder / ATTEMPTS))
+            except (OSError, ValueError, KeyError, TypeError) as error:  # a run does not end for want of an estimate
+                log.warning("%s cannot be read, so that nothing is known of speeds: %r", folder / ATTEMPTS, error)
         tasks: dict[str, Task] = {one.task.key: one.task for one in done if one.attempts == 1}
         totals: dict[str, list[float]] = {}
         for key in tasks.keys() & seconds.keys() & questions.keys():

@@ -66,7 +66,10 @@ def ask(
     with ALONE, ready(setting, device) as answerer, opened(entry, path) as questions:
         total = len(questions) if rows is None else min(rows, len(questions))
         about = {**_made_by(setting, answerer, fingerprint), "benchmark": benchmark, "data": _data(entry, path)}
-        with nullcontext() if journal is None else journals.opened(journal, about) as kept:
+        made_by = {**about, "device": answerer.device.type}
+        if setting.dtype != "float32":  # in which an answer does not depend on its batch
+            made_by["batch_size"] = setting.batch_size
+        with nullcontext() if journal is None else journals.opened(journal, made_by) as kept:
             answered = answers_to(questions, answerer, shard.rows(total), setting.batch_size, kept, progress)
     return Answers({**about, "limit": limit}, total, answered)
 

@@ -1,7 +1,7 @@
 """All results of a folder as one data frame: a store, the output of stage `evaluate`, or what `ocvtp eval` wrote."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from ocvtp.json_files import read_json
 if TYPE_CHECKING:
     import pandas as pd
 
-_COMPARED = ("vlm", "weights", "dtype", "max_new_tokens", "benchmark", "data", "limit")
+_HOW = ("prompt_template", "image_backend", "attn_implementation")
+_COMPARED = ("vlm", "revision", "weights", "dtype", "max_new_tokens", "benchmark", "data", "limit", *_HOW)
 """What a result shares with the unpruned model's that it is a percentage of."""
 Where = Mapping[str, Any]
 
@@ -23,9 +24,10 @@ def results(place: Path | str | None = None, where: Where | None = None, *, inte
 
     Columns: the setting (`vlm`, `revision`, `weights`, `method`, `keep`, `tokens`, `seed`, `fingerprint` of the pruner,
     `max_new_tokens`, each option as `option.NAME`), `benchmark`, `score` and its `scale`, `relative` (percent of the
-    unpruned model on the same questions; missing without one), `n` questions, `kept` tokens in the mean, `dtype`,
-    `data`, `limit`, lmms-eval's and our own metrics as `metric.NAME`, versions of packages as `version.NAME`, and
-    `path`, the folder, whose answers `answers` reads.
+    unpruned model on the same questions, asked in the same way by the same packages; missing without one, or where
+    several disagree), `n` questions, `kept` tokens in the mean, `dtype`, `prompt_template`, `image_backend`,
+    `attn_implementation`, `data`, `limit`, lmms-eval's and our own metrics as `metric.NAME`, versions of packages as
+    `version.NAME`, and `path`, the folder, whose answers `answers` reads.
 
     Args:
         place: the folder; by default OCVTP_STORE, or `.ocvtp/store` here.
@@ -54,7 +56,7 @@ def results(place: Path | str | None = None, where: Where | None = None, *, inte
         if column not in frame:
             raise BadInput(f"there is no column {column!r}; there are: {', '.join(frame)}")
         values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
-        frame = frame[frame[column].map(_text).isin(set(map(_text, values)))]
+        frame = frame[frame[column].map(_comparable).isin(set(map(_comparable, values)))]
     if intervals:
         ends = [interval(answers(row), row["benchmark"], resamples=RESAMPLES) for row in frame.to_dict("records")]
         frame = frame.assign(
@@ -83,7 +85,7 @@ def _row(folder: Path) -> dict[str, Any]:
         return {
             **{key: value for key, value in setting.items() if key != "options"},
             **{f"option.{name}": value for name, value in (setting.get("options") or {}).items()},
-            **{key: found[key] for key in ("benchmark", "score", "scale", "n", "dtype", "limit")},
+            **{key: found[key] for key in ("benchmark", "score", "scale", "n", "dtype", "limit", *_HOW)},
             "kept": found["tokens_kept"]["mean"],
             "data": found["data"].get("sha256") or found["data"].get("hub"),
             **{f"metric.{name}": value for name, value in found["metrics"].items()},
@@ -95,15 +97,29 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _with_relative(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    key: Callable[[dict[str, Any]], str] = lambda row: repr([row.get(name) for name in _COMPARED])  # noqa: E731
-    whole = {key(row): row["score"] for row in rows if row["method"] == "vanilla"}
-    return [
-        {**row, "relative": 100 * row["score"] / base if row["score"] is not None and base else None}
-        for row in rows
-        for base in [whole.get(key(row))]
-    ]
+    whole: dict[str, set[float | None]] = {}
+    for row in rows:
+        if row["method"] == "vanilla":
+            whole.setdefault(_alike(row), set()).add(row["score"])
+    found = []
+    for row in rows:
+        scores = whole.get(_alike(row), set())
+        base = next(iter(scores)) if len(scores) == 1 else None  # of several that differ none is the right one
+        found.append({**row, "relative": 100 * row["score"] / base if row["score"] is not None and base else None})
+    return found
 
 
-def _text(value: Any) -> str:
-    """One text for what people would call equal: 16, 16.0 and "16"."""
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+def _alike(row: Mapping[str, Any]) -> str:
+    """Equal for results that may be compared."""
+    made_by = {name: value for name, value in row.items() if name in _COMPARED or name.startswith("version.")}
+    return repr(sorted(made_by.items()))
+
+
+def _comparable(value: Any) -> Any:
+    """Equal for what people would call equal: 16, 16.0, "16" and "16.0"."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)

@@ -27,7 +27,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--keep", type=common.keep, default=None, metavar="N", help="tokens kept, a count or a share")
     parser.add_argument("--pruner", default=None, help="folder of a trained pruner, for oc-vtp")
     parser.add_argument("--seed", type=int, default=None, help="of methods that draw (default: 0)")
-    parser.add_argument("--options", nargs="+", default=[], metavar="NAME=VALUE", help="of the method: top_k=2")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of the method, top_k=2")
     parser.add_argument("--benchmark", "--benchmarks", type=common.words, default=["pope"], metavar="A,B",
                         help="benchmarks, or all (default: pope)")  # fmt: skip
     parser.add_argument("--data", type=Path, default=None, metavar="FOLDER",
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
 
     names = list(benchmarks()) if args.benchmark == ["all"] else [benchmark(name).name for name in args.benchmark]
-    options = common.named_values("--options", args.options, "top_k=2")
+    options = common.named_values("--set", args.set, "top_k=2")
     setting = EvaluationSetting(
         args.vlm, args.method, args.keep, args.seed, args.pruner, options, args.dtype, args.batch_size,
         args.max_new_tokens,

@@ -75,7 +75,7 @@ def messages_of(to_messages: Callable[[Any], Any], docs: Any, row: int, where: s
 def opened(benchmark: Benchmark, data: Path | None) -> Iterator[Questions]:
     """The questions of a benchmark; within the `with` lmms-eval prints nothing and has the process to itself.
 
-    Local data is read once a process; the latest sets stay.
+    A data set is read once a process; those used last stay.
 
     Args:
         benchmark: which.
@@ -89,8 +89,7 @@ def opened(benchmark: Benchmark, data: Path | None) -> Iterator[Questions]:
         folder = Path(name)
         with sandbox(folder / "cache", offline=data is not None):
             stamp = _stamp(benchmark, data)
-            task = _kept(benchmark, data, stamp, folder) if data else _load(benchmark, None, folder)
-            yield Questions(benchmark, task, stamp, folder, streams)
+            yield Questions(benchmark, _kept(benchmark, data, stamp, folder), stamp, folder, streams)
 
 
 def _stamp(benchmark: Benchmark, data: Path | None) -> tuple[Hashable, ...]:
@@ -100,14 +99,14 @@ def _stamp(benchmark: Benchmark, data: Path | None) -> tuple[Hashable, ...]:
     return (benchmark.name, data, about.st_ino, about.st_mtime_ns, about.st_size)
 
 
-def _kept(benchmark: Benchmark, data: Path, stamp: tuple[Hashable, ...], folder: Path) -> Any:
-    """The task of a local file, loaded once as long as the file stays as it is."""
-    if stamp not in _KEPT:
-        while len(_KEPT) >= _MOST:
-            _KEPT.pop(next(iter(_KEPT)))
-        # What `datasets` converts stays mapped when its file goes with the folder.
-        _KEPT[stamp] = _load(benchmark, data, folder)
-    return _KEPT[stamp]
+def _kept(benchmark: Benchmark, data: Path | None, stamp: tuple[Hashable, ...], folder: Path) -> Any:
+    """The task, loaded once; of a local file as long as it stays as it is. Those used last are kept."""
+    # What `datasets` converts stays mapped when its file goes with the folder.
+    task = _KEPT.pop(stamp) if stamp in _KEPT else _load(benchmark, data, folder)
+    _KEPT[stamp] = task
+    while len(_KEPT) > _MOST:
+        _KEPT.pop(next(iter(_KEPT)))
+    return task
 
 
 def _load(benchmark: Benchmark, data: Path | None, folder: Path) -> Any:

@@ -35,7 +35,7 @@ def test_what_was_answered_is_not_asked_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     before = {path: path.read_bytes() for path in place.rglob("*.json*")}
-    monkeypatch.setattr(Answerer, "answer", lambda *_: pytest.fail("a question was asked again"))
+    monkeypatch.setattr(Answerer, "answer_prepared", lambda *_: pytest.fail("a question was asked again"))
     assert cli.main(arguments(vlm_folder, question_sets, place, "--json")) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [(row["benchmark"], row["n"], row["kept"]) for row in printed["rows"]] == [("gqa", 4, 144), ("mme", 4, 144)]
@@ -55,7 +55,7 @@ def test_a_benchmark_that_fails_takes_no_other_with_it(
     assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", benchmark="pope")) == 2
     assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", benchmark="pop")) == 2
     assert "no benchmark 'pop'" in capsys.readouterr().err
-    assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", "--options", "top_k")) == 2
+    assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", "--set", "top_k")) == 2
 
 
 def test_results_are_one_data_frame(place: Path) -> None:
@@ -66,13 +66,50 @@ def test_results_are_one_data_frame(place: Path) -> None:
     by = {(row["method"], row["benchmark"]): row for row in frame.to_dict("records")}
     whole, pruned = by["vanilla", "mme"], by["random", "mme"]
     assert (whole["kept"], pruned["kept"], pruned["tokens"], pruned["seed"]) == (144, 16, 16, 1)
-    if whole["score"]:
-        assert pruned["relative"] == pytest.approx(100 * pruned["score"] / whole["score"])
     assert [line["doc_id"] for line in answers(pruned)] == [0, 1, 2, 3]
     few = ocvtp.results(place, {"method": "random", "keep": 16, "benchmark": ["mme", "pope"]}, intervals=True)
     (row,) = few.to_dict("records")
     assert (row["ci_low"], row["ci_high"]) == interval(answers(row), "mme")
     assert len(ocvtp.results(place, {"method": "css"})) == 0
+
+
+def test_results_are_percentages_of_the_one_unpruned_result_made_alike(place: Path, tmp_path: Path) -> None:
+    (source,) = ocvtp.results(place, {"method": "random", "benchmark": "gqa"})["path"]
+    written = json.loads((Path(source) / "score.json").read_text())
+
+    def write(name: str, score: float, **changes: Any) -> None:
+        setting = {**written["setting"], **changes.pop("setting", {})}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "score.json").write_text(
+            json.dumps({**written, "score": score, "setting": setting, **changes})
+        )
+
+    def relative() -> float | None:
+        (found,) = ocvtp.results(tmp_path, {"method": "random"})["relative"].astype(object)
+        return None if found != found else found
+
+    write("pruned", 0.3)
+    assert relative() is None
+    write("whole", 0.4, setting={"method": "vanilla"})
+    assert relative() == pytest.approx(75)
+    write("older", 0.5, setting={"method": "vanilla"}, versions={**written["versions"], "torch": "2.0"})
+    write("sdpa", 0.6, setting={"method": "vanilla"}, attn_implementation="flash")
+    assert relative() == pytest.approx(75), "made by others"
+    write("again", 0.4, setting={"method": "vanilla"})
+    assert relative() == pytest.approx(75)
+    write("disagrees", 0.45, setting={"method": "vanilla"})
+    assert relative() is None
+
+
+@pytest.mark.parametrize("wanted", [1234568, 1234568.0, "1234568", "1234568.0"])
+def test_numbers_are_compared_as_numbers(place: Path, tmp_path: Path, wanted: Any) -> None:
+    (source,) = ocvtp.results(place, {"method": "random", "benchmark": "gqa"})["path"]
+    written = json.loads((Path(source) / "score.json").read_text())
+    for seed in (1234567, 1234568):
+        (tmp_path / str(seed)).mkdir()
+        setting = {**written["setting"], "seed": seed}
+        (tmp_path / str(seed) / "score.json").write_text(json.dumps({**written, "setting": setting}))
+    assert list(ocvtp.results(tmp_path, {"seed": wanted})["seed"]) == [1234568]
 
 
 def test_results_are_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
