@@ -17,9 +17,11 @@ if __name__ == "__main__":
 from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, paper_pruner_flops, prefill_flops, pruner_flops
 from ocvtp.efficiency.shapes import VlmShape, shape_of
 from ocvtp.errors import BadInput
-from ocvtp.methods import REGISTRY
+from ocvtp.methods import REGISTRY, options_of
 from ocvtp.methods.budget import Budget
+from ocvtp.methods.inside_tower import OPTION
 from ocvtp.vlms import CatalogEntry, resolve
+from ocvtp.vlms.hidden_states import resolve_layer
 from ocvtp.vlms.loading import ImageShape, image_shapes
 from pipelines.grid import VANILLA
 from pipelines.params.fitting import lacking
@@ -104,7 +106,7 @@ def _row(
     read = [tokens + text_tokens for tokens in layers]
     flops = prefill_flops(
         shape, image_tokens=whole, kept=layers, text_tokens=text_tokens, pruner=pruner, text_asks=entry.text_asks,
-        tiles=image.tiles, grid=image.grid,
+        tiles=image.tiles, grid=image.grid, inside_tower=_inside_tower(run, vlm, method),
     )  # fmt: skip
     return {
         "vlm": vlm.name,
@@ -119,6 +121,17 @@ def _row(
         "flops": flops.as_dict(),
         "kv_cache_bytes": kv_cache_bytes(llm, read),
     }
+
+
+def _inside_tower(run: Stage, vlm: CatalogEntry, method: str) -> int | None:
+    """The layer of the tower from which on kept tokens are alone in it; None of a method that prunes after it."""
+    options = options_of(REGISTRY[method], run.params.evaluate.options.get(method, {}))
+    if not options.get(OPTION):
+        return None
+    if options["layer"] is None:
+        log.warning("efficiency: %s is counted with all of the tower: evaluate.options names no layer for it", method)
+        return None
+    return resolve_layer(options["layer"], vlm.facts.depth)
 
 
 def _pruner(run: Stage, vlm: CatalogEntry, whole: int, kept: int, top_k: int) -> int:

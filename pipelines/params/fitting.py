@@ -5,8 +5,10 @@ from typing import Any
 
 from ocvtp.errors import BadInput
 from ocvtp.methods import Entry as Method
+from ocvtp.methods import inside_tower
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import CatalogEntry
+from ocvtp.vlms.families import family_class
 
 MANY = 1000
 """Tokens of an image so large that rounding does not matter."""
@@ -21,6 +23,8 @@ def lacking(method: Method, vlm: CatalogEntry, options: Mapping[str, Any]) -> st
             f"needs the text tower of the CLIP that {vlm.name}'s tower was trained with, and the catalogue names none "
             f"(evaluate.options.{method.name}.clip may)"
         )
+    if options.get(inside_tower.OPTION) and (why := inside_tower.unfit(family_class(vlm.family, vlm.name))):
+        return f"with {inside_tower.OPTION} {why}"
     first = _first_pruned(method, vlm, options)
     if first < vlm.facts.added:
         return (

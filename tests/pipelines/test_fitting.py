@@ -48,6 +48,15 @@ def test_what_a_method_needs(tiny: CatalogEntry) -> None:
     assert lacking(REGISTRY["trim"], replace(tiny, name="llava-1.5-7b"), {}) is None
 
 
+def test_who_can_be_pruned_inside_the_tower(tiny: CatalogEntry) -> None:
+    inside = {"inside_tower": True, "layer": 9}
+    assert lacking(REGISTRY["css"], tiny, inside) is None
+    assert lacking(REGISTRY["css"], resolve("tiny-qwen"), {"inside_tower": False}) is None
+    assert "with inside_tower needs a tower of CLIP or SigLIP" in str(
+        lacking(REGISTRY["css"], resolve("tiny-qwen"), inside)
+    )
+
+
 def test_nothing_is_dropped_before_deepstacks_last_addition(tiny: CatalogEntry) -> None:
     """tiny-qwen adds features of its tower to the first two layers of four."""
     qwen = resolve("tiny-qwen")
