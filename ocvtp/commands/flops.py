@@ -161,17 +161,11 @@ def count(
         kept = whole if tokens is None else tokens
         width = shape.tower.width
         pruner = 0 if tokens is None else pruner_flops(whole, width, slots or tokens)
-<<<<<<< HEAD
         paper_pruner = 0 if tokens is None else paper_pruner_flops(whole, width, slots or PAPER_SLOTS)
-        flops = prefill_flops(shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner)
-=======
-        paper_slots = slots or _PAPER_SLOTS
-        paper_pruner = 0 if tokens is None else pruner_flops(whole, width, paper_slots, elementwise=True)
         flops = prefill_flops(
             shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner,
             inside_tower=None if tokens is None else inside_tower,
         )  # fmt: skip
->>>>>>> mend-serving
         llm = shape.llm
         rows.append({
             "tokens": kept,

@@ -152,14 +152,10 @@ def prefill_flops(
     counts = by_layer(kept, image_tokens, shape.llm.layers)
     if projected is None:
         patches = _tiles(shape.tower, image_tokens, tiles) * (shape.tower.patches_per_tile or 0)
-<<<<<<< HEAD
         projected = {"kept": counts[0], "tokens": image_tokens, "patches": patches}[shape.projects]
-=======
-        projected = {"kept": by_layer[0], "tokens": image_tokens, "patches": patches}[shape.projects]
     if inside_tower is not None and (shape.tower.kind, shape.projects) != ("tiles", "kept"):
         raise BadInput("inside_tower needs a tower whose patches are the tokens, as LLaVA-1.5 and LLaVA-NeXT have")
-    alone = None if inside_tower is None else (inside_tower, by_layer[0])
->>>>>>> mend-serving
+    alone = None if inside_tower is None else (inside_tower, counts[0])
     return Prefill(
         tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers, alone),
         projector=MAC * projected * projector_parameters(shape),
