@@ -382,6 +382,21 @@ def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert found["cases"]["css, keep 0.111"]["phases"]["method"]["median"] > 0
     assert found["cases"]["css, keep 0.111"]["processing"] is None
 
+    assert cli.main([*arguments, "--methods", "css", "--keep", "145", "16", "--new-tokens", "1", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["dtype"], found["batch"], found["new_tokens"]) == ("cpu", "float32", 1, 1)
+    why = "keep is 145, but an image has 144 tokens: at most 144 can stay"
+    assert found["cases"]["css, keep 145"] == {"method": "css", "keep": 145, "failed": why}
+    assert found["cases"]["css, keep 16"]["of_random"] > 0
+    assert 0.3 < found["cases"]["css, keep 16"]["accounted"] < 3
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main([*arguments, "--methods", "css", "--keep", "145", "--new-tokens", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert f"css, keep 145: {why}" in printed
+    assert "of the whole" in printed
+    assert cli.main([*arguments, "--methods", "cs"]) == 2
+    assert "no method 'cs'; did you mean 'css'" in capsys.readouterr().err
+
     assert cli.main(["latency", "--batch", "2"]) == 2
     assert "--batch 2 is of --random-weights" in capsys.readouterr().err
     assert cli.main(["latency", "--random-weights", "--image", "x.jpg"]) == 2
