@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines.report_html import names
+from pipelines.report_html.claims import OWN
 from pipelines.report_html.data import AXES, Results, Row
 from pipelines.report_html.tables import (
     BOLD_RULE,
@@ -100,7 +101,8 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
         for row in results.summary
         if row["vlm"] == vlm and row["method"].startswith(PRUNED) and all(row[a] in (None, wanted[a]) for a in AXES)
     ]
-    tried = [row for row in rows if len(row["changes"]) == 1 and not set(row["changes"]) & set(AXES)]
+    # Pruners trained on a benchmark's own images are tried on that one alone: they have no average.
+    tried = [row for row in rows if len(row["changes"]) == 1 and not set(row["changes"]) & {*AXES, OWN}]
     for path, method in dict.fromkeys((next(iter(row["changes"])), row["method"]) for row in tried):
         some = [row for row in tried if path in row["changes"] and row["method"] == method]
         options = sorted({row["changes"][path] for row in some}, key=lambda value: (isinstance(value, str), value))
@@ -125,7 +127,9 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
 
 def _together_table(results: Results, vlm: str) -> Table | None:
     """What `ablate` changed together: averages and paired differences, a row for each combination, by budget."""
-    rows = [row for row in results.summary if row["vlm"] == vlm and len(row["changes"]) > 1]
+    rows = [
+        row for row in results.summary if row["vlm"] == vlm and len(row["changes"]) > 1 and OWN not in row["changes"]
+    ]
     if not rows:
         return None
     shown = budgets(rows)

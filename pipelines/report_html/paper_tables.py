@@ -11,6 +11,7 @@ from typing import Any
 
 from ocvtp.evaluation.benchmarks import benchmark
 from pipelines.report_html import names
+from pipelines.report_html.claims import OWN
 from pipelines.report_html.data import AXES, Results, Row
 from pipelines.report_html.tables import PRUNED, Block, Cell, Line, Table, chosen_rows, reference, score_text
 
@@ -20,6 +21,7 @@ COSTED = {"LLaVA-1.5": "llava-1.5-7b", "LLaVA-NeXT": "llava-next-7b"}
 """The VLMs whose cost the paper gives, Table 4 in FLOP and Figure 3 in milliseconds, by the names that it has there."""
 _SHARE = re.compile(r"([\d.]+)%")
 _TOP_K = re.compile(r"Top (\d+)")
+_PER_BENCHMARK = "OC-VTP (trained per benchmark)"
 _WHOLE = 576
 """Tokens of LLaVA-1.5, of which tables 6 and 7 name budgets."""
 
@@ -50,7 +52,7 @@ def common(results: Results, vlm: str) -> list[str]:
 
     Where the unpruned model does no better than chance, a percentage of its score means nothing.
     """
-    rows = [row for row in results.summary if row["vlm"] == vlm]
+    rows = [row for row in results.summary if row["vlm"] == vlm and OWN not in row["changes"]]
     pruned = [row for row in rows if row["method"] != "vanilla"]
     whole: Row = next((row["benchmarks"] for row in rows if row["method"] == "vanilla"), {})
 
@@ -76,11 +78,12 @@ def _table(results: Results, vlm: str, key: str, rows: Sequence[Row]) -> Table:
     columns = {label: name for name, label in paper["benchmarks"].items() if label in data["benchmarks"]}
     shown = [name for name in common(results, vlm) if name in columns.values()]
     whole = data["rows"][0]
+    own = _trained_on(results, vlm)
     blocks = []
     for retain in dict.fromkeys(row["retain"] for row in data["rows"]):
         lines, used = [], []
         for theirs in (row for row in data["rows"] if row["retain"] == retain):
-            ours = _ours(paper, theirs, rows)
+            ours = _per_benchmark(theirs, own) if theirs["method"] == _PER_BENCHMARK else _ours(paper, theirs, rows)
             used.append(None if ours is None else ours["method"])
             lines.append(_line(results, theirs["method"], theirs, ours, columns, whole, shown))
         more = [row for row in rows if number != 5 and row["method"] not in used and _same_share(retain, row)]
@@ -119,6 +122,28 @@ def _ours(paper: Row, theirs: Row, rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if row["method"] == method and _same_share(theirs["retain"], row)), None)
 
 
+def _trained_on(results: Results, vlm: str) -> list[Row]:
+    """Rows of OC-VTP trained on the own images of a benchmark, on which alone it is then evaluated."""
+    wanted = reference(results, vlm)
+    return [
+        row
+        for row in results.summary
+        if row["vlm"] == vlm
+        and set(row["changes"]) == {OWN}
+        and all(wanted[axis] is None or row[axis] == wanted[axis] for axis in AXES)
+    ]
+
+
+def _per_benchmark(theirs: Row, own: Sequence[Row]) -> Row | None:
+    """Of each benchmark the pruner that was trained on its images, as one row."""
+    found = {
+        row["changes"][OWN]: row["benchmarks"].get(row["changes"][OWN])
+        for row in reversed(own)
+        if _same_share(theirs["retain"], row)
+    }
+    return {"method": PRUNED, "benchmarks": found} if found else None
+
+
 def _same_share(retain: str, row: Row) -> bool:
     found = _SHARE.search(retain)
     return found is not None and row["share"] is not None and round(100 * row["share"], 1) == float(found[1])
@@ -148,6 +173,8 @@ def _mean(row: Row | None, shown: Sequence[str]) -> float | None:
     if row is None or not shown:
         return None
     whole = row["method"] == "vanilla"
+    if not whole and not all(row["benchmarks"].get(name) for name in shown):
+        return None
     return sum(100.0 if whole else row["benchmarks"][name]["relative"] for name in shown) / len(shown)
 
 
