@@ -232,9 +232,9 @@ def _draws(images: int, resamples: int) -> NDArray[np.float64]:
 def metrics(summary: Sequence[Row]) -> Row:
     """VLM -> method -> budget -> average and benchmarks, in percent of vanilla, whose own scores stand as they are.
 
-    `coverage` is of objects, in percent. The other axes are in the path only where the grid has several values of them,
-    so that experiments with another loss or layer have the same paths and can be compared; rows of `ablate` say what
-    they change.
+    `coverage` is of objects, in percent; `kept` stands where OC-VTP keeps fewer tokens than asked. The other axes are
+    in the path only where the grid has several values of them, so that experiments with another loss or layer have the
+    same paths and can be compared; rows of `ablate` say what they change.
     """
     grid = [row for row in summary if not row["changes"]]
     several = [
@@ -254,6 +254,8 @@ def metrics(summary: Sequence[Row]) -> Row:
         else:
             place = place.setdefault(_word(row["tokens"] or row["keep"]), {})
             place["average"] = row["average"]["relative"]
+            if row["method"] == OURS and row["tokens"] and round(row["kept"], 1) < row["tokens"]:
+                place["kept"] = row["kept"]
             if row["coverage"]:
                 place["coverage"] = {
                     size: 100 * one["share"] for size, one in row["coverage"].items() if one["objects"]

@@ -112,6 +112,9 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
             found = {row["changes"].get(path): row for row in (*base, *some) if row["share"] == share}
             cells = [average_cell(found.get(value)) for value in (None, *options)]
             lines.append(Line(names.budget(tokens, share), best_across(cells)))
+            if any(row.get("kept") and tokens and round(row["kept"], 1) != tokens for row in found.values()):
+                cells = [_kept_cell(found.get(value)) for value in (None, *options)]
+                lines.append(Line("tokens really kept", cells))
             cells = [covered_cell(found.get(value), "all") for value in (None, *options)]
             if any(cell.value is not None for cell in cells):
                 lines.append(Line("objects covered", best_across(cells)))
@@ -120,8 +123,9 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
             caption=f"{path} ({names.method(method)}, {vlm})",
             head=["Tokens", "as in the grid", *map(names.plain, options)],
             blocks=[Block("", lines)],
-            note="Average relative accuracy with its 95% interval, and below it the share of objects with a kept token "
-            "on their mask. Bold: the best of a row, only where its interval lies above the others.",
+            note="Average relative accuracy with its 95% interval; below it how many tokens were kept, where that is "
+            "less than asked, and the share of objects with a kept token on their mask. Bold: the best of a row, only "
+            "where its interval lies above the others.",
         )
 
 
@@ -158,6 +162,11 @@ def _together_table(results: Results, vlm: str) -> Table | None:
         note="Average relative accuracy with its 95% interval; below it the difference to the same method as the grid "
         "has it, and to the most accurate method of the budget that is not trained, both paired by question.",
     )
+
+
+def _kept_cell(row: Row | None) -> Cell:
+    """Tokens of an image that were kept, in the mean."""
+    return MISSING if row is None or row.get("kept") is None else Cell(f"{row['kept']:.1f}")
 
 
 def _points_cell(found: Row | None, name: str = "") -> Cell:

@@ -15,7 +15,9 @@ from pipelines.report_html.tables import PRUNED, base_rows, budgets, chosen_rows
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 RIVALS, TRAINING, COVERAGE, REBUILDING, OTHER = "rivals", "training", "coverage", "rebuilding", "other"
-LOSS, LAYER, TOP_K, OWN = "loss", "layer", "top_k", "train.on"
+LOSS, LAYER, TOP_K, OWN, FILL = "loss", "layer", "top_k", "train.on", "evaluate.options.oc-vtp.fill"
+GAPS = "none"
+"""Value of `FILL`: fewer tokens than the budget where slots pick the same one. The paper calls that unpadded."""
 """Keys of findings: the axis of a claim of the paper's own, or what it is about."""
 
 
@@ -107,6 +109,12 @@ def _ablations(results: Results, vlm: str) -> Iterator[Finding]:
             )
             yield _finding(
                 OWN, f"{text} (paper, Tables 1 to 3)", {_budget(r): r["difference"] for _, r in _falling(tried)}
+            )
+            continue
+        if (path, value) == (FILL, GAPS):
+            less = {f"{_budget(r)}, {r['kept']:.1f} without": _reversed(r["difference"]) for _, r in _falling(tried)}
+            yield _finding(
+                FILL, "Filling up to the budget keeps more accuracy than gaps (paper, Table 1, unpadded)", less
             )
             continue
         points = {_budget(row): _reversed(row["difference"]) for _, row in _falling(tried)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ocvtp.evaluation.benchmarks import benchmark
 from pipelines.report_html import names
-from pipelines.report_html.claims import OWN
+from pipelines.report_html.claims import FILL, GAPS, OWN
 from pipelines.report_html.data import AXES, Results, Row
 from pipelines.report_html.tables import PRUNED, Block, Cell, Line, Table, chosen_rows, reference, score_text
 
@@ -21,7 +21,9 @@ COSTED = {"LLaVA-1.5": "llava-1.5-7b", "LLaVA-NeXT": "llava-next-7b"}
 """The VLMs whose cost the paper gives, Table 4 in FLOP and Figure 3 in milliseconds, by the names that it has there."""
 _SHARE = re.compile(r"([\d.]+)%")
 _TOP_K = re.compile(r"Top (\d+)")
-_PER_BENCHMARK = "OC-VTP (trained per benchmark)"
+_PER_BENCHMARK, _UNPADDED = "OC-VTP (trained per benchmark)", "OC-VTP (unpadded)"
+_OF_UNPADDED = 0.111
+"""The share that the paper's unpadded row has the slots for."""
 _WHOLE = 576
 """Tokens of LLaVA-1.5, of which tables 6 and 7 name budgets."""
 
@@ -78,14 +80,26 @@ def _table(results: Results, vlm: str, key: str, rows: Sequence[Row]) -> Table:
     columns = {label: name for name, label in paper["benchmarks"].items() if label in data["benchmarks"]}
     shown = [name for name in common(results, vlm) if name in columns.values()]
     whole = data["rows"][0]
-    own = _trained_on(results, vlm)
+    own = _changed(results, vlm, {OWN})
+    unpadded = _unpadded(results, vlm)
     blocks = []
     for retain in dict.fromkeys(row["retain"] for row in data["rows"]):
         lines, used = [], []
         for theirs in (row for row in data["rows"] if row["retain"] == retain):
-            ours = _per_benchmark(theirs, own) if theirs["method"] == _PER_BENCHMARK else _ours(paper, theirs, rows)
+            label = theirs["method"]
+            if label == _PER_BENCHMARK:
+                ours = _per_benchmark(theirs, own)
+            elif label == _UNPADDED:
+                ours = unpadded
+                label += (
+                    ""
+                    if ours is None
+                    else f", here {ours['kept']:.1f} of {names.budget(ours['tokens'], ours['share'])}"
+                )
+            else:
+                ours = _ours(paper, theirs, rows)
             used.append(None if ours is None else ours["method"])
-            lines.append(_line(results, theirs["method"], theirs, ours, columns, whole, shown))
+            lines.append(_line(results, label, theirs, ours, columns, whole, shown))
         more = [row for row in rows if number != 5 and row["method"] not in used and _same_share(retain, row)]
         lines += [_line(results, names.method(row["method"]), None, row, columns, whole, shown) for row in more]
         blocks.append(Block(retain, lines))
@@ -122,16 +136,23 @@ def _ours(paper: Row, theirs: Row, rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if row["method"] == method and _same_share(theirs["retain"], row)), None)
 
 
-def _trained_on(results: Results, vlm: str) -> list[Row]:
-    """Rows of OC-VTP trained on the own images of a benchmark, on which alone it is then evaluated."""
+def _changed(results: Results, vlm: str, paths: Collection[str]) -> list[Row]:
+    """Rows of OC-VTP at the paper's choice of each axis, with exactly these entries changed."""
     wanted = reference(results, vlm)
     return [
         row
         for row in results.summary
         if row["vlm"] == vlm
-        and set(row["changes"]) == {OWN}
+        and row["method"] == PRUNED
+        and set(row["changes"]) == set(paths)
         and all(wanted[axis] is None or row[axis] == wanted[axis] for axis in AXES)
     ]
+
+
+def _unpadded(results: Results, vlm: str) -> Row | None:
+    """OC-VTP without filling, at the budget for which the paper gives it."""
+    found = (row for row in _changed(results, vlm, {FILL}) if row["changes"][FILL] == GAPS)
+    return next((row for row in found if row["share"] and round(row["share"], 3) == _OF_UNPADDED), None)
 
 
 def _per_benchmark(theirs: Row, own: Sequence[Row]) -> Row | None:

@@ -123,6 +123,28 @@ def test_pruners_trained_per_benchmark_are_one_row_and_in_no_average() -> None:
     assert common(Results(Path(), [], [*results.summary, *more], paper=PAPER), "llava-1.5-7b") == shown
 
 
+def test_what_is_kept_without_filling_stands_in_its_row_with_the_mean() -> None:
+    """Of the settings without filling, the one that has slots for 11.1 % of the tokens."""
+    results = of_the_paper()
+    path = "evaluate.options.oc-vtp.fill"
+    points = {"points": -1.5, "ci_low": -2.5, "ci_high": -0.5}
+    more = [
+        {**row, "tokens": 64 if kept < 64 else 192, "changes": {path: fill}, "kept": kept, "difference": points}
+        for row in results.summary if row["method"] == "oc-vtp"
+        for fill, kept in (("none", 50.4 if row["share"] < 0.2 else 150.0), ("random", 64.0))
+    ]  # fmt: skip
+    found = replace(results, summary=[*results.summary, *more])
+    block = paper_tables(found, "llava-1.5-7b")[0].blocks[-1]
+    (line,) = block.lines
+    assert line.label == "OC-VTP (unpadded), here 50.4 of 64 Tokens (11.1%)"
+    ours = next(row for row in results.summary if row["method"] == "oc-vtp" and row["share"] < 0.2)
+    assert line.cells[0].top == f"{ours['benchmarks']['gqa']['score']:.1f}"
+    assert line.cells[0].bottom.startswith("paper 55.3 (")
+    (measured,) = [one.measured for one in rerun(found) if "unpadded" in one.claim]
+    assert "holds" in measured[0]
+    assert "64 Tokens (11.1%), 50.4 without: +1.5 points [0.5, 2.5]".replace("Tokens", "tokens") in measured[0]
+
+
 def test_averages_are_over_what_all_rows_have() -> None:
     results = of_the_paper()  # VisionZip has no VizWiz, PyramidDrop no MMMU
     shown = common(results, "llava-1.5-7b")

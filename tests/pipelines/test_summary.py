@@ -147,6 +147,19 @@ def test_what_was_really_kept_is_a_mean_over_benchmarks(grid: list[Result]) -> N
     assert (vanilla["kept"], random["kept"]) == (WHOLE, 16)
 
 
+def test_where_slots_leave_gaps_metrics_say_how_many_tokens_were_kept(grid: list[Result], result) -> None:
+    one = setting("oc-vtp", 16, 0, "mse")
+    one = replace(one, changes=(("evaluate.options.oc-vtp.fill", "none"),))
+    gaps = [result(one, name, right - 1) for name, right in ANSWERS.items()]
+    for found, kept in zip(gaps, (13.0, 14.5), strict=True):
+        found.score["tokens_kept"]["mean"] = kept
+    rows = summary_rows([*grid, *gaps], list(ANSWERS), 200)
+    assert rows[-1]["kept"] == 13.75
+    found = metrics(rows)[VLM]
+    assert found["oc-vtp-fill_none"]["16"]["kept"] == 13.75
+    assert "kept" not in found["oc-vtp"]["16"]
+
+
 def test_without_the_setting_it_was_changed_from_there_is_no_difference(grid: list[Result], result) -> None:
     one = replace(setting("oc-vtp", 9, 0, "aw_mse"), changes=(("loss", "aw_mse"),))
     rows = summary_rows([*grid, *(result(one, name, right) for name, right in ANSWERS.items())], list(ANSWERS), 200)

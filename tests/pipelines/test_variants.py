@@ -47,6 +47,15 @@ def of_grid(params: Params) -> list[Cell]:
 EXPECTED: dict[str, Any] = {
     # command: pruners, sets of tokens, settings of oc-vtp
     "dvc exp run -S 'train.on=[sample,gqa,textvqa]'": (9, 3, 45),
+    "dvc exp run -S '+ablate.evaluate.options.oc-vtp.fill=[none]'": (3, 1, 30),
+    "dvc exp run -S 'keep=[48,32,16]' -S '+ablate.top_k=[2,3,6]'": (3, 1, 36),
+    "dvc exp run -S 'slots=[[16,32,48],[8,16,24],[16]]'": (9, 1, 45),
+    "dvc exp run -S 'keep=[48,16]' -S 'slots=[[16,32,48],[16]]' -S 'top_k=[1,2,4]'": (6, 1, 36),
+    "dvc exp run -S 'layer=[9,10,-2]'": (9, 3, 45),
+    "dvc exp run -S 'loss=[aw_mse,mse,span]'": (9, 1, 45),
+    "dvc exp run -S '+ablate.loss=[answers]'": (6, 1, 30),
+    "dvc exp run -S '+ablate.layer=[10,-2]' -S '+ablate.loss=[mse]' -S '+ablate.train.steps=[50,800]'": (18, 3, 90),
+    "dvc exp run -S '+ablate.together=[{loss: span, layer: -2, slots: [4,8]}]'": (6, 2, 30),
 }
 
 
