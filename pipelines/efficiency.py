@@ -14,7 +14,7 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
+from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, paper_pruner_flops, prefill_flops, pruner_flops
 from ocvtp.efficiency.shapes import VlmShape, shape_of
 from ocvtp.errors import BadInput
 from ocvtp.methods import REGISTRY, options_of
@@ -24,7 +24,7 @@ from ocvtp.vlms import CatalogEntry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
 from ocvtp.vlms.loading import ImageShape, image_shapes
 from pipelines.grid import VANILLA
-from pipelines.params.fitting import by_layer, lacking
+from pipelines.params.fitting import lacking
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -99,7 +99,7 @@ def _row(
     text_tokens, llm, entry = run.params.efficiency.text_tokens, shape.llm, REGISTRY[method]
     pruner = _pruner(run, vlm, whole, kept, top_k or 1) if method in WITH_PRUNER else 0
     try:
-        layers = by_layer(entry, vlm, whole, kept, run.params.evaluate.options.get(method, {}))
+        layers = entry.by_layer(whole, kept, vlm.llm_layers, run.params.evaluate.options.get(method, {}))
     except BadInput as error:
         log.warning("efficiency: no row for %s with keep %s on %s: %s", method, keep and keep.written, vlm.name, error)
         return None
@@ -117,6 +117,7 @@ def _row(
         "top_k": top_k,
         "layers": layers,
         "paper_flops": paper_llm_flops(read, width=llm.width, layers=llm.layers, mlp=llm.mlp),
+        "paper_pruner_flops": paper_pruner_flops(whole, vlm.width) if method in WITH_PRUNER else 0,
         "flops": flops.as_dict(),
         "kv_cache_bytes": kv_cache_bytes(llm, read),
     }

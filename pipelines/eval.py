@@ -119,7 +119,7 @@ def _work(
     asking = {
         **_of_setting(run, setting, vlm, pruner),
         "benchmark": name,
-        **asked(name),
+        **asked(name, evaluate.protocol),
         "data": None if data is None else data.files[name],
         "limit": evaluate.limit,
         "batch_size": evaluate.batch_size,
@@ -127,7 +127,7 @@ def _work(
     spec = {
         "answers": asking,
         "answers_code": fingerprint(answers),
-        **scored(name),
+        **scored(name, evaluate.protocol),
         "masks": None if data is None else data.files[MASKS],
     }
     inputs = {"pruner": None if pruner is None else pruner.path, "data": None if data is None else data.path}
@@ -177,6 +177,7 @@ def _of_setting(run: Stage, setting: Cell, vlm: CatalogEntry, pruner: Input | No
         "pruner": None if pruner is None else weights(pruner),
         "dtype": evaluate.dtype,
         "max_new_tokens": evaluate.max_new_tokens,
+        "protocol": evaluate.protocol,
     }
 
 

@@ -71,7 +71,8 @@ def score_rows(results: Sequence[Result], resamples: int) -> list[Row]:
     rows = []
     for result in results:
         score, setting = result.score, result.setting
-        low, high = interval(result.samples, result.benchmark, resamples=resamples) or (None, None)
+        protocol = score["protocol"]
+        low, high = interval(result.samples, result.benchmark, protocol, resamples=resamples) or (None, None)
         rows.append({
             **setting.axes,
             "benchmark": result.benchmark,
@@ -105,7 +106,7 @@ def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples
         vanilla = {name: result.samples for name, result in grid.vanilla.get(setting.vlm, {}).items()}
         runs = {name: [result.samples for result in group if result.benchmark == name] for name in benchmarks}
         whole = {name: vanilla.get(name, ()) for name in benchmarks}
-        averages.append((setting, relative_average(whole, runs, resamples=resamples)))
+        averages.append((setting, relative_average(whole, runs, group[0].score["protocol"], resamples=resamples)))
     rows, standing = [], ranks(averages)
     for place, ((setting, group), (_, average)) in enumerate(zip(groups, averages, strict=True)):
         found = average.to_dict()

@@ -17,8 +17,6 @@ _WHOLE = {
 }
 """Tokens of an image unless given: fixed for LLaVA; for Qwen those of a photograph of about 1000 x 780, at one for
 28 x 28 pixels and for 32 x 32."""
-_PAPER_SLOTS = 64
-"""Of the pruner whose cost the paper's Table 4 gives, whatever is kept."""
 _PAPER_LEAVES_OUT = (
     "The paper counts the language model alone, with two matrices in its MLP, where a gated one has three, and without "
     "lm_head; tower and projector are left out. Its pruner has 64 slots, whatever is kept, and operations on single "
@@ -147,7 +145,14 @@ def count(
     inside_tower: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for the whole image and one for each budget."""
-    from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
+    from ocvtp.efficiency.flops import (
+        PAPER_SLOTS,
+        kv_cache_bytes,
+        paper_llm_flops,
+        paper_pruner_flops,
+        prefill_flops,
+        pruner_flops,
+    )
 
     shape, whole = shape_of(vlm), _whole(vlm, image_tokens)
     budgets = [common.tokens(budget, whole) for budget in keep or (0.333, 0.222, 0.111)]
@@ -156,8 +161,7 @@ def count(
         kept = whole if tokens is None else tokens
         width = shape.tower.width
         pruner = 0 if tokens is None else pruner_flops(whole, width, slots or tokens)
-        paper_slots = slots or _PAPER_SLOTS
-        paper_pruner = 0 if tokens is None else pruner_flops(whole, width, paper_slots, elementwise=True)
+        paper_pruner = 0 if tokens is None else paper_pruner_flops(whole, width, slots or PAPER_SLOTS)
         flops = prefill_flops(
             shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner,
             inside_tower=None if tokens is None else inside_tower,

@@ -206,6 +206,7 @@ def _limits(model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int 
     from ocvtp.efficiency.flops import pruner_flops
     from ocvtp.efficiency.roofline import Ceilings, least
     from ocvtp.efficiency.shapes import shape_of
+    from ocvtp.methods import entry_of
     from ocvtp.vlms.families import family_of
 
     family, shape = family_of(model), shape_of(model.config)
@@ -216,8 +217,9 @@ def _limits(model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int 
     ceilings = Ceilings.measured(model.device, model.dtype)
 
     def of(method: str, keep: int | float) -> dict[str, float]:
-        kept = whole if method == "vanilla" else common.tokens(keep, whole)
-        work = pruner_flops(whole, shape.tower.width, kept) if method.startswith("oc-vtp") else 0
+        budget = whole if method == "vanilla" else common.tokens(keep, whole)
+        kept = entry_of(method).by_layer(whole, budget, shape.llm.layers, {})
+        work = pruner_flops(whole, shape.tower.width, budget) if method.startswith("oc-vtp") else 0
         found = least(
             shape, ceilings, image_tokens=whole, kept=kept, text_tokens=words, batch=batch, method=work,
             bytes_per_number=model.dtype.itemsize,

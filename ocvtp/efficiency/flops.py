@@ -19,6 +19,8 @@ from ocvtp.errors import BadInput
 
 MAC = 2
 """Operations of a multiply-accumulate."""
+PAPER_SLOTS = 64
+"""Of the pruner whose cost the paper's Table 4 gives, whatever is kept."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def pruner_flops(
     return flops
 
 
+def paper_pruner_flops(tokens: int, width: int, slots: int = PAPER_SLOTS) -> int:
+    """The paper's count of its pruner: 64 slots whatever is kept, operations on single elements too (Table 4)."""
+    return pruner_flops(tokens, width, slots, elementwise=True)
+
+
 def prefill_flops(
     shape: VlmShape,
     *,
@@ -142,19 +149,19 @@ def prefill_flops(
     """
     _check("image_tokens", image_tokens, 0)
     _check("text_tokens", text_tokens, 0)
-    by_layer = _by_layer(kept, image_tokens, shape.llm.layers)
+    counts = by_layer(kept, image_tokens, shape.llm.layers)
     if projected is None:
         patches = _tiles(shape.tower, image_tokens, tiles) * (shape.tower.patches_per_tile or 0)
-        projected = {"kept": by_layer[0], "tokens": image_tokens, "patches": patches}[shape.projects]
+        projected = {"kept": counts[0], "tokens": image_tokens, "patches": patches}[shape.projects]
     if inside_tower is not None and (shape.tower.kind, shape.projects) != ("tiles", "kept"):
         raise BadInput("inside_tower needs a tower whose patches are the tokens, as LLaVA-1.5 and LLaVA-NeXT have")
-    alone = None if inside_tower is None else (inside_tower, by_layer[0])
+    alone = None if inside_tower is None else (inside_tower, counts[0])
     return Prefill(
         tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers, alone),
         projector=MAC * projected * projector_parameters(shape),
         pruner=pruner,
-        llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in by_layer)
-        + _ranking(shape.llm, by_layer, text_tokens, text_asks=text_asks),
+        llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in counts)
+        + _ranking(shape.llm, counts, text_tokens, text_asks=text_asks),
         lm_head=MAC * shape.llm.width * shape.llm.vocabulary,
     )
 
@@ -171,12 +178,27 @@ def ranking_flops(llm: LlmShape, tokens: int, rows: int = 1) -> int:
     return MAC * (tokens * llm.width * llm.keys + rows * llm.width * llm.queries + rows * tokens * llm.queries)
 
 
-def _ranking(llm: LlmShape, by_layer: Sequence[int], text_tokens: int, *, text_asks: bool) -> int:
+def _ranking(llm: LlmShape, counts: Sequence[int], text_tokens: int, *, text_asks: bool) -> int:
     """Of what is done before each layer that reads fewer tokens than the one before it, and once to find who asks."""
     rows = 1 + text_tokens if text_asks else 1
-    before = [tokens for tokens, after in pairwise(by_layer) if after < tokens]
-    finding = MAC * by_layer[0] * text_tokens * llm.width if before and text_asks else 0
+    before = [tokens for tokens, after in pairwise(counts) if after < tokens]
+    finding = MAC * counts[0] * text_tokens * llm.width if before and text_asks else 0
     return finding + sum(ranking_flops(llm, tokens + text_tokens, rows) for tokens in before)
+
+
+def by_layer(kept: int | Sequence[int] | None, image_tokens: int, layers: int) -> list[int]:
+    """How many of an image's tokens each layer of the language model reads; `BadInput` for more than there are.
+
+    Args:
+        kept: one count, or one for each layer; None is all.
+        image_tokens: of the unpruned image.
+        layers: of the language model.
+    """
+    counts = _each_layer("kept", image_tokens if kept is None else kept, layers)
+    for count in counts:
+        if not 0 <= count <= image_tokens:
+            raise BadInput(f"kept is {count}: an image of {image_tokens} tokens keeps 0 to {image_tokens}")
+    return counts
 
 
 def kv_cache_bytes(llm: LlmShape, tokens: int | Sequence[int], *, bytes_per_number: int = 2) -> int:
@@ -232,14 +254,6 @@ def _window_pairs(tower: TowerShape, image_tokens: int, grid: tuple[int, int] | 
         return [min(side, length - start) for start in range(0, length, side)]
 
     return sum((h * w * patches) ** 2 for h in extents(rows) for w in extents(columns))
-
-
-def _by_layer(kept: int | Sequence[int] | None, image_tokens: int, layers: int) -> list[int]:
-    counts = _each_layer("kept", image_tokens if kept is None else kept, layers)
-    for count in counts:
-        if not 0 <= count <= image_tokens:
-            raise BadInput(f"kept is {count}: an image of {image_tokens} tokens keeps 0 to {image_tokens}")
-    return counts
 
 
 def _each_layer(name: str, counts: int | Sequence[int], layers: int) -> list[int]:

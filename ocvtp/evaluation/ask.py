@@ -55,7 +55,7 @@ def ask(
         Incompatible: the journal holds answers that something else made, or to other questions.
         NotAvailable: lmms-eval, the VLM or the official data set is not on this machine.
     """
-    entry = named(benchmark)
+    entry = named(benchmark, setting.protocol)
     path = None if data is None else preflight.locate(entry, data)
     rows = preflight.unseen(entry, limit) if path is None else preflight.check(entry, path, limit)
     fingerprint = pruner_fingerprint(setting.pruner)
@@ -142,6 +142,8 @@ def _made_by(setting: EvaluationSetting, answerer: Answerer, fingerprint: str | 
             "fingerprint": fingerprint,
             "max_new_tokens": setting.max_new_tokens,
         },
+        "protocol": setting.protocol,
+        "conversation": answerer.conversation,
         "prompt_template": answerer.prompt_template,
         "dtype": setting.dtype,
         "attn_implementation": vlm.model.config._attn_implementation,

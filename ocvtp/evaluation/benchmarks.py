@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -14,7 +14,9 @@ from ocvtp.errors import BadInput
 
 DATA_IN_SPECS = ("benchmarks.yaml",)
 """Keys hold what it says of one benchmark (`cluster.fingerprint`)."""
-Rule = Literal["mean", "f1", "pairs", "all_right"]
+Protocol = Literal["native", "paper"]
+NATIVE: Protocol = "native"
+Rule = Literal["mean", "f1", "mean_f1", "pairs", "all_right"]
 Scale = Literal["share", "percent", "points"]
 _CIRCLE = 1_000_000
 """MMBench asks a question again, its options in another order, under an index larger by multiples of this."""
@@ -36,6 +38,7 @@ class Benchmark:
     answer: str
     columns: tuple[str, ...]
     questions: int
+    protocol: Protocol = NATIVE
     config: str | None = None
     revision: str | None = None
     unit: tuple[str, ...] = ()
@@ -43,13 +46,14 @@ class Benchmark:
     only: str | None = None
     """The category that the primary counts; None: all."""
     chance: float | None = None
+    differs: str | None = None
     higher_is_better: bool = True
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def asking(self) -> dict[str, Any]:
         """What of this determines which questions are asked, and how: not how answers are scored."""
-        names = ("name", "task", "yaml", "hub", "config", "revision", "split", "columns", "rule", "unit")
+        names = ("name", "protocol", "task", "yaml", "hub", "config", "revision", "split", "columns", "rule", "unit")
         overrides = {key: value for key, value in self.config_overrides.items() if key != "metric_list"}
         return {**{name: getattr(self, name) for name in names}, "config_overrides": overrides}
 
@@ -80,21 +84,30 @@ class Benchmark:
 
 
 @cache
-def benchmarks() -> Mapping[str, Benchmark]:
-    """All benchmarks, in the order of the paper's tables."""
-    return {name: _read(name, entry) for name, entry in yaml.safe_load(_source()).items()}
+def benchmarks(protocol: Protocol = NATIVE) -> Mapping[str, Benchmark]:
+    """All benchmarks, in the order of the paper's tables, asked and scored by a protocol."""
+    return {name: _read(name, entry, protocol) for name, entry in yaml.safe_load(_source()).items()}
 
 
-def benchmark(name: str) -> Benchmark:
+def benchmark(name: str, protocol: Protocol = NATIVE) -> Benchmark:
     """A benchmark by name.
 
     Raises:
-        BadInput: there is none of this name; says which there are.
+        BadInput: there is none of this name, or no such protocol; says which there are.
     """
-    found = benchmarks().get(name)
+    found = benchmarks(checked(protocol)).get(name)
     if found is None:
         raise BadInput(f"no benchmark {name!r}; there are: {', '.join(benchmarks())}")
     return found
+
+
+def checked(protocol: str) -> Protocol:
+    """A protocol by name; `BadInput` if there is none of it."""
+    known: tuple[Protocol, ...] = get_args(Protocol)
+    for one in known:
+        if one == protocol:
+            return one
+    raise BadInput(f"no protocol {protocol!r}; there are: {', '.join(known)}")
 
 
 def fingerprint() -> str:
@@ -106,6 +119,10 @@ def _source() -> bytes:
     return files("ocvtp.evaluation").joinpath("benchmarks.yaml").read_bytes()
 
 
-def _read(name: str, entry: dict[str, Any]) -> Benchmark:
+def _read(name: str, entry: dict[str, Any], protocol: Protocol) -> Benchmark:
+    changes = entry.pop("paper", {})
+    if protocol != NATIVE:
+        overrides = {**entry.get("config_overrides", {}), **changes.get("config_overrides", {})}
+        entry = {**entry, **changes, "config_overrides": overrides}
     lists = {key: tuple(value) for key, value in entry.items() if key in ("columns", "unit")}
-    return Benchmark(name=name, **{**entry, **lists})
+    return Benchmark(name=name, protocol=protocol, **{**entry, **lists})

@@ -15,9 +15,8 @@ from PIL import Image
 
 from ocvtp.errors import BadInput
 from ocvtp.evaluation.answered import Answer, digest_of
-
-Messages = Sequence[Mapping[str, Any]]
-"""A conversation: `role`, and `content` as text or a list of parts; images are PIL under `image` or `url`."""
+from ocvtp.evaluation.benchmarks import NATIVE, Protocol
+from ocvtp.vlms.conversations import OWN, Messages, authors, written
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,15 @@ class Answerer:
         handle: of `ocvtp.prune` on the VLM's model; None if it is not pruned.
         max_new_tokens: of a question that does not say.
         prepared: batches that were prepared for this VLM before.
+        protocol: native: asked by its own chat template; paper: by its authors', see `ocvtp.vlms.conversations`.
     """
 
     def __init__(
-        self, vlm: Any, handle: Any = None, max_new_tokens: int = 16, prepared: PreparedMemory | None = None
-    ) -> None:
+        self, vlm: Any, handle: Any = None, max_new_tokens: int = 16, prepared: PreparedMemory | None = None,
+        protocol: Protocol = NATIVE,
+    ) -> None:  # fmt: skip
         self.vlm, self.handle, self.max_new_tokens = vlm, handle, max_new_tokens
+        self.conversation = OWN if protocol == NATIVE else authors(vlm.processor)
         self.prepared = prepared or PreparedMemory()
         vlm.processor.tokenizer.padding_side = "left"
 
@@ -89,13 +91,14 @@ class Answerer:
     @property
     def prompt_template(self) -> str:
         """What the model reads of a question about one image, `{question}` standing for the question."""
-        return self._prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{question}"}]}])
+        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{question}"}]}]
+        return written(self.vlm.processor, question, self.conversation)
 
     def answer(self, conversations: Sequence[Messages], options: Mapping[str, Any] | None = None) -> list[Answer]:
         """Answers to a batch of conversations, in their order.
 
         Args:
-            conversations: one batch.
+            conversations: one batch; images are PIL under `image` or `url`.
             options: as lmms-eval's tasks give them: `max_new_tokens`, `until`, `do_sample`, `temperature`, `top_p`,
                 `num_beams`. Others are for other models and mean nothing here.
         """
@@ -106,7 +109,7 @@ class Answerer:
         images = [self._images(messages) for messages in conversations]
         flat = [image for some in images for image in some]
         inputs = self.vlm.processor(
-            text=[self._prompt(messages) for messages in conversations],
+            text=[written(self.vlm.processor, messages, self.conversation) for messages in conversations],
             images=(images if self.vlm.family.nested else flat) if flat else None,
             padding=True,
             return_tensors="pt",
@@ -148,14 +151,6 @@ class Answerer:
             "pad_token_id": self._pad_id,
         }
 
-    def _prompt(self, messages: Messages) -> str:
-        text: str = self.vlm.processor.apply_chat_template(
-            [{"role": message["role"], "content": _parts(message["content"])} for message in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        return text
-
     def _images(self, messages: Messages) -> list[Image.Image]:
         parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
         images = [part.get("image", part.get("url")) for part in parts if part["type"] == "image"]
@@ -185,14 +180,3 @@ def finish(text: str, until: Sequence[str] | str | None = None) -> str:
         if stop:
             text = text.split(stop)[0]
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc").strip()
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    for part in content:
-        if part["type"] not in ("image", "text"):
-            raise BadInput(f"a question has a part of type {part['type']!r}; image and text can be answered")
-    return [
-        {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]} for part in content
-    ]

@@ -108,7 +108,10 @@ def _check_answers(benchmark: Benchmark, path: Path, rows: Sequence[dict[str, An
         answer = row[benchmark.answer]
         if answer is None or answer == []:
             raise BadInput(f"{path}, row {index}: {benchmark.answer!r} is empty, so nothing can be scored")
-        if benchmark.rule in ("f1", "pairs") and str(answer).lower().strip().rstrip(".") not in ("yes", "no"):
+        if benchmark.rule in ("f1", "mean_f1", "pairs") and str(answer).lower().strip().rstrip(".") not in (
+            "yes",
+            "no",
+        ):
             raise BadInput(f"{path}, row {index}: {benchmark.answer!r} is {answer!r}; {benchmark.name} has yes and no")
 
 

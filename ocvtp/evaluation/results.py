@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ocvtp.errors import BadInput, Corrupt, NotAvailable
+from ocvtp.evaluation.benchmarks import NATIVE
 from ocvtp.evaluation.listing import SCORE, read_samples
 from ocvtp.evaluation.scores import RESAMPLES, interval
 from ocvtp.json_files import read_json
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _HOW = ("prompt_template", "image_backend", "attn_implementation")
-_COMPARED = ("vlm", "revision", "weights", "dtype", "max_new_tokens", "benchmark", "data", "limit", *_HOW)
+_COMPARED = ("vlm", "revision", "weights", "dtype", "max_new_tokens", "benchmark", "data", "limit", "protocol", *_HOW)
 """What a result shares with the unpruned model's that it is a percentage of."""
 Where = Mapping[str, Any]
 
@@ -25,9 +26,9 @@ def results(place: Path | str | None = None, where: Where | None = None, *, inte
     Columns: the setting (`vlm`, `revision`, `weights`, `method`, `keep`, `tokens`, `seed`, `fingerprint` of the pruner,
     `max_new_tokens`, each option as `option.NAME`), `benchmark`, `score` and its `scale`, `relative` (percent of the
     unpruned model on the same questions, asked in the same way by the same packages; missing without one, or where
-    several disagree), `n` questions, `kept` tokens in the mean, `dtype`, `prompt_template`, `image_backend`,
-    `attn_implementation`, `data`, `limit`, lmms-eval's and our own metrics as `metric.NAME`, versions of packages as
-    `version.NAME`, and `path`, the folder, whose answers `answers` reads.
+    several disagree), `n` questions, `kept` tokens in the mean, `dtype`, `protocol`, `prompt_template`,
+    `image_backend`, `attn_implementation`, `data`, `limit`, lmms-eval's and our own metrics as `metric.NAME`, versions
+    of packages as `version.NAME`, and `path`, the folder, whose answers `answers` reads.
 
     Args:
         place: the folder; by default OCVTP_STORE, or `.ocvtp/store` here.
@@ -58,7 +59,10 @@ def results(place: Path | str | None = None, where: Where | None = None, *, inte
         values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
         frame = frame[frame[column].map(_comparable).isin(set(map(_comparable, values)))]
     if intervals:
-        ends = [interval(answers(row), row["benchmark"], resamples=RESAMPLES) for row in frame.to_dict("records")]
+        ends = [
+            interval(answers(row), row["benchmark"], row["protocol"], resamples=RESAMPLES)
+            for row in frame.to_dict("records")
+        ]
         frame = frame.assign(
             ci_low=[None if one is None else one[0] for one in ends],
             ci_high=[None if one is None else one[1] for one in ends],
@@ -86,6 +90,7 @@ def _row(folder: Path) -> dict[str, Any]:
             **{key: value for key, value in setting.items() if key != "options"},
             **{f"option.{name}": value for name, value in (setting.get("options") or {}).items()},
             **{key: found[key] for key in ("benchmark", "score", "scale", "n", "dtype", "limit", *_HOW)},
+            "protocol": found.get("protocol", NATIVE),  # the only one at first
             "kept": found["tokens_kept"]["mean"],
             "data": found["data"].get("sha256") or found["data"].get("hub"),
             **{f"metric.{name}": value for name, value in found["metrics"].items()},

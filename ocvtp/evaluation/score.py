@@ -9,7 +9,7 @@ from ocvtp.data.coverage import Covered
 from ocvtp.errors import Corrupt, Incompatible
 from ocvtp.evaluation import listing, preflight, scores
 from ocvtp.evaluation.answered import Answers, joined
-from ocvtp.evaluation.benchmarks import Benchmark
+from ocvtp.evaluation.benchmarks import NATIVE, Benchmark
 from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.objects import add_objects
 
@@ -33,7 +33,7 @@ def score(shards: Sequence[Answers], data: Path | None) -> tuple[dict[str, Any],
     """
     found = joined(shards)
     about = dict(found.about)
-    entry = named(about["benchmark"])
+    entry = named(about["benchmark"], about["protocol"])
     path = None if data is None else preflight.locate(entry, data)
     _check_data(about["data"], path)
     from ocvtp.evaluation.lmms.official import opened
@@ -46,7 +46,10 @@ def score(shards: Sequence[Answers], data: Path | None) -> tuple[dict[str, Any],
         metrics, samples = scored(questions, answers)
     grid = about.pop("grid")
     covered = add_objects(samples, path, None if grid is None else tuple(grid))
-    value = _agreed(entry, primary_of(entry, metrics), samples)
+    official = named(entry.name, NATIVE)
+    value: float | None = _agreed(official, primary_of(official, metrics), samples)
+    if entry.rule != official.rule:
+        value = scores.score_of(samples, entry.name, entry.protocol)
     image_tokens = [count for answer in answers for count in answer.image_tokens]
     budgets = set(image_tokens)
     about["setting"] = {**about["setting"], "tokens": budgets.pop() if len(budgets) == 1 else None}
@@ -59,6 +62,7 @@ def score(shards: Sequence[Answers], data: Path | None) -> tuple[dict[str, Any],
         "metrics": {**metrics, **_more(entry, samples, value)},
         "n": scores.counted(samples, entry.name),
         **about,
+        "differs_from_paper": entry.differs,
         "tokens_kept": _spread(image_tokens),
         "object_coverage": None if covered is None else _coverage(covered),
     })  # fmt: skip
@@ -81,7 +85,7 @@ def _agreed(entry: Benchmark, theirs: float, samples: Sequence[dict[str, Any]]) 
     return ours
 
 
-def _more(entry: Benchmark, samples: Sequence[dict[str, Any]], score: float) -> dict[str, Any]:
+def _more(entry: Benchmark, samples: Sequence[dict[str, Any]], score: float | None) -> dict[str, Any]:
     """Metrics that lmms-eval does not report: what the paper's number is, and its parts by category."""
     if entry.name == "mme":
         return {"mme_score": score}

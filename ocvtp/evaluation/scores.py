@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocvtp.errors import BadInput
-from ocvtp.evaluation.benchmarks import Benchmark
+from ocvtp.evaluation.benchmarks import NATIVE, Benchmark, Protocol
 from ocvtp.evaluation.benchmarks import benchmark as named
 
 Samples = Sequence[Mapping[str, Any]]
@@ -27,10 +27,11 @@ _CHUNK = 4_000_000
 """Drawn units held in memory at once."""
 
 
-def score_of(samples: Samples, benchmark: str) -> float | None:
+def score_of(samples: Samples, benchmark: str, protocol: Protocol = NATIVE) -> float | None:
     """The primary score, in the benchmark's scale; None without answers that count."""
-    terms = _terms(samples, named(benchmark))
-    return None if terms is None else _number(_score(terms.values_UF.sum(axis=0), named(benchmark)))
+    entry = named(benchmark, protocol)
+    terms = _terms(samples, entry)
+    return None if terms is None else _number(_score(terms.values_UF.sum(axis=0), entry))
 
 
 def counted(samples: Samples, benchmark: str) -> int:
@@ -39,18 +40,25 @@ def counted(samples: Samples, benchmark: str) -> int:
 
 
 def interval(
-    samples: Samples, benchmark: str, *, resamples: int = RESAMPLES, seed: int = 0
+    samples: Samples, benchmark: str, protocol: Protocol = NATIVE, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float] | None:
     """The 95 % interval of the primary score; None without answers that count."""
-    terms = _terms(samples, named(benchmark))
+    entry = named(benchmark, protocol)
+    terms = _terms(samples, entry)
     if terms is None:
         return None
-    scores_RS = _resampled([terms], named(benchmark), resamples, seed)
+    scores_RS = _resampled([terms], entry, resamples, seed)
     return _quantiles(scores_RS[:, 0])
 
 
 def relative(
-    vanilla: Samples, runs: Sequence[Samples], benchmark: str, *, resamples: int = RESAMPLES, seed: int = 0
+    vanilla: Samples,
+    runs: Sequence[Samples],
+    benchmark: str,
+    protocol: Protocol = NATIVE,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """One benchmark's `score` and `relative` (100 score / vanilla's), mean over runs, and the interval of the latter.
 
@@ -58,13 +66,14 @@ def relative(
         vanilla: answers of the unpruned model.
         runs: answers of each seed of one method, to the same questions.
         benchmark: name.
+        protocol: by which the score is made.
         resamples: R.
         seed: of the resampling.
 
     Raises:
         BadInput: the questions differ between vanilla and a run.
     """
-    row, _ = _relative(vanilla, runs, named(benchmark), resamples, seed)
+    row, _ = _relative(vanilla, runs, named(benchmark, protocol), resamples, seed)
     return row
 
 
@@ -107,6 +116,7 @@ class Average:
 def relative_average(
     vanilla: Mapping[str, Samples],
     runs: Mapping[str, Sequence[Samples]],
+    protocol: Protocol = NATIVE,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -119,13 +129,15 @@ def relative_average(
     Args:
         vanilla: benchmark -> answers of the unpruned model.
         runs: benchmark -> answers of each seed of one method.
+        protocol: by which the scores are made.
         resamples: R.
         seed: of the resampling.
     """
     rows: dict[str, dict[str, Any]] = {}
     draws: list[Floats] = []
     for name in dict.fromkeys((*vanilla, *runs)):
-        rows[name], draws_R = _relative(vanilla.get(name, ()), runs.get(name, ()), named(name), resamples, seed)
+        entry = named(name, protocol)
+        rows[name], draws_R = _relative(vanilla.get(name, ()), runs.get(name, ()), entry, resamples, seed)
         if draws_R is not None:
             draws.append(draws_R)
     values = [row["relative"] for row in rows.values()]
@@ -193,6 +205,8 @@ def _terms(samples: Samples, benchmark: Benchmark) -> _Terms | None:
         return None
     if benchmark.rule == "pairs":
         return _pairs(groups, benchmark)
+    if benchmark.rule == "mean_f1":
+        return _confusions(groups)
     value = {"mean": _right, "all_right": _all_right, "f1": _confusion}[benchmark.rule]
     values_UF = np.array([value(group) for group in groups.values()], dtype=np.float64)
     return _Terms(tuple(groups), values_UF, ("",) * len(groups))
@@ -216,6 +230,17 @@ def _confusion(group: Samples) -> tuple[float, ...]:
     return tuple(float(pairs.count(which)) for which in (("yes", "yes"), ("no", "yes"), ("yes", "no")))
 
 
+def _confusions(groups: Mapping[str, Samples]) -> _Terms:
+    """Of each category what `_confusion` counts: a score is a mean of F1 over categories."""
+    strata = tuple(str(group[0]["category"]) for group in groups.values())
+    categories = sorted(set(strata))
+    values_UF = np.zeros((len(groups), 3 * len(categories)))
+    for row, (stratum, group) in enumerate(zip(strata, groups.values(), strict=True)):
+        column = 3 * categories.index(stratum)
+        values_UF[row, column : column + 3] = _confusion(group)
+    return _Terms(tuple(groups), values_UF, strata)
+
+
 def _pairs(groups: Mapping[str, Samples], benchmark: Benchmark) -> _Terms:
     """Of each category the points of its pairs, and their number: a score is a sum of means over categories."""
     strata = tuple(str(group[0]["category"]) for group in groups.values())
@@ -233,9 +258,9 @@ def _pairs(groups: Mapping[str, Samples], benchmark: Benchmark) -> _Terms:
 def _score(sums_F: Floats, benchmark: Benchmark) -> Any:
     """The score that sums over units give; NaN where it is undefined. Leading axes of `sums_F` are kept."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        if benchmark.rule == "f1":
-            right, false_yes, false_no = np.moveaxis(sums_F, -1, 0)
-            return np.where(right > 0, 2 * right / (2 * right + false_yes + false_no), 0.0)
+        if benchmark.rule in ("f1", "mean_f1"):  # of all answers, or of each category
+            right, false_yes, false_no = (sums_F[..., part::3] for part in range(3))
+            return np.where(right > 0, 2 * right / (2 * right + false_yes + false_no), 0.0).mean(axis=-1)
         means = sums_F[..., 0::2] / sums_F[..., 1::2]
     return means.sum(axis=-1) * (100.0 if benchmark.scale == "percent" else 1.0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.errors import BadInput
+from ocvtp.evaluation.benchmarks import NATIVE, Protocol, checked
 from ocvtp.evaluation.generate import Answerer, PreparedMemory
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,6 +29,8 @@ class EvaluationSetting:
         dtype: of the weights and of the computation.
         batch_size: questions at once; answers do not depend on it, up to rounding.
         max_new_tokens: of a question whose benchmark does not say.
+        protocol: native: as the VLM's chat template and lmms-eval have it; paper: as the authors asked, see
+            benchmarks.yaml and `ocvtp.vlms.conversations`.
     """
 
     vlm: str = "tiny-llava"
@@ -39,8 +42,10 @@ class EvaluationSetting:
     dtype: str = "float32"
     batch_size: int = 32
     max_new_tokens: int = 16
+    protocol: Protocol = NATIVE
 
     def __post_init__(self) -> None:
+        checked(self.protocol)
         if self.dtype not in DTYPES:
             raise BadInput(f"dtype {self.dtype!r}: one of {', '.join(DTYPES)}")
         if self.batch_size < 1 or self.max_new_tokens < 1:
@@ -68,7 +73,7 @@ def ready(setting: EvaluationSetting, device: str = "cpu", *, shared: bool = Tru
 
     vlm, memory, prepared = (_load if shared else _load.__wrapped__)(setting.vlm, setting.dtype, device)
     if setting.keep is None:  # vanilla
-        yield Answerer(vlm, None, setting.max_new_tokens, prepared)
+        yield Answerer(vlm, None, setting.max_new_tokens, prepared, setting.protocol)
         return
     handle = prune(
         vlm.model,
@@ -80,7 +85,7 @@ def ready(setting: EvaluationSetting, device: str = "cpu", *, shared: bool = Tru
     )
     handle.share(memory)
     with handle:
-        yield Answerer(vlm, handle, setting.max_new_tokens, prepared)
+        yield Answerer(vlm, handle, setting.max_new_tokens, prepared, setting.protocol)
 
 
 @lru_cache(maxsize=1)

@@ -157,6 +157,22 @@ class Entry:
     needs: frozenset[Literal["clip tower", "text tower"]] = frozenset()
     loses: Mapping[str, Collection[Any]] = field(default_factory=dict)
 
+    def by_layer(self, tokens: int, keep: int, depth: int, given: Mapping[str, Any]) -> list[int]:
+        """Tokens of an image of `tokens` that each of the `depth` layers of the LLM reads.
+
+        Args:
+            tokens: of the unpruned image.
+            keep: of them, the budget.
+            depth: layers of the LLM.
+            given: options of the method; those that are not given have their defaults.
+
+        Raises:
+            BadInput: the method cannot keep so few; names how many it can.
+        """
+        if self.per_layer is None:
+            return [keep] * depth
+        return self.per_layer(tokens, keep, depth, options_of(self, given))
+
 
 def nearest(name: str, legal: Collection[str]) -> str:
     """What to add to a message about an unknown name: the nearest legal one, and all of them."""

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field
 from cluster import ClusterConfig
 from cluster.validation import Section, Text, show
 from ocvtp.data.scenes import SIZE, BackgroundName, Style
+from ocvtp.evaluation.benchmarks import NATIVE, Protocol
 from ocvtp.methods.budget import Budget
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.training.train_config import TrainConfig
@@ -163,6 +164,7 @@ class Evaluate(Section):
     """How questions are asked and scored."""
 
     data: Literal["scenes", "official"] = "scenes"
+    protocol: Protocol = NATIVE
     batch_size: Positive = 32
     dtype: Dtype = "float32"
     max_new_tokens: Positive = 16

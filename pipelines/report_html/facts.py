@@ -105,6 +105,7 @@ def provenance(results: Results) -> list[tuple[str, str]]:
         ("dtype", "Computed in"),
         ("attn_implementation", "Attention"),
         ("image_backend", "Images read by"),
+        ("protocol", "Protocol"),
         ("prompt_template", "Prompt"),
     ):
         facts += _fact(title, [score.get(key) for score in scores])

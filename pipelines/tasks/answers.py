@@ -8,14 +8,15 @@ from typing import Any
 from cluster import progress
 from ocvtp.evaluation.answered import Shard
 from ocvtp.evaluation.ask import ask
-from ocvtp.evaluation.benchmarks import benchmark
+from ocvtp.evaluation.benchmarks import Protocol, benchmark
 from ocvtp.evaluation.setting import EvaluationSetting, ready
 from pipelines.tasks.places import check_same, device, in_store
 
 
 def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`answers.jsonl` and `asked.json`. An attempt that dies leaves what it was told already to the next one."""
-    check_same(spec["benchmark"], asked(spec["benchmark"]), {key: spec[key] for key in ("task", "lmms_eval")})
+    protocol = spec["protocol"]
+    check_same(spec["benchmark"], asked(spec["benchmark"], protocol), {key: spec[key] for key in ("task", "lmms_eval")})
     with ready(
         EvaluationSetting(spec["vlm"], dtype=spec["dtype"]), device()
     ) as unpruned:  # stays loaded for what follows
@@ -31,6 +32,7 @@ def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
         dtype=spec["dtype"],
         batch_size=spec["batch_size"],
         max_new_tokens=spec["max_new_tokens"],
+        protocol=protocol,
     )
     found = ask(
         setting,
@@ -45,6 +47,6 @@ def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     found.write(folder)
 
 
-def asked(name: str) -> dict[str, Any]:
+def asked(name: str, protocol: Protocol) -> dict[str, Any]:
     """What is asked in a benchmark, as JSON: what benchmarks.yaml says of that, and whose code asks it."""
-    return {"task": json.loads(json.dumps(benchmark(name).asking)), "lmms_eval": version("lmms-eval")}
+    return {"task": json.loads(json.dumps(benchmark(name, protocol).asking)), "lmms_eval": version("lmms-eval")}

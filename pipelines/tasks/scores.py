@@ -8,21 +8,21 @@ from typing import Any
 
 from ocvtp.evaluation import listing
 from ocvtp.evaluation.answered import Answers
-from ocvtp.evaluation.benchmarks import benchmark
+from ocvtp.evaluation.benchmarks import Protocol, benchmark
 from ocvtp.evaluation.score import score
 from pipelines.tasks.places import check_same, in_store
 
 
 def scores(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`score.json` and `samples.jsonl`: the same whatever shards the answers came in."""
-    name = spec["answers"]["benchmark"]
-    check_same(name, scored(name), {key: spec[key] for key in ("task", "lmms_eval")})
+    name, protocol = spec["answers"]["benchmark"], spec["answers"]["protocol"]
+    check_same(name, scored(name, protocol), {key: spec[key] for key in ("task", "lmms_eval")})
     data = inputs["data"]
     shards = [Answers.read(in_store(folder, path)) for path in inputs["answers"]]
     result, samples = score(shards, None if data is None else in_store(folder, data))
     listing.write(folder, result, samples)
 
 
-def scored(name: str) -> dict[str, Any]:
+def scored(name: str, protocol: Protocol) -> dict[str, Any]:
     """How a benchmark is scored, as JSON: what benchmarks.yaml says of it, and whose code scores it."""
-    return {"task": json.loads(json.dumps(asdict(benchmark(name)))), "lmms_eval": version("lmms-eval")}
+    return {"task": json.loads(json.dumps(asdict(benchmark(name, protocol)))), "lmms_eval": version("lmms-eval")}

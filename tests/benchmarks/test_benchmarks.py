@@ -102,3 +102,13 @@ def test_the_fan_out() -> None:
     assert [(row["executor"], row["tasks"]) for row in found["overhead"]] == [("local", 20)]
     assert found["planning"]["tasks"] == 200
     assert found["scaling"]["speedup"] > 0
+
+
+def test_evaluation() -> None:
+    found = run("evaluation.py", "--benchmarks", "mme")
+    assert [row["who"] for row in found["all"]] == [
+        "ocvtp, batches of 1", "ocvtp, batches of 8", "ocvtp, batches of 32", "lmms-eval's LlavaHf, one by one",
+    ]  # fmt: skip
+    assert all(row["questions"] == row["equal"] == 8 and row["seconds"] > 0 for row in found["all"])
+    first, *_, theirs = found["all"]
+    assert first["times_one_by_one"] == theirs["times_lmms_eval"] == 1

@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 from small_params import write_params
 
+from ocvtp.efficiency.flops import pruner_flops
 from pipelines import efficiency, sample
 from pipelines.stage.context import ROOT
 
@@ -48,6 +49,8 @@ def test_the_numbers_by_hand(rows) -> None:
     each = K * D * D + 2 * K * T * D + 6 * K * D * D + 2 * K * D * 4 * D
     assert ours["flops"]["pruner"] == 2 * (encode + 3 * each)
     assert ours["flops"]["total"] == random["flops"]["total"] + ours["flops"]["pruner"]
+    assert ours["paper_pruner_flops"] == pruner_flops(T, width, 64, elementwise=True) > ours["flops"]["pruner"]
+    assert random["paper_pruner_flops"] == 0
 
 
 def test_what_goes_on_alone_in_the_tower_is_counted(rows, caplog) -> None:

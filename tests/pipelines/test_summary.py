@@ -35,7 +35,7 @@ def result(tmp_path: Path):
             for index in range(QUESTIONS)
         ]  # fmt: skip
         score: dict[str, Any] = {
-            "score": right / QUESTIONS, "n": QUESTIONS, "tokens_kept": {"mean": one.tokens},
+            "score": right / QUESTIONS, "n": QUESTIONS, "tokens_kept": {"mean": one.tokens}, "protocol": "native",
             "setting": {"fingerprint": "f" * 64 if one.pruner else None}, "metrics": {"exact_match": right / QUESTIONS},
         }  # fmt: skip
         files.write(folder, score, samples)

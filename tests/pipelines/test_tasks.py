@@ -39,15 +39,21 @@ def test_tokens_of_another_vlm_than_planned_are_refused(vlm: Path, tmp_path: Pat
 
 
 def test_answers_of_another_vlm_than_planned_are_refused(vlm: Path, tmp_path: Path) -> None:
-    spec = {**COMMON, "vlm": str(vlm), "model": resolve(vlm).identity, "benchmark": "pope", **asked("pope")}
+    spec = {**COMMON, "vlm": str(vlm), "model": resolve(vlm).identity, "benchmark": "pope", "protocol": "native",
+            **asked("pope", "native")}  # fmt: skip
     edit(vlm)
     with pytest.raises(Incompatible, match=r"\(files.chat_template.jinja\)"):
         answers(spec, tmp_path, {})
 
 
 def test_answers_to_another_benchmark_than_planned_are_refused(tmp_path: Path) -> None:
-    said = asked("pope")
-    spec = {"benchmark": "pope", "task": {**said["task"], "split": "other"}, "lmms_eval": said["lmms_eval"]}
+    said = asked("pope", "native")
+    spec = {
+        "benchmark": "pope",
+        "protocol": "native",
+        "task": {**said["task"], "split": "other"},
+        "lmms_eval": said["lmms_eval"],
+    }
     assert json.loads(json.dumps(said)) == said
     with pytest.raises(Incompatible, match=r"pope here is not what the task was planned for \(task.split\)"):
         answers(spec, tmp_path, {})

@@ -35,6 +35,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--limit", type=int, default=None, help="the first so many questions of each")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at once (default: 8)")
+    parser.add_argument("--protocol", default="native",
+                        help="native, or paper: as its authors ask and score (docs/evaluation.md)")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=16, help="where a benchmark does not say (default: 16)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     options = common.named_values("--set", args.set, "top_k=2")
     setting = EvaluationSetting(
         args.vlm, args.method, args.keep, args.seed, args.pruner, options, args.dtype, args.batch_size,
-        args.max_new_tokens,
+        args.max_new_tokens, args.protocol,
     )  # fmt: skip
     device, rows, failed = pruned_vlm.device(args.device), [], []
     place = args.out / folder_of(setting)
@@ -94,7 +96,7 @@ def _heard(bar: Any, task: Any, done: int, total: int) -> None:
 def folder_of(setting: Any) -> str:
     """A folder name that tells settings apart."""
     said = {"vlm": setting.vlm, "pruner": str(setting.pruner), "options": dict(setting.options), "dtype": setting.dtype,
-            "max_new_tokens": setting.max_new_tokens}  # fmt: skip
+            "max_new_tokens": setting.max_new_tokens, "protocol": setting.protocol}  # fmt: skip
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
     parts = [Path(setting.vlm).name, setting.method, setting.keep, setting.seed, digest]
     return "-".join(str(part).replace("/", "-") for part in parts if part is not None)

@@ -12,6 +12,7 @@ from lmms_eval.api.model import lmms
 
 from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.evaluation.answered import Answer
+from ocvtp.evaluation.benchmarks import NATIVE, checked
 from ocvtp.evaluation.lmms.official import messages_of
 from ocvtp.evaluation.setting import EvaluationSetting, ready
 
@@ -30,6 +31,7 @@ class OcvtpModel(lmms):
         max_batch_size: not used; lmms-eval passes it.
         device: cpu, cuda, ...
         max_new_tokens: of tasks that do not say.
+        protocol: paper: asked by the template of the VLM's authors; native: by its own. The tasks are lmms-eval's.
         record: a file to which answers and kept tokens are appended as JSON lines.
         options: of the method, such as top_k=2.
     """
@@ -48,12 +50,14 @@ class OcvtpModel(lmms):
         max_batch_size: int | None = None,
         device: str | None = None,
         max_new_tokens: int = 16,
+        protocol: str = NATIVE,
         record: str | None = None,
         **options: Any,
     ) -> None:
         setting = EvaluationSetting(
-            vlm, method, keep, seed, pruner, options, dtype, _whole(batch_size, "batch_size"), max_new_tokens
-        )
+            vlm, method, keep, seed, pruner, options, dtype, _whole(batch_size, "batch_size"), max_new_tokens,
+            checked(protocol),
+        )  # fmt: skip
         stack = ExitStack()
         # A model of its own: it stays pruned for as long as this object lives.
         answerer = stack.enter_context(ready(setting, device or "cpu", shared=False))

@@ -94,9 +94,9 @@ def opened(benchmark: Benchmark, data: Path | None) -> Iterator[Questions]:
 
 def _stamp(benchmark: Benchmark, data: Path | None) -> tuple[Hashable, ...]:
     if data is None:
-        return (benchmark.name,)
+        return (benchmark.name, benchmark.protocol)
     about = data.stat()
-    return (benchmark.name, data, about.st_ino, about.st_mtime_ns, about.st_size)
+    return (benchmark.name, benchmark.protocol, data, about.st_ino, about.st_mtime_ns, about.st_size)
 
 
 def _kept(benchmark: Benchmark, data: Path | None, stamp: tuple[Hashable, ...], folder: Path) -> Any:

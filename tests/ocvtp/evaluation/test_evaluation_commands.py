@@ -94,6 +94,7 @@ def test_results_are_percentages_of_the_one_unpruned_result_made_alike(place: Pa
     assert relative() == pytest.approx(75)
     write("older", 0.5, setting={"method": "vanilla"}, versions={**written["versions"], "torch": "2.0"})
     write("sdpa", 0.6, setting={"method": "vanilla"}, attn_implementation="flash")
+    write("asked", 0.6, setting={"method": "vanilla"}, protocol="paper")
     assert relative() == pytest.approx(75), "made by others"
     write("again", 0.4, setting={"method": "vanilla"})
     assert relative() == pytest.approx(75)

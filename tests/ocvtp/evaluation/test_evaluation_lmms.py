@@ -234,20 +234,25 @@ def test_it_is_quiet_and_leaves_the_process_as_it_was(
     assert {record.levelno for record in caplog.records} == {logging.DEBUG}
 
 
-def test_official_tasks_are_included_unchanged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["native", "paper"])
+def test_official_tasks_are_included_unchanged(protocol: Any, tmp_path: Path) -> None:
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import load_yaml_config
 
     from ocvtp.evaluation.lmms.tasks import package
 
-    for name, entry in benchmarks().items():
+    for name, entry in benchmarks(protocol).items():
         task = write_task(tmp_path / name, entry)
         paths = (tmp_path / name / f"{task}.yaml", package() / "tasks" / entry.yaml)
         config, official = ({**load_yaml_config(str(path), mode="simple")} for path in paths)
         for one in (config, official):  # functions are nodes of YAML here
             one |= {key: value.value for key, value in one.items() if hasattr(value, "value")}
         changed = {key for key in config if key != "metric_list" and config[key] != official.get(key)}
-        assert changed == {"task"}
+        with_ocr = protocol == "paper" and name == "textvqa"
+        assert changed == ({"task", "lmms_eval_specific_kwargs"} if with_ocr else {"task"})
+        if with_ocr:
+            ours, theirs = (one["lmms_eval_specific_kwargs"]["default"] for one in (config, official))
+            assert ours == {**theirs, "ocr": True}
         metrics = [[metric["metric"] for metric in one["metric_list"]] for one in (config, official)]
         assert metrics[0] == [metric for metric in metrics[1] if metric != "submission"]
         assert (config["dataset_path"], config["test_split"].strip()) == (entry.hub, entry.split)
