@@ -54,7 +54,7 @@ def run(
     path = write_parquet(folder / f"{name}.parquet", rows)
     with opened(benchmark(name), path) as questions:
         count = min(limit or len(questions), len(questions))
-        answered = answers_to(questions, parrot, range(count), 4, None, progress)  # type: ignore[arg-type]
+        answered, _ = answers_to(questions, parrot, range(count), 4, None, progress)  # type: ignore[arg-type]
         metrics, samples = scored(questions, [one.answer for one in answered])
     return Scored(primary_of(benchmark(name), metrics), metrics, samples), parrot
 
@@ -147,8 +147,9 @@ def test_a_batch_that_does_not_fit_is_halved_once_for_each_power_of_two(
         whole = answers_to(questions, wide, range(12), 8, None, None)  # type: ignore[arg-type]
         found = answers_to(questions, small, range(12), 8, None, None)  # type: ignore[arg-type]
         assert (wide.tried, small.tried) == ([8, 4], [8, 4, 2, 2, 2, 2, 2, 2])
-        assert found == whole
-        assert [one.row for one in found] == list(range(12))
+        assert found == (whole[0], 2)
+        assert whole[1] == 8
+        assert [one.row for one in found[0]] == list(range(12))
         assert "8 questions at once need more memory than there is: 4 from here on" in caplog.text
         with pytest.raises(NotAvailable, match="question 0 of gqa alone needs more memory"):
             answers_to(questions, Small(0), range(12), 8, None, None)  # type: ignore[arg-type]
