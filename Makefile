@@ -42,7 +42,7 @@ test: $(STAMP) system  ## run the tests
 nightly: $(STAMP) system  ## run the tests that take minutes each
 	pytest -m nightly
 
-# vLLM in an environment of its own (6 GB); where it cannot be made, the tests say that they prove nothing.
+# vLLM in an environment of its own (6 GB); where it cannot be made, nothing is proven, and make says so and fails.
 VLLM := .vllm-env
 serve-test: $(STAMP)  ## run the tests on a real vLLM, in an environment of its own
 	@[ -e $(VLLM)/.complete ] && [ ! requirements-vllm.lock -nt $(VLLM)/.complete ] \
@@ -50,7 +50,7 @@ serve-test: $(STAMP)  ## run the tests on a real vLLM, in an environment of its 
 	  && $(BIN)/uv pip install --quiet --python $(VLLM)/bin/python --no-deps -r requirements-vllm.lock \
 	  && $(BIN)/uv pip install --quiet --python $(VLLM)/bin/python --no-deps --editable . \
 	  && touch $(VLLM)/.complete; } \
-	|| { echo "NOT PROVEN: vLLM could not be installed in $(VLLM), see above" >&2; rm -rf $(VLLM); }
+	|| { echo "NOT PROVEN: vLLM could not be installed in $(VLLM), see above" >&2; rm -rf $(VLLM); exit 1; }
 	pytest -m nightly tests/serving
 
 check: $(STAMP)  ## all that CI asks: format, lint, types, import contracts, tests

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,50 @@ def make_model(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def measure(model: str, section: dict[str, Any] | None, requests: int, new_tokens: int, side: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Served:
+    """A VLM in a folder, and what it is asked."""
+
+    model: str
+    side: int
+    """Pixels of its square images."""
+    prompt: str
+
+
+def tiny(folder: Path) -> Served:
+    """tiny-llava."""
+    from ocvtp.serving.export import export
+
+    export("tiny-llava", folder)  # with the names that vLLM's own model looks for
+    return Served(str(folder), 96, "USER: <image>\nWhat is in the image? ASSISTANT:")
+
+
+def mid_size_llava(folder: Path) -> Served:
+    """The random LLaVA; its words are numbers."""
+    from ocvtp.serving.export import export
+
+    with tempfile.TemporaryDirectory() as made:
+        make_model(Path(made))
+        export(made, folder)
+    return Served(str(folder), 336, " ".join(["<image>", *(f"w{number}" for number in range(100, 132))]))
+
+
+def measure(served: Served, section: dict[str, Any] | None, requests: int, new_tokens: int) -> dict[str, Any]:
     """One case, in this process."""
     import numpy as np
     from PIL import Image
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        model, dtype="float32", enforce_eager=True, max_model_len=1024, limit_mm_per_prompt={"image": 1},
+        served.model, dtype="float32", enforce_eager=True, max_model_len=1024, limit_mm_per_prompt={"image": 1},
         max_num_seqs=32, hf_overrides={} if section is None else {"ocvtp": section}, seed=0,
     )  # fmt: skip
-    text = "USER: <image>\nWhat is in the image? ASSISTANT:" if side == 96 else " ".join(
-        ["<image>", *(f"w{number}" for number in range(100, 132))])  # fmt: skip
     draws = np.random.default_rng(0)
 
     def prompts(count: int) -> list[dict[str, Any]]:
-        pictures = [Image.fromarray(draws.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
-        return [{"prompt": text, "multi_modal_data": {"image": picture}} for picture in pictures]
+        size = (served.side, served.side, 3)
+        pictures = [Image.fromarray(draws.integers(0, 255, size, dtype=np.uint8)) for _ in range(count)]
+        return [{"prompt": served.prompt, "multi_modal_data": {"image": picture}} for picture in pictures]
 
     def run(count: int, tokens: int) -> tuple[float, int]:
         batch = prompts(count)
@@ -87,10 +115,10 @@ def measure(model: str, section: dict[str, Any] | None, requests: int, new_token
     return {"prompt_tokens": read, "requests_per_second": requests / seconds, "first_token_ms": 1000 * first}
 
 
-def apart(arguments: argparse.Namespace, model: str, section: dict[str, Any] | None, side: int) -> dict[str, Any]:
+def apart(arguments: argparse.Namespace, served: Served, section: dict[str, Any] | None) -> dict[str, Any]:
     """One case, in a process of its own."""
-    case = {"model": model, "section": section, "requests": arguments.requests, "new_tokens": arguments.new_tokens,
-            "side": side}  # fmt: skip
+    case = {"served": asdict(served), "section": section, "requests": arguments.requests,
+            "new_tokens": arguments.new_tokens}  # fmt: skip
     with tempfile.NamedTemporaryFile("r", suffix=".json") as told:
         command = [sys.executable, __file__, "--case", json.dumps(case), "--out", told.name]
         done = subprocess.run(command, env={**os.environ, **ENGINE}, capture_output=True, text=True, check=False)
@@ -128,25 +156,19 @@ def main() -> None:
     add_output(parser)
     arguments = parser.parse_args()
     if arguments.case is not None:
-        arguments.out.write_text(json.dumps(measure(**json.loads(arguments.case))))
+        case = json.loads(arguments.case)
+        arguments.out.write_text(json.dumps(measure(Served(**case.pop("served")), **case)))
         return
     if arguments.quick:
         arguments.requests = min(arguments.requests, 4)
     import transformers
     import vllm
 
-    from ocvtp.serving.export import export
-
     with tempfile.TemporaryDirectory() as folder:
-        model, side, made = f"{folder}/served", 336, f"{folder}/made"
-        if arguments.quick:
-            side, made = 96, "tiny-llava"
-        else:
-            make_model(Path(made))
-        export(made, model)  # with the names that vLLM's own model looks for
+        served = (tiny if arguments.quick else mid_size_llava)(Path(folder) / "served")
         sections: dict[str, dict[str, Any] | None] = {"vanilla": None}
         sections |= {name: {"method": name, "keep": arguments.keep} for name in arguments.methods.split(",")}
-        cases = {name: apart(arguments, model, section, side) for name, section in sections.items()}
+        cases = {name: apart(arguments, served, section) for name, section in sections.items()}
     found = {
         "machine": machine(vllm=vllm.__version__, transformers=transformers.__version__),
         "requests": arguments.requests, "new_tokens": arguments.new_tokens, "keep": arguments.keep, "cases": cases,

@@ -14,15 +14,17 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
+from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, paper_pruner_flops, prefill_flops, pruner_flops
 from ocvtp.efficiency.shapes import VlmShape, shape_of
 from ocvtp.errors import BadInput
-from ocvtp.methods import REGISTRY
+from ocvtp.methods import REGISTRY, options_of
 from ocvtp.methods.budget import Budget
+from ocvtp.methods.inside_tower import OPTION
 from ocvtp.vlms import CatalogEntry, resolve
+from ocvtp.vlms.hidden_states import resolve_layer
 from ocvtp.vlms.loading import ImageShape, image_shapes
 from pipelines.grid import VANILLA
-from pipelines.params.fitting import by_layer, lacking
+from pipelines.params.fitting import lacking
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -97,14 +99,14 @@ def _row(
     text_tokens, llm, entry = run.params.efficiency.text_tokens, shape.llm, REGISTRY[method]
     pruner = _pruner(run, vlm, whole, kept, top_k or 1) if method in WITH_PRUNER else 0
     try:
-        layers = by_layer(entry, vlm, whole, kept, run.params.evaluate.options.get(method, {}))
+        layers = entry.by_layer(whole, kept, vlm.llm_layers, run.params.evaluate.options.get(method, {}))
     except BadInput as error:
         log.warning("efficiency: no row for %s with keep %s on %s: %s", method, keep and keep.written, vlm.name, error)
         return None
     read = [tokens + text_tokens for tokens in layers]
     flops = prefill_flops(
         shape, image_tokens=whole, kept=layers, text_tokens=text_tokens, pruner=pruner, text_asks=entry.text_asks,
-        tiles=image.tiles, grid=image.grid,
+        tiles=image.tiles, grid=image.grid, inside_tower=_inside_tower(run, vlm, method),
     )  # fmt: skip
     return {
         "vlm": vlm.name,
@@ -115,9 +117,21 @@ def _row(
         "top_k": top_k,
         "layers": layers,
         "paper_flops": paper_llm_flops(read, width=llm.width, layers=llm.layers, mlp=llm.mlp),
+        "paper_pruner_flops": paper_pruner_flops(whole, vlm.width) if method in WITH_PRUNER else 0,
         "flops": flops.as_dict(),
         "kv_cache_bytes": kv_cache_bytes(llm, read),
     }
+
+
+def _inside_tower(run: Stage, vlm: CatalogEntry, method: str) -> int | None:
+    """The layer of the tower from which on kept tokens are alone in it; None of a method that prunes after it."""
+    options = options_of(REGISTRY[method], run.params.evaluate.options.get(method, {}))
+    if not options.get(OPTION):
+        return None
+    if options["layer"] is None:
+        log.warning("efficiency: %s is counted with all of the tower: evaluate.options names no layer for it", method)
+        return None
+    return resolve_layer(options["layer"], vlm.facts.depth)
 
 
 def _pruner(run: Stage, vlm: CatalogEntry, whole: int, kept: int, top_k: int) -> int:

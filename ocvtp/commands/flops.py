@@ -17,8 +17,6 @@ _WHOLE = {
 }
 """Tokens of an image unless given: fixed for LLaVA; for Qwen those of a photograph of about 1000 x 780, at one for
 28 x 28 pixels and for 32 x 32."""
-_PAPER_SLOTS = 64
-"""Of the pruner whose cost the paper's Table 4 gives, whatever is kept."""
 _PAPER_LEAVES_OUT = (
     "The paper counts the language model alone, with two matrices in its MLP, where a gated one has three, and without "
     "lm_head; tower and projector are left out. Its pruner has 64 slots, whatever is kept, and operations on single "
@@ -38,6 +36,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--image-tokens", type=int, default=None, help="vision tokens of the unpruned image")
     parser.add_argument("--text-tokens", type=int, default=32, help="text tokens of the prompt (default: 32)")
     parser.add_argument("--slots", type=int, default=None, help="slots of the pruner (default: as many as are kept)")
+    parser.add_argument("--inside-tower", type=int, default=None, metavar="LAYER", help="from this layer of the tower "
+                        "on the kept tokens are alone in it, as with inside_tower=True of css and others")  # fmt: skip
     parser.add_argument("--convention", choices=("both", "paper", "true"), default="both",
                         help="paper: as its Table 4 counts, beside the truth; true: all parts "
                         "(default: both)")  # fmt: skip
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Count and print."""
     if args.answers is not None:
         return _answers(args)
-    rows = count(args.vlm, args.keep, args.image_tokens, args.text_tokens, args.slots)
+    rows = count(args.vlm, args.keep, args.image_tokens, args.text_tokens, args.slots, args.inside_tower)
     if args.json:
         common.print_json({"vlm": args.vlm, "text_tokens": args.text_tokens, "rows": rows})
         return 0
@@ -141,10 +141,18 @@ def _whole(vlm: str, image_tokens: int | None) -> int:
 
 
 def count(
-    vlm: str, keep: list[int | float] | None, image_tokens: int | None, text_tokens: int, slots: int | None
-) -> list[dict[str, Any]]:
+    vlm: str, keep: list[int | float] | None, image_tokens: int | None, text_tokens: int, slots: int | None,
+    inside_tower: int | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row for the whole image and one for each budget."""
-    from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, prefill_flops, pruner_flops
+    from ocvtp.efficiency.flops import (
+        PAPER_SLOTS,
+        kv_cache_bytes,
+        paper_llm_flops,
+        paper_pruner_flops,
+        prefill_flops,
+        pruner_flops,
+    )
 
     shape, whole = shape_of(vlm), _whole(vlm, image_tokens)
     budgets = [common.tokens(budget, whole) for budget in keep or (0.333, 0.222, 0.111)]
@@ -153,9 +161,11 @@ def count(
         kept = whole if tokens is None else tokens
         width = shape.tower.width
         pruner = 0 if tokens is None else pruner_flops(whole, width, slots or tokens)
-        paper_slots = slots or _PAPER_SLOTS
-        paper_pruner = 0 if tokens is None else pruner_flops(whole, width, paper_slots, elementwise=True)
-        flops = prefill_flops(shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner)
+        paper_pruner = 0 if tokens is None else paper_pruner_flops(whole, width, slots or PAPER_SLOTS)
+        flops = prefill_flops(
+            shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner,
+            inside_tower=None if tokens is None else inside_tower,
+        )  # fmt: skip
         llm = shape.llm
         rows.append({
             "tokens": kept,

@@ -1,6 +1,7 @@
 """`ocvtp latency`: time to the first token and to later ones, method by method."""
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,60 +33,136 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure and print; 1 if there are cases that could not be measured."""
+    found = measured(args)
+    if args.figure is not None and found.times:
+        _draw(args.figure, args.vlm, found.times)
+    if args.json:
+        common.print_json(found.as_dict())
+    else:
+        for table in found.tables():
+            common.console().print(table)
+    return 1 if found.failed else 0
+
+
+def measured(args: argparse.Namespace) -> "Measured":
+    """Measure all cases; `BadInput` for what none of them could be measured with."""
     if args.batch != 1 and not args.random_weights:
         raise BadInput(f"--batch {args.batch} is of --random-weights: an image and a prompt are measured one at a time")
     if args.random_weights and args.image is not None:
         raise BadInput("--image says nothing to random weights: leave one of the two out")
     if args.figure is not None and args.figure.suffix not in (".png", ".svg"):
         raise BadInput(f"--figure {args.figure}: a name that ends in .png or .svg is needed")
+    from ocvtp.methods import entry_of
+
+    methods = dict.fromkeys(["random", *args.methods])
+    for method in methods:
+        entry_of(method)
     image = None if args.random_weights else pruned_vlm.read_image(args.image) if args.image else _scene()
 
     from ocvtp.efficiency.latency import measure
 
     model, inputs, process = _random(args) if image is None else _loaded(args, image)
-    methods = dict.fromkeys(["random", *args.methods])
     cells = [("vanilla", 1.0), *((method, keep) for keep in args.keep for method in methods if method != "vanilla")]
     names = {_name(*cell): cell for cell in cells}
     cases: dict[str, Any] = {
         name: lambda m=method, k=keep: pruned_vlm.pruned(model, m, k, args.pruner)
         for name, (method, keep) in names.items()
     }
+    failed: dict[str, str] = {}
     times = measure(
-        model, inputs, cases, new_tokens=args.new_tokens, repeats=args.repeats, warmup=args.warmup, process=process
-    )
-    limits = _limits(model, inputs, names, args.new_tokens) if args.limits else None
-    if args.figure is not None:
-        _draw(args.figure, args.vlm, times)
-    if args.json:
-        found = {name: {**case.as_dict(), "of_vanilla": _ratio(times, name, "vanilla"),
-                        "of_random": _ratio(times, name, _beside(name, names))}
-                 for name, case in times.items()}  # fmt: skip
-        if limits is not None:
-            for name, case in found.items():
-                case |= {"least_ms": limits.least[name], "distance": limits.distances(times[name], name)}
-        ceilings = {} if limits is None else {"ceilings": limits.ceilings.as_dict()}
-        common.print_json({"vlm": args.vlm, **ceilings, "cases": found})
-        return 0
-    for table in (_answers(args.vlm, times, names), _phases(times), *([] if limits is None else [limits.table(times)])):
-        common.console().print(table)
-    return 0
+        model, inputs, cases, new_tokens=args.new_tokens, repeats=args.repeats, warmup=args.warmup, process=process,
+        failed=failed,
+    )  # fmt: skip
+    there = {name: cell for name, cell in names.items() if name in times}
+    limits = _limits(model, inputs, there, args.new_tokens) if args.limits else None
+    about = {
+        "vlm": args.vlm, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+        "batch": len(inputs["input_ids"]), "new_tokens": args.new_tokens,
+    }  # fmt: skip
+    return Measured(about, names, times, failed, limits)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of it.
+
+    Attributes:
+        about: the VLM, where it ran and with what numbers, prompts at once and tokens of an answer.
+        names: of each case method and budget.
+        times: of those that could be measured.
+        failed: why the others could not.
+        limits: the least time, if it was asked for.
+    """
+
+    about: dict[str, Any]
+    names: dict[str, tuple[str, int | float]]
+    times: dict[str, Any]
+    failed: dict[str, str]
+    limits: "_Limits | None"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {}
+        for name, (method, keep) in self.names.items():
+            found[name] = {"method": method, "keep": keep}
+            if name in self.failed:
+                found[name] |= {"failed": self.failed[name]}
+                continue
+            ratios = {"of_vanilla": self.ratio(name, "vanilla"), "of_random": self.ratio(name, self.beside(name))}
+            found[name] |= {**self.times[name].as_dict(), **ratios}
+            if self.limits is not None:
+                distances = self.limits.distances(self.times[name], name)
+                found[name] |= {"least_ms": self.limits.least[name], "distance": distances}
+        ceilings = {} if self.limits is None else {"ceilings": self.limits.ceilings.as_dict()}
+        return {**self.about, **ceilings, "cases": found}
+
+    def tables(self) -> list[Any]:
+        """For people: answers, phases and distances; what could not be measured says why in its row."""
+        if not self.times:
+            return [self._answers()]
+        limits = [] if self.limits is None else [self.limits.table(self.times)]
+        return [self._answers(), _phases(self.times), *limits]
+
+    def beside(self, name: str) -> str:
+        """The case of random tokens with the budget of another one."""
+        method, keep = self.names[name]
+        return name if method == "vanilla" else _name("random", keep)
+
+    def ratio(self, name: str, other: str) -> float | None:
+        """Of two first tokens; None where the other one could not be measured."""
+        if other not in self.times:
+            return None
+        found: float = self.times[name].first_token.median / self.times[other].first_token.median
+        return found
+
+    def _answers(self) -> Any:
+        numbers = ("first token", "of vanilla", "of random", "next token", "answer", "peak memory")
+        title = f"{self.about['vlm']} on {self.about['device']}: milliseconds, median [quartiles]"
+        table = common.table(title, "", *numbers, right=numbers)
+        for case in self.names:
+            if case in self.failed:
+                table.add_row(f"{case}: {self.failed[case]}", *["-"] * len(numbers))
+                continue
+            took = self.times[case]
+            table.add_row(
+                case,
+                _spread(took.first_token),
+                _percent(self.ratio(case, "vanilla")),
+                "-" if case == "vanilla" else _percent(self.ratio(case, self.beside(case))),
+                _spread(took.next_token) if took.next_token else "-",
+                _spread(took.total),
+                "-" if took.peak_memory_bytes is None else f"{took.peak_memory_bytes / 1e9:.2f} GB",
+            )
+        return table
 
 
 def _name(method: str, keep: int | float) -> str:
     return method if method == "vanilla" else f"{method}, keep {keep:g}"
 
 
-def _beside(name: str, names: dict[str, Any]) -> str:
-    """The case of random tokens with the budget of another one."""
-    method, keep = names[name]
-    return name if method == "vanilla" else _name("random", keep)
-
-
-def _ratio(times: dict[str, Any], name: str, other: str) -> float:
-    """Of two first tokens."""
-    ratio: float = times[name].first_token.median / times[other].first_token.median
-    return ratio
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}%"
 
 
 class _Limits:
@@ -120,6 +197,7 @@ def _limits(model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int 
     from ocvtp.efficiency.flops import pruner_flops
     from ocvtp.efficiency.roofline import Ceilings, least
     from ocvtp.efficiency.shapes import shape_of
+    from ocvtp.methods import entry_of
     from ocvtp.vlms.families import family_of
 
     family, shape = family_of(model), shape_of(model.config)
@@ -130,8 +208,9 @@ def _limits(model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int 
     ceilings = Ceilings.measured(model.device, model.dtype)
 
     def of(method: str, keep: int | float) -> dict[str, float]:
-        kept = whole if method == "vanilla" else common.tokens(keep, whole)
-        work = pruner_flops(whole, shape.tower.width, kept) if method.startswith("oc-vtp") else 0
+        budget = whole if method == "vanilla" else common.tokens(keep, whole)
+        kept = entry_of(method).by_layer(whole, budget, shape.llm.layers, {})
+        work = pruner_flops(whole, shape.tower.width, budget) if method.startswith("oc-vtp") else 0
         found = least(
             shape, ceilings, image_tokens=whole, kept=kept, text_tokens=words, batch=batch, method=work,
             bytes_per_number=model.dtype.itemsize,
@@ -164,30 +243,14 @@ def _loaded(args: argparse.Namespace, image: Any) -> tuple[Any, dict[str, Any], 
     return vlm.model, dict(process()), process
 
 
-def _answers(name: str, times: dict[str, Any], names: dict[str, Any]) -> Any:
-    numbers = ("first token", "of vanilla", "of random", "next token", "answer", "peak memory")
-    device = next(iter(times.values())).device
-    table = common.table(f"{name} on {device}: milliseconds, median [quartiles]", "", *numbers, right=numbers)
-    for case, took in times.items():
-        table.add_row(
-            case,
-            _spread(took.first_token),
-            f"{100 * _ratio(times, case, 'vanilla'):.0f}%",
-            "-" if case == "vanilla" else f"{100 * _ratio(times, case, _beside(case, names)):.0f}%",
-            _spread(took.next_token) if took.next_token else "-",
-            _spread(took.total),
-            "-" if took.peak_memory_bytes is None else f"{took.peak_memory_bytes / 1e9:.2f} GB",
-        )
-    return table
-
-
 def _phases(times: dict[str, Any]) -> Any:
     phases = tuple(next(iter(times.values())).phases)
-    numbers = ("image processing", *phases)
-    table = common.table("Phases of a first token, and what the processor does before it", "", *numbers, right=numbers)
+    numbers = ("image processing", *phases, "of the whole")
+    title = "Phases of a first token, what they make up of it, and what the processor does before it"
+    table = common.table(title, "", *numbers, right=numbers)
     for case, took in times.items():
         processing = "-" if took.processing is None else _spread(took.processing)
-        table.add_row(case, processing, *(_spread(took.phases[phase]) for phase in phases))
+        table.add_row(case, processing, *(_spread(took.phases[phase]) for phase in phases), _percent(took.accounted))
     return table
 
 

@@ -19,6 +19,8 @@ from ocvtp.errors import BadInput
 
 MAC = 2
 """Operations of a multiply-accumulate."""
+PAPER_SLOTS = 64
+"""Of the pruner whose cost the paper's Table 4 gives, whatever is kept."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def pruner_flops(
     return flops
 
 
+def paper_pruner_flops(tokens: int, width: int, slots: int = PAPER_SLOTS) -> int:
+    """The paper's count of its pruner: 64 slots whatever is kept, operations on single elements too (Table 4)."""
+    return pruner_flops(tokens, width, slots, elementwise=True)
+
+
 def prefill_flops(
     shape: VlmShape,
     *,
@@ -111,6 +118,7 @@ def prefill_flops(
     tiles: int | None = None,
     grid: tuple[int, int] | None = None,
     tower_layers: int | None = None,
+    inside_tower: int | None = None,
     causal: bool = False,
     text_asks: bool = False,
 ) -> Prefill:
@@ -129,25 +137,31 @@ def prefill_flops(
         grid: rows and columns of merged tokens, which decide the windows of Qwen2.5-VL's tower; whole windows
             are assumed unless given.
         tower_layers: layers of the tower that run; those that the features need unless given.
+        inside_tower: the layer of the tower that the choice is made on, if the kept tokens and CLS are alone in it from
+            there on (`ocvtp.methods.inside_tower`); tiles have even shares of them.
         causal: count only the attention pairs that a causal mask leaves.
         text_asks: where tokens are dropped between layers, every token of the prompt ranks them and not the last one
             alone (`ocvtp.methods.Entry.text_asks`). Ranking is part of `llm`.
 
     Raises:
-        BadInput: counts that are negative, larger than the image or not one a layer.
+        BadInput: counts that are negative, larger than the image or not one a layer; a tower that cannot be pruned
+            inside, or a layer beyond those that run.
     """
     _check("image_tokens", image_tokens, 0)
     _check("text_tokens", text_tokens, 0)
-    by_layer = _by_layer(kept, image_tokens, shape.llm.layers)
+    counts = by_layer(kept, image_tokens, shape.llm.layers)
     if projected is None:
         patches = _tiles(shape.tower, image_tokens, tiles) * (shape.tower.patches_per_tile or 0)
-        projected = {"kept": by_layer[0], "tokens": image_tokens, "patches": patches}[shape.projects]
+        projected = {"kept": counts[0], "tokens": image_tokens, "patches": patches}[shape.projects]
+    if inside_tower is not None and (shape.tower.kind, shape.projects) != ("tiles", "kept"):
+        raise BadInput("inside_tower needs a tower whose patches are the tokens, as LLaVA-1.5 and LLaVA-NeXT have")
+    alone = None if inside_tower is None else (inside_tower, counts[0])
     return Prefill(
-        tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers),
+        tower=_tower(shape.tower, image_tokens, tiles, grid, tower_layers, alone),
         projector=MAC * projected * projector_parameters(shape),
         pruner=pruner,
-        llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in by_layer)
-        + _ranking(shape.llm, by_layer, text_tokens, text_asks=text_asks),
+        llm=sum(llm_layer_flops(shape.llm, tokens + text_tokens, causal=causal) for tokens in counts)
+        + _ranking(shape.llm, counts, text_tokens, text_asks=text_asks),
         lm_head=MAC * shape.llm.width * shape.llm.vocabulary,
     )
 
@@ -164,12 +178,27 @@ def ranking_flops(llm: LlmShape, tokens: int, rows: int = 1) -> int:
     return MAC * (tokens * llm.width * llm.keys + rows * llm.width * llm.queries + rows * tokens * llm.queries)
 
 
-def _ranking(llm: LlmShape, by_layer: Sequence[int], text_tokens: int, *, text_asks: bool) -> int:
+def _ranking(llm: LlmShape, counts: Sequence[int], text_tokens: int, *, text_asks: bool) -> int:
     """Of what is done before each layer that reads fewer tokens than the one before it, and once to find who asks."""
     rows = 1 + text_tokens if text_asks else 1
-    before = [tokens for tokens, after in pairwise(by_layer) if after < tokens]
-    finding = MAC * by_layer[0] * text_tokens * llm.width if before and text_asks else 0
+    before = [tokens for tokens, after in pairwise(counts) if after < tokens]
+    finding = MAC * counts[0] * text_tokens * llm.width if before and text_asks else 0
     return finding + sum(ranking_flops(llm, tokens + text_tokens, rows) for tokens in before)
+
+
+def by_layer(kept: int | Sequence[int] | None, image_tokens: int, layers: int) -> list[int]:
+    """How many of an image's tokens each layer of the language model reads; `BadInput` for more than there are.
+
+    Args:
+        kept: one count, or one for each layer; None is all.
+        image_tokens: of the unpruned image.
+        layers: of the language model.
+    """
+    counts = _each_layer("kept", image_tokens if kept is None else kept, layers)
+    for count in counts:
+        if not 0 <= count <= image_tokens:
+            raise BadInput(f"kept is {count}: an image of {image_tokens} tokens keeps 0 to {image_tokens}")
+    return counts
 
 
 def kv_cache_bytes(llm: LlmShape, tokens: int | Sequence[int], *, bytes_per_number: int = 2) -> int:
@@ -183,17 +212,28 @@ def _tiles(tower: TowerShape, image_tokens: int, tiles: int | None) -> int:
 
 
 def _tower(
-    tower: TowerShape, image_tokens: int, tiles: int | None, grid: tuple[int, int] | None, run: int | None
-) -> int:
+    tower: TowerShape, image_tokens: int, tiles: int | None, grid: tuple[int, int] | None, run: int | None,
+    alone: tuple[int, int] | None,
+) -> int:  # fmt: skip
+    """`alone`: from which layer on so many tokens of the image, and CLS, are all that there is."""
     run = tower.used_layers if run is None else run
     if not 0 <= run <= tower.layers:
         raise BadInput(f"tower_layers is {run}: the tower has {tower.layers} layers")
     d = tower.width
     if tower.kind == "tiles":
         patches = tower.patches_per_tile or image_tokens
-        n = patches + tower.cls
-        layer = 4 * n * d**2 + 2 * n**2 * d + tower.matrices * n * d * tower.mlp
-        return MAC * _tiles(tower, image_tokens, tiles) * (patches * tower.patch_inputs * d + run * layer)
+        seen = _tiles(tower, image_tokens, tiles)
+        first, kept = (run, 0) if alone is None else alone
+        if not 0 <= first <= run:
+            raise BadInput(f"inside_tower is {first}: {run} layers of the tower run")
+
+        def layer(tokens: int) -> int:
+            n = tokens + tower.cls
+            return 4 * n * d**2 + 2 * n**2 * d + tower.matrices * n * d * tower.mlp
+
+        left, shares = run - first, [kept // seen + (tile < kept % seen) for tile in range(seen)]
+        blocks = seen * first * layer(patches) + left * sum(layer(share) for share in shares if share)
+        return MAC * (seen * patches * tower.patch_inputs * d + blocks)
     n = image_tokens * tower.merge**2
     weights = n * (4 * d**2 + tower.matrices * d * tower.mlp)
     pairs = [n**2 if index in tower.global_layers else _window_pairs(tower, image_tokens, grid) for index in range(run)]
@@ -214,14 +254,6 @@ def _window_pairs(tower: TowerShape, image_tokens: int, grid: tuple[int, int] | 
         return [min(side, length - start) for start in range(0, length, side)]
 
     return sum((h * w * patches) ** 2 for h in extents(rows) for w in extents(columns))
-
-
-def _by_layer(kept: int | Sequence[int] | None, image_tokens: int, layers: int) -> list[int]:
-    counts = _each_layer("kept", image_tokens if kept is None else kept, layers)
-    for count in counts:
-        if not 0 <= count <= image_tokens:
-            raise BadInput(f"kept is {count}: an image of {image_tokens} tokens keeps 0 to {image_tokens}")
-    return counts
 
 
 def _each_layer(name: str, counts: int | Sequence[int], layers: int) -> list[int]:

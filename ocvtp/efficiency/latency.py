@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, OcvtpError
 from ocvtp.phases import LISTENS, PHASES, Stopwatch, now, phase
 from ocvtp.vlms.families import family_of
 
@@ -66,9 +66,14 @@ class Latency:
     peak_memory_bytes: int | None
     processing: Spread | None = None
 
+    @property
+    def accounted(self) -> float:
+        """Of the time to the first token: what the phases make up, by medians."""
+        return sum(spread.median for spread in self.phases.values()) / self.first_token.median
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {**asdict(self), "accounted": self.accounted}
 
 
 def measure(
@@ -80,6 +85,7 @@ def measure(
     repeats: int = 10,
     warmup: int = 2,
     process: Callable[[], Any] | None = None,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Latency]:
     """Measure `model.generate(**inputs)` in every case, greedy, with exactly `new_tokens` new tokens.
 
@@ -91,21 +97,38 @@ def measure(
         repeats: measured runs of each case.
         warmup: runs of each case before them.
         process: makes such inputs of images and text; timed by itself in each run.
+        failed: gets the cases that cannot be measured, such as those for which there is too little memory, and why; the
+            others go on. None: the first of them ends it.
 
     Returns:
-        A `Latency` for every case, in the order of `cases`.
+        A `Latency` for every case that did not fail, in the order of `cases`.
+
+    Raises:
+        BadInput: counts that are too small.
     """
     for name, value, low in (("new_tokens", new_tokens, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
         if value < low:
             raise BadInput(f"{name} is {value}: at least {low} is needed")
     cases = cases or {"vanilla": nullcontext}
-    runs = {name: _Runs() for name in cases}
+    device, runs = next(model.parameters()).device, {name: _Runs() for name in cases}
     for turn in range(warmup + repeats):
-        for name, case in cases.items():
-            with case():
-                _run(runs[name] if turn >= warmup else _Runs(), model, inputs, new_tokens, process)
-    device = next(model.parameters()).device
+        for name in list(runs):
+            try:
+                with cases[name]():
+                    _run(runs[name] if turn >= warmup else _Runs(), model, inputs, new_tokens, process)
+            except (OcvtpError, RuntimeError, MemoryError) as error:
+                if failed is None or not (isinstance(error, OcvtpError) or _ran_out(error)):
+                    raise
+                failed[name] = str(error) if isinstance(error, OcvtpError) else f"out of memory on {device}"
+                del runs[name]
+            if device.type == "cuda" and name not in runs:
+                torch.cuda.empty_cache()  # for the others, once nothing holds what the failed one had
     return {name: run.latency(new_tokens, str(device)) for name, run in runs.items()}
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether there was too little memory: of CPUs torch tells by a message alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass

@@ -2,18 +2,20 @@
 must read over the rate of copies, whichever is longer. Both rates are measured.
 
 Counted are matrix products (`flops.prefill_flops`, with the attention pairs that a causal mask leaves) and the bytes of
-weights and of cached keys and values, each read once. Activations, norms and softmax are left out, so that no program
-can be faster.
+weights and of cached keys and values, each read once; layers of the language model one by one, since a method inside it
+leaves later ones fewer tokens. Activations, norms, softmax and the rows of attention that rank tokens inside the
+language model are left out, so that no program can be faster.
 """
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from ocvtp.efficiency.flops import MAC, kv_cache_bytes, llm_layer_flops, prefill_flops
+from ocvtp.efficiency.flops import MAC, by_layer, kv_cache_bytes, llm_layer_flops, prefill_flops
 from ocvtp.efficiency.shapes import VlmShape, llm_parameters, projector_parameters, tower_parameters
 from ocvtp.errors import BadInput
 from ocvtp.phases import now
@@ -61,7 +63,7 @@ def least(
     ceilings: Ceilings,
     *,
     image_tokens: int,
-    kept: int | None = None,
+    kept: int | Sequence[int] | None = None,
     text_tokens: int = 32,
     batch: int = 1,
     method: int = 0,
@@ -74,7 +76,8 @@ def least(
         shape: of the VLM.
         ceilings: of the device.
         image_tokens: of the unpruned image.
-        kept: of them, what the language model reads; None is all.
+        kept: of them, what the language model reads: one count, or one for each of its layers for methods that drop
+            tokens inside it (`ocvtp.methods.Entry.by_layer`); None is all.
         text_tokens: of a prompt beside the image's.
         batch: prompts of one image each.
         method: operations of the choice for one image.
@@ -86,21 +89,22 @@ def least(
     """
     if batch < 1:
         raise BadInput(f"batch is {batch}: at least 1 is needed")
-    kept = image_tokens if kept is None else kept
-    work = prefill_flops(shape, image_tokens=image_tokens, kept=kept, text_tokens=text_tokens, tiles=tiles, causal=True)
-    llm, length = shape.llm, kept + text_tokens
+    llm = shape.llm
+    read = by_layer(kept, image_tokens, llm.layers)
+    work = prefill_flops(shape, image_tokens=image_tokens, kept=read, text_tokens=text_tokens, tiles=tiles, causal=True)
+    lengths = [tokens + text_tokens for tokens in read]
     layers, head = llm_parameters(llm), llm.width * llm.vocabulary
-    cache = batch * kv_cache_bytes(llm, length, bytes_per_number=bytes_per_number)
+    cache = batch * kv_cache_bytes(llm, lengths, bytes_per_number=bytes_per_number)
 
     def ms(flops: float, numbers: float, more: float = 0) -> float:
         return 1000 * ceilings.seconds(batch * flops, bytes_per_number * numbers + more)
 
-    one = llm.layers * (llm_layer_flops(llm, 1) + 2 * MAC * length * llm.queries)
+    one = llm.layers * llm_layer_flops(llm, 1) + 2 * MAC * sum(lengths) * llm.queries
     phases = {
         "tower": ms(work.tower, tower_parameters(shape.tower)),
         "method": ms(method, 0),
         "projector": ms(work.projector, projector_parameters(shape)),
-        "prefill": ms(work.llm, layers),
+        "prefill": sum(ms(llm_layer_flops(llm, n, causal=True), layers / llm.layers) for n in lengths),
         "other": ms(work.lm_head, head),
     }
     return {**phases, "first_token": sum(phases.values()), "next_token": ms(one + work.lm_head, layers + head, cache)}

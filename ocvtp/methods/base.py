@@ -139,6 +139,7 @@ class Entry:
         text_asks: inside the LLM: tokens are ranked by every token of the text after an image, not by the last alone.
         without_cls: what it does where the vision tower has no CLS token, if it reads that.
         needs: what a VLM must have.
+        loses: options, and values of them with which it may keep fewer tokens than it is asked for.
     """
 
     name: str
@@ -154,6 +155,23 @@ class Entry:
     text_asks: bool = False
     without_cls: str = ""
     needs: frozenset[Literal["clip tower", "text tower"]] = frozenset()
+    loses: Mapping[str, Collection[Any]] = field(default_factory=dict)
+
+    def by_layer(self, tokens: int, keep: int, depth: int, given: Mapping[str, Any]) -> list[int]:
+        """Tokens of an image of `tokens` that each of the `depth` layers of the LLM reads.
+
+        Args:
+            tokens: of the unpruned image.
+            keep: of them, the budget.
+            depth: layers of the LLM.
+            given: options of the method; those that are not given have their defaults.
+
+        Raises:
+            BadInput: the method cannot keep so few; names how many it can.
+        """
+        if self.per_layer is None:
+            return [keep] * depth
+        return self.per_layer(tokens, keep, depth, options_of(self, given))
 
 
 def nearest(name: str, legal: Collection[str]) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner
 from ocvtp.methods.picking import Picking
 from ocvtp.methods.text_tower import OPTIONS, TextTower, text_tower
+from ocvtp.methods.tiles import RELEASED_FLOOR
 from ocvtp.selection.cosines import unit
 from ocvtp.selection.dpp import dpp
 from ocvtp.vlms.family import Family
@@ -81,6 +82,7 @@ ENTRY = Entry(
     options={"behaviour": "default", **OPTIONS, "tiles": None},
     build=_build,
     needs=frozenset({"clip tower", "text tower"}),
+    loses=RELEASED_FLOOR,
 )
 WITHOUT_TEXT = Entry(
     name="cdpruner-no-text",
@@ -91,5 +93,6 @@ WITHOUT_TEXT = Entry(
     trained=False,
     options={"behaviour": "default", "tiles": None},
     build=_build_without,
+    loses=RELEASED_FLOOR,
 )
 ENTRIES = (ENTRY, WITHOUT_TEXT)

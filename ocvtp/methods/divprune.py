@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, no_pruner
 from ocvtp.methods.picking import Picking
+from ocvtp.methods.tiles import FLOOR
 from ocvtp.selection.fps import fps
 from ocvtp.vlms.family import Family
 
@@ -43,4 +44,5 @@ ENTRY = Entry(
     trained=False,
     options={"tiles": "even"},
     build=_build,
+    loses=FLOOR,
 )

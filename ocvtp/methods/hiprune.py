@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
-from ocvtp.methods.tiles import TILES, budgets, neighbours
+from ocvtp.methods.tiles import RELEASED_FLOOR, TILES, budgets, neighbours
 from ocvtp.selection.ranking import ascending, highest, ranked
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts, Layout, Part
@@ -122,4 +122,5 @@ ENTRY = Entry(
         "exclude": None,
     },
     build=_build,
+    loses={**RELEASED_FLOOR, "exclude": ("minus one",)},
 )

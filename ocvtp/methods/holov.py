@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.picking import RECEIVED, Picking, number
-from ocvtp.methods.tiles import strips
+from ocvtp.methods.tiles import RELEASED_FLOOR, strips
 from ocvtp.selection.cosines import cosines
 from ocvtp.selection.quotas import apportion, best_of_parts
 from ocvtp.vlms.family import Family
@@ -110,4 +110,5 @@ ENTRY = Entry(
     },
     build=_build,
     without_cls=RECEIVED,
+    loses={**RELEASED_FLOOR, "overflow": ("lost",)},
 )

@@ -1,5 +1,7 @@
 """OC-VTP: slots gathered from a middle layer of the tower say which tokens go on (eq. 6 to 8 of the paper).
 
+With `inside_tower=True` they alone go on in the tower, too (`ocvtp.methods.inside_tower`).
+
 Letters: G images of a group, N tokens of an image, C tower width, k tokens kept.
 """
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, no_pruner, whole
+from ocvtp.methods.inside_tower import OPTION, within
 from ocvtp.pruner import OCPruner, PrunerConfig, checks
 from ocvtp.pruner.select import Selection
 from ocvtp.vlms.catalogue import weights_of
@@ -72,7 +75,8 @@ def _build(family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     layer = _layer(family, pruner, options["layer"])
     _check(family, pruner, layer, anyway=options["other_vlm"])
     # A copy as it is now: it moves to the tower's device and has no dropout, while the caller's own may be in training.
-    return OCVTP(copy.deepcopy(pruner).eval(), layer, family.facts, _selection("oc-vtp", options))
+    made = OCVTP(copy.deepcopy(pruner).eval(), layer, family.facts, _selection("oc-vtp", options))
+    return within("oc-vtp", made, family, options)
 
 
 def _selection(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +141,8 @@ def _build_untrained(family: Family, pruner: Any, options: Mapping[str, Any]) ->
         torch.manual_seed(options["weights_seed"])
         drawn = OCPruner(PrunerConfig(family.facts.width, grid=grid, decoder=None, **made_of)).eval()
     selection = _selection("oc-vtp-untrained", options)
-    return OCVTP(drawn, family.index(options["layer"]), family.facts, selection)
+    made = OCVTP(drawn, family.index(options["layer"]), family.facts, selection)
+    return within("oc-vtp-untrained", made, family, options)
 
 
 ENTRY = Entry(
@@ -147,8 +152,9 @@ ENTRY = Entry(
     source="OC-VTP, arXiv 2511.20439",
     random=True,
     trained=True,
-    options={**_SELECTION, "layer": None, "other_vlm": False},
+    options={**_SELECTION, "layer": None, "other_vlm": False, OPTION: False},
     build=_build,
+    loses={"fill": ("none",)},
 )
 UNTRAINED = Entry(
     name="oc-vtp-untrained",
@@ -157,7 +163,8 @@ UNTRAINED = Entry(
     source="OC-VTP's pruner with the random weights that its training starts from",
     random=True,
     trained=False,
-    options={**_SELECTION, "layer": 9, "weights_seed": 0, "queries": None},
+    options={**_SELECTION, "layer": 9, "weights_seed": 0, "queries": None, OPTION: False},
     build=_build_untrained,
+    loses={"fill": ("none",)},
 )
 ENTRIES = (ENTRY, UNTRAINED)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner
 from ocvtp.methods.picking import RECEIVED, Picking, number
+from ocvtp.methods.tiles import RELEASED_FLOOR
 from ocvtp.selection.cosines import unit
 from ocvtp.selection.dpp import dpp
 from ocvtp.selection.greedy import TIE
@@ -99,4 +100,5 @@ ENTRY = Entry(
     options={"behaviour": "default", "mu": 0.42, "tau": 0.02, "order": None, "tiles": None},
     build=_build,
     without_cls=RECEIVED,
+    loses=RELEASED_FLOOR,
 )

@@ -35,7 +35,7 @@ from torch import Tensor
 from ocvtp.errors import Incompatible
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of
 from ocvtp.methods.picking import RECEIVED, Picking
-from ocvtp.methods.tiles import parts
+from ocvtp.methods.tiles import RELEASED_FLOOR, parts
 from ocvtp.selection.cosines import cosines, mean_of_pairs
 from ocvtp.selection.nms import survivors
 from ocvtp.selection.quotas import best_of_parts, filled
@@ -160,4 +160,5 @@ ENTRY = Entry(
     options={"behaviour": "default", "cls": None, "order": None, "tiles": None},
     build=_build,
     without_cls=RECEIVED,
+    loses=RELEASED_FLOOR,
 )

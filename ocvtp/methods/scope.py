@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner
 from ocvtp.methods.picking import RECEIVED, Picking, number
+from ocvtp.methods.tiles import RELEASED_FLOOR
 from ocvtp.selection import facility
 from ocvtp.selection.cosines import cosines
 from ocvtp.selection.greedy import picks
@@ -63,4 +64,5 @@ ENTRY = Entry(
     options={"behaviour": "default", "alpha": 1.0, "tiles": None},
     build=_build,
     without_cls=RECEIVED,
+    loses=RELEASED_FLOOR,
 )

@@ -5,8 +5,9 @@
 - `fps`, farthest points: the token least like its most similar pick;
 - `medoids`, greedy k-medoids: the token that brings all nearest to their nearest pick.
 
-Tokens are handed on from the layer that the LLM is fed from, whatever layer chooses. Of LLaVA-NeXT each tile has its
-share of the budget (`tiles`, as in `visionzip`).
+Tokens are handed on from the layer that the LLM is fed from, whatever layer chooses; with `inside_tower=True` blocks
+after that layer see the kept ones alone (`ocvtp.methods.inside_tower`). Of LLaVA-NeXT each tile has its share of the
+budget (`tiles`, as in `visionzip`).
 
 Letters: G images of a group, N tokens of an image, k tokens kept.
 """
@@ -18,7 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, no_pruner
+from ocvtp.methods.inside_tower import OPTION, within
 from ocvtp.methods.picking import Picking
+from ocvtp.methods.tiles import FLOOR
 from ocvtp.selection import CHOICES
 from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Facts
@@ -44,7 +47,8 @@ class Selection(Picking):
 
 def _build(name: str, family: Family, pruner: Any, options: Mapping[str, Any]) -> Method:
     no_pruner(name, pruner)
-    return Selection(name, family.facts, family.index(options["layer"]), options["tiles"])
+    made = Selection(name, family.facts, family.index(options["layer"]), options["tiles"])
+    return within(name, made, family, options)
 
 
 def _entry(name: str, source: str, layer: int = 9) -> Entry:
@@ -56,8 +60,9 @@ def _entry(name: str, source: str, layer: int = 9) -> Entry:
         source=source,
         random=False,
         trained=False,
-        options={"layer": layer, "tiles": "even"},
+        options={"layer": layer, "tiles": "even", OPTION: False},
         build=partial(_build, name),
+        loses=FLOOR,
     )
 
 

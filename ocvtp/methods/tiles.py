@@ -15,6 +15,10 @@ from ocvtp.vlms.images import Grid, Layout, Part
 TILES = ("even", "floor", "together")
 """How an image's tiles share its budget: equally, the first get what is left over; equally, what is left over is lost;
 or their tokens compete."""
+FLOOR = {"tiles": ("floor",)}
+"""`Entry.loses` of methods that take one of `TILES`."""
+RELEASED_FLOOR = {"behaviour": ("reference",), **FLOOR}
+"""The same of those whose release has `floor`."""
 NOBODY = -1
 """In a table of neighbours: there is none."""
 

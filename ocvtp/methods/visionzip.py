@@ -39,7 +39,7 @@ from torch import Tensor
 from ocvtp.errors import Incompatible
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.picking import RECEIVED
-from ocvtp.methods.tiles import TILES, parts
+from ocvtp.methods.tiles import RELEASED_FLOOR, TILES, parts
 from ocvtp.selection.cosines import unit
 from ocvtp.selection.merging import into_nearest
 from ocvtp.selection.ranking import ranked, rows
@@ -171,4 +171,5 @@ ENTRY = Entry(
     },
     build=_build,
     without_cls=RECEIVED,
+    loses=RELEASED_FLOOR,
 )

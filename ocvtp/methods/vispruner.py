@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ocvtp.methods.base import Encoded, Entry, Method, behave, no_pruner, whole
 from ocvtp.methods.picking import RECEIVED, Picking, number
+from ocvtp.methods.tiles import RELEASED_FLOOR
 from ocvtp.selection.cosines import cosines
 from ocvtp.selection.ranking import ranked
 from ocvtp.vlms.family import Family
@@ -72,4 +73,5 @@ ENTRY = Entry(
     options={"behaviour": "default", "important": 0.5, "removed": 8, "tiles": None},
     build=_build,
     without_cls=RECEIVED,
+    loses=RELEASED_FLOOR,
 )

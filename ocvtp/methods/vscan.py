@@ -27,7 +27,7 @@ from ocvtp.methods import fastv
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, behave, no_pruner, one_of, whole
 from ocvtp.methods.combined import combined
 from ocvtp.methods.picking import RECEIVED
-from ocvtp.methods.tiles import budgets, share_evenly, windows
+from ocvtp.methods.tiles import RELEASED_FLOOR, budgets, share_evenly, windows
 from ocvtp.selection.cosines import cosines
 from ocvtp.selection.merging import into_nearest
 from ocvtp.selection.quotas import best_of_parts
@@ -93,6 +93,7 @@ BEFORE = Entry(
     options={"behaviour": "default", "window": 6, "recycle": True, "tiles": None},
     build=_build,
     without_cls=RECEIVED,
+    loses=RELEASED_FLOOR,
 )
 
 

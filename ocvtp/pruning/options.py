@@ -15,6 +15,8 @@ class Options(TypedDict, total=False):
     """That the choice is made on, counted as in the paper: 9 is `hidden_states[9]`, -2 the last but one."""
     tiles: Literal["even", "floor", "together"]
     """How tiles of an image share its budget."""
+    inside_tower: bool
+    """The tower's blocks after the layer that chooses see the kept tokens alone (`ocvtp.methods.inside_tower`)."""
 
     # oc-vtp, oc-vtp-untrained
     slots: int

@@ -38,7 +38,8 @@ def export(vlm: str | Path, folder: str | Path, section: Mapping[str, Any] | Non
     Args:
         vlm: name of the catalogue, or a folder.
         folder: to be made; it must not be there yet, or be empty.
-        section: `{"method": "oc-vtp", "keep": 64, "pruner": FOLDER}` or the like; None: the model is not pruned.
+        section: `{"method": "oc-vtp", "keep": 64, "pruner": FOLDER}` or the like, in place of one that the VLM has;
+            None: the model is not pruned.
 
     Returns:
         Names of the files in it.
@@ -52,6 +53,7 @@ def export(vlm: str | Path, folder: str | Path, section: Mapping[str, Any] | Non
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} is there already: name a folder to be made")
     config = {**read_json(entry.folder / "config.json"), **copy.deepcopy(dict(entry.settings))}
+    config.pop(SECTION, None)
     if section is not None:
         config[SECTION] = dict(section)
         if entry.family not in MODELS:
@@ -84,10 +86,11 @@ def _checked(entry: CatalogEntry, config: Mapping[str, Any]) -> Any:
     setting = Setting.of(loaded)
     assert setting is not None  # noqa: S101 - its section was just put there
     setting.check(entry.family, loaded)
-    loaded.name_or_path = entry.name
+    loaded.name_or_path = str(entry.folder)
     family = family_class(entry.family, entry.name)(SimpleNamespace(config=loaded, model=None, ocvtp_entry=entry))
     setting.build(family)
-    return OCPruner.from_pretrained(setting.pruner) if setting.pruner is not None else None
+    pruner = setting.pruner_of(entry.folder)
+    return None if pruner is None else OCPruner.from_pretrained(pruner, decoder=False)
 
 
 def _copy_files(entry: CatalogEntry, folder: Path) -> None:

@@ -21,14 +21,7 @@ from ocvtp.vlms.family import Family
 SECTION = "ocvtp"
 """The entry of a model's config."""
 _OWN = ("method", "keep", "pruner", "seed")
-_LOSES = {
-    "behaviour": "reference",
-    "tiles": "floor",
-    "fill": "none",
-    "overflow": "lost",
-    "exclude": "minus one",
-}
-"""Options with which methods may keep fewer tokens than they are asked for."""
+_FEWER = "may keep fewer tokens than it is asked for, but an engine counts them before it looks at an image"
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Setting:
     Attributes:
         entry: of the method.
         budget: tokens of an image that stay.
-        pruner: folder or hub id, for `oc-vtp`.
+        pruner: for `oc-vtp`: a folder in the model's, else one from the working directory, else an id on the hub.
         seed: of methods with randomness.
         options: of the method.
     """
@@ -75,12 +68,9 @@ class Setting:
                 raise BadInput(f"{SECTION} has no entry {key!r}{nearest(key, (*_OWN, *entry.options))}")
         _refuse(entry)
         options = {key: value for key, value in given.items() if key not in _OWN}
-        for key, value in _LOSES.items():
-            if options.get(key) == value:
-                raise BadInput(
-                    f"{entry.name} with {key}={value!r} may keep fewer tokens than it is asked for, but an engine "
-                    "counts them before it looks at an image: leave the option out"
-                )
+        for key, value in options.items():
+            if value in entry.loses.get(key, ()):
+                raise BadInput(f"{entry.name} with {key}={value!r} {_FEWER}: leave the option out")
         return cls(entry, Budget.parse(given["keep"]), pruner, seed, options)
 
     def check(self, architecture: str, config: Any) -> None:
@@ -89,15 +79,20 @@ class Setting:
         if facts.tokens is not None:
             self.budget.tokens(facts.tokens)
 
+    def pruner_of(self, weights: str | Path) -> str | None:
+        """Where the pruner is, or its id on the hub; `weights` is the folder of the model, or its id."""
+        if self.pruner is None:
+            return None
+        beside = Path(weights) / self.pruner
+        return str(beside) if beside.is_dir() else self.pruner
+
     def build(self, family: Family) -> Method:
-        """The method for a loaded VLM; a pruner is looked for in the model's folder too.
+        """The method for a loaded VLM.
 
         Raises:
             BadInput, Incompatible, NotAvailable: as `ocvtp.prune`.
         """
-        pruner, beside = self.pruner, Path(_name(family.model.config)) / (self.pruner or "")
-        if pruner is not None and not Path(pruner).is_dir() and beside.is_dir():
-            pruner = str(beside)
+        pruner = self.pruner_of(getattr(family.model.config, "name_or_path", ""))
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # engines set that of the model, in which no pruner is drawn
         try:
@@ -106,6 +101,8 @@ class Setting:
         finally:
             torch.set_default_dtype(before)
         assert built is not None  # noqa: S101 - `_refuse` has seen to that
+        if built.fewer and not self.entry.loses:
+            raise BadInput(f"{self.entry.name} {_FEWER}, and its entry does not say with which options (`loses`)")
         built.name = built.name or self.entry.name
         return built
 

@@ -16,6 +16,7 @@ MODELS = {
     "LlavaForConditionalGeneration": "ocvtp.serving.vllm_llava:PrunedLlava",
     "LlavaNextForConditionalGeneration": "ocvtp.serving.vllm_llava:PrunedLlavaNext",
     "Qwen2_5_VLForConditionalGeneration": "ocvtp.serving.vllm_qwen:PrunedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "ocvtp.serving.vllm_qwen:PrunedQwen3VL",
 }
 """What is pruned, by architecture, as vLLM's register wants it."""
 _own: dict[str, Any] = {}

@@ -101,6 +101,38 @@ class TiledVision(Vision):
             return self.tokens(self._values, members)
         return torch.stack([self._values[member] for member in members])
 
+    def onward(self, layer: int, last: int, indices_Gk: Tensor, members: Sequence[int]) -> Tensor:
+        """Some tokens of each image in `hidden_states[last]`, had they and CLS been alone from `layer` on, [G, k, C].
+
+        Only where tokens are patches. Each tile is by itself; those with equally many of the tokens run together.
+
+        Args:
+            layer: of which `hidden_states` were recorded.
+            last: a deeper one.
+            indices_Gk: numbers of the tokens, each once; -1 is none, and its row is zero.
+            members: which images.
+        """
+        states_TLC, first = self._seen(layer, members), self._tower.first
+        patches, device, done = states_TLC.shape[1] - first, states_TLC.device, 0
+        where, there_Gk = list[Tensor](), (indices_Gk >= 0).to(device)
+        for member, indices_k in zip(members, indices_Gk.cpu().clamp(min=0), strict=True):
+            seen = patches * len(self._tiles[member])
+            patches_N = self._shapes[member].arranged(torch.arange(seen).view(-1, patches))
+            where.append(done + patches_N[indices_k])
+            done += seen
+        where_Gk = torch.stack(where).to(device)
+        stays_X = torch.zeros(done, dtype=torch.bool, device=device)
+        stays_X[where_Gk[there_Gk]] = True
+        stays_TP, made_TPC = stays_X.view(-1, patches), torch.zeros_like(states_TLC[:, first:])
+        counts_T = stays_TP.sum(1)
+        for count in set(counts_T.tolist()) - {0}:
+            those_t = (counts_T == count).nonzero()[:, 0]
+            places_tn = stays_TP[those_t].nonzero()[:, 1].view(-1, count)
+            left_tnC = states_TLC[those_t[:, None], first + places_tn]
+            left_tlC = self._tower.onward(torch.cat([states_TLC[those_t, :first], left_tnC], 1), layer, last)
+            made_TPC[those_t[:, None], places_tn] = left_tlC[:, first:]
+        return made_TPC.flatten(0, 1)[where_Gk] * there_Gk[..., None]
+
     def received(self, block: int, members: Sequence[int]) -> Tensor:
         """Within each tile: mean over heads and over the queries of that tile."""
         return self._arranged(self._tower.received(self._seen(block, members), block), members)

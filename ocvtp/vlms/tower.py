@@ -71,6 +71,12 @@ class Tower:
         device = device_of(self.module, pixels_T3HW.device)
         return recorded(self.blocks, layers, lambda: self.module(pixel_values=pixels_T3HW.to(device)), whole=False)[0]
 
+    def onward(self, hidden_TLC: Tensor, layer: int, last: int) -> Tensor:
+        """`hidden_states[last]`, [T, L, C], from (some rows of) `hidden_states[layer]`, which see each other alone."""
+        for block in self.blocks[layer:last]:
+            hidden_TLC = block(hidden_TLC, None)
+        return hidden_TLC
+
     def queries(self, hidden_TLC: Tensor, block: int) -> Tensor:
         """Scaled queries of an encoder block, [T, H, L, E], from (some of) the hidden states that it reads."""
         q_THLE: Tensor = self._heads(hidden_TLC, block, "q") * self._attention(block).head_dim ** -0.5

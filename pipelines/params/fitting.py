@@ -5,9 +5,10 @@ from typing import Any
 
 from ocvtp.errors import BadInput
 from ocvtp.methods import Entry as Method
-from ocvtp.methods import options_of
+from ocvtp.methods import inside_tower
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import CatalogEntry
+from ocvtp.vlms.families import family_class
 
 MANY = 1000
 """Tokens of an image so large that rounding does not matter."""
@@ -22,6 +23,8 @@ def lacking(method: Method, vlm: CatalogEntry, options: Mapping[str, Any]) -> st
             f"needs the text tower of the CLIP that {vlm.name}'s tower was trained with, and the catalogue names none "
             f"(evaluate.options.{method.name}.clip may)"
         )
+    if options.get(inside_tower.OPTION) and (why := inside_tower.unfit(family_class(vlm.family, vlm.name))):
+        return f"with {inside_tower.OPTION} {why}"
     first = _first_pruned(method, vlm, options)
     if first < vlm.facts.added:
         return (
@@ -36,21 +39,10 @@ def _first_pruned(method: Method, vlm: CatalogEntry, options: Mapping[str, Any])
     if method.per_layer is None:
         return vlm.llm_layers
     try:
-        read = by_layer(method, vlm, MANY, MANY - 1, options)
+        read = method.by_layer(MANY, MANY - 1, vlm.llm_layers, options)
     except BadInput:
         return vlm.llm_layers  # `unreachable` says so of each budget
     return next((layer for layer, tokens in enumerate(read) if tokens < MANY), vlm.llm_layers)
-
-
-def by_layer(method: Method, vlm: CatalogEntry, whole: int, keep: int, options: Mapping[str, Any]) -> list[int]:
-    """Tokens of an image that each layer of the language model reads.
-
-    Raises:
-        BadInput: the method cannot keep so few; names how many it can.
-    """
-    if method.per_layer is None:
-        return [keep] * vlm.llm_layers
-    return method.per_layer(whole, keep, vlm.llm_layers, options_of(method, options))
 
 
 def unreachable(method: Method, vlm: CatalogEntry, keep: Budget | None, options: Mapping[str, Any]) -> str | None:
@@ -62,7 +54,7 @@ def unreachable(method: Method, vlm: CatalogEntry, keep: Budget | None, options:
     if keep is None or (vlm.tokens is None and keep.share is None):
         return None
     try:
-        by_layer(method, vlm, whole, keep.tokens(whole), options)
+        method.by_layer(whole, keep.tokens(whole), vlm.llm_layers, options)
     except BadInput as error:
         return str(error)
     return None

@@ -14,12 +14,20 @@ from pipelines.report_html.headline import UNTRAINED
 from pipelines.report_html.tables import PRUNED, base_rows, budgets, chosen_rows, reference
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+RIVALS, TRAINING, COVERAGE, REBUILDING, OTHER = "rivals", "training", "coverage", "rebuilding", "other"
+LOSS, LAYER, TOP_K = "loss", "layer", "top_k"
+"""Keys of findings: the axis of a claim of the paper's own, or what it is about."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, its verdict in two or three words, and the numbers behind it."""
+    """A claim, its verdict in two or three words, and the numbers behind it.
 
+    `key` says what it is about, whatever its words: all findings about one claim of the paper share it, and no others
+    have it.
+    """
+
+    key: str
     claim: str
     verdict: str
     evidence: str
@@ -45,7 +53,7 @@ def _rivals(ours: Mapping[float, Row], paper: Row | None) -> Iterator[Finding]:
     for rival in rivals:
         points = {_budget(row): row["against"].get(rival) for _, row in _falling(ours)}
         where = "paper, Tables 1 to 3" if rival in compared else "not compared in the paper"
-        yield _finding(f"OC-VTP keeps more accuracy than {names.method(rival)} ({where})", points)
+        yield _finding(RIVALS, f"OC-VTP keeps more accuracy than {names.method(rival)} ({where})", points)
 
 
 def _training(rows: Sequence[Row], ours: Mapping[float, Row]) -> Iterator[Finding]:
@@ -53,7 +61,8 @@ def _training(rows: Sequence[Row], ours: Mapping[float, Row]) -> Iterator[Findin
     points = {_budget(row): row["against"].get(UNTRAINED) for _, row in _falling(ours)}
     if not any(points.values()):
         return
-    yield _finding("Training the pruner buys accuracy: trained against the same pruner with random weights", points)
+    claim = "Training the pruner buys accuracy: trained against the same pruner with random weights"
+    yield _finding(TRAINING, claim, points)
     untrained = {row["share"]: row for row in rows if row["method"] == UNTRAINED}
     for size, what in (("all", "objects"), ("small", "small objects")):
         pairs = [(row, untrained[share]) for share, row in _falling(ours) if share in untrained]
@@ -70,7 +79,9 @@ def _covered(what: str, size: str, pairs: Sequence[tuple[Row, Row]]) -> Finding:
         verdicts.append(HOLDS if apart[0] else FAILS if apart[1] else OPEN)
         parts.append(f"{_budget(trained)}: {_share(a)} trained, {_share(b)} untrained")
     claim = f"Training the pruner covers more {what} with kept tokens"
-    return Finding(claim, _together(verdicts), f"{'; '.join(parts)} (apart where the intervals do not overlap).")
+    return Finding(
+        COVERAGE, claim, _together(verdicts), f"{'; '.join(parts)} (apart where the intervals do not overlap)."
+    )
 
 
 def _share(found: Row) -> str:
@@ -94,16 +105,17 @@ def _ablations(results: Results, vlm: str) -> Iterator[Finding]:
         claim = _CLAIMS.get((path, value)) if base is not None and base.get(path) == _PAPERS.get(path) else None
         if claim is None:
             own = "what the grid has" if base is None or path not in base else names.plain(base[path])
-            claim = f"{path}: {own} is better than {names.plain(value)}"
-        yield _finding(claim, points)
+            yield _finding(OTHER, f"{path}: {own} is better than {names.plain(value)}", points)
+        else:
+            yield _finding(path, claim, points)
 
 
-_PAPERS: Mapping[str, Any] = {"loss": "aw_mse", "layer": 9, "top_k": 1}
+_PAPERS: Mapping[str, Any] = {LOSS: "aw_mse", LAYER: 9, TOP_K: 1}
 _CLAIMS: Mapping[tuple[str, Any], str] = {
-    ("loss", "mse"): "AW-MSE trains a better pruner than MSE (paper, Table 7)",
-    ("layer", 10): "Layer 9 is a better place to look than layer 10 (paper, Table 6, by 0.0 to 0.9 points)",
-    ("layer", -2): "Layer 9 is a better place to look than layer -2 (paper, Table 6)",
-    **{("top_k", k): f"One token a slot is better than {k} (paper, Table 5)" for k in (2, 3, 6)},
+    (LOSS, "mse"): "AW-MSE trains a better pruner than MSE (paper, Table 7)",
+    (LAYER, 10): "Layer 9 is a better place to look than layer 10 (paper, Table 6, by 0.0 to 0.9 points)",
+    (LAYER, -2): "Layer 9 is a better place to look than layer -2 (paper, Table 6)",
+    **{(TOP_K, k): f"One token a slot is better than {k} (paper, Table 5)" for k in (2, 3, 6)},
 }
 
 
@@ -129,22 +141,23 @@ def _rebuilding(results: Results, vlm: str) -> Iterator[Finding]:
         verdict = HOLDS if max(ratios) < 1 else FAILS if min(ratios) > 1 else OPEN
         text = f"{min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else f"{ratios[0]:.3f}"
         yield Finding(
+            REBUILDING,
             "Least squares rebuild all tokens better from the kept ones than from random ones (paper, Section 3.2)",
             verdict,
             f"unexplained variance relative to random tokens, over {len(ratios)} trained pruners: {text}.",
         )
 
 
-def _finding(claim: str, points: Mapping[str, Row | None]) -> Finding:
+def _finding(key: str, claim: str, points: Mapping[str, Row | None]) -> Finding:
     known = {budget: found for budget, found in points.items() if found}
     if not known:
-        return Finding(claim, OPEN, "no results to compare.")
+        return Finding(key, claim, OPEN, "no results to compare.")
     verdicts = [HOLDS if one["ci_low"] > 0 else FAILS if one["ci_high"] < 0 else OPEN for one in known.values()]
     text = "; ".join(
         f"{budget}: {one['points']:+.1f} points {names.interval(one['ci_low'], one['ci_high'])}"
         for budget, one in known.items()
     )
-    return Finding(claim, _together(verdicts), f"{text}.")
+    return Finding(key, claim, _together(verdicts), f"{text}.")
 
 
 def _together(verdicts: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ _SUMMARY_KEYS = (
     "vlm", "method", "tokens", "share", "benchmarks", "average", "changes", "difference", "against", "coverage", *AXES
 )  # fmt: skip
 _SCORE_KEYS = ("vlm", "method", "benchmark", "seed", "score", "relative", "path", "changes", *AXES)
+_COST_KEYS = ("vlm", "method", "tokens", "flops", "paper_flops", "paper_pruner_flops")
 
 Row = dict[str, Any]
 
@@ -135,7 +136,7 @@ def _efficiency(path: Path) -> Row | None:
     if data is None:
         return None
     table: Row = data if isinstance(data, dict) else {"rows": data}
-    _require("results/efficiency.json", table.get("rows", []), ("vlm", "method", "tokens", "flops"))
+    _require("results/efficiency.json", table.get("rows", []), _COST_KEYS)
     return table
 
 

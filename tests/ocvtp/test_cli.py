@@ -348,6 +348,21 @@ def test_latency_measures_every_case(
     assert "ends in .png or .svg" in capsys.readouterr().err
 
 
+def test_limits_of_a_method_inside_the_llm_count_what_each_layer_reads(
+    tiny: list[tuple[str, object]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ceilings = roofline.Ceilings(flops=1e9, bandwidth=1e12)
+    monkeypatch.setattr(roofline.Ceilings, "measured", lambda *_: ceilings)
+    arguments = ["--methods", "fastv", "--keep", "48", "--repeats", "1", "--warmup", "0", "--new-tokens", "2"]
+    assert cli.main(["latency", *arguments, "--device", "cpu", "--limits", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["cases"]
+    whole, fastv, random = (found[name]["least_ms"] for name in ("vanilla", "fastv, keep 48", "random, keep 48"))
+    assert fastv["projector"] == whole["projector"] > random["projector"]
+    # One layer of four reads all 144 tokens, and three 16 of them: more pairs to attend to than 48 in each of them.
+    assert random["prefill"] < fastv["prefill"] < whole["prefill"]
+    assert fastv["next_token"] == pytest.approx(random["next_token"]), "on average there are as many in the cache"
+
+
 def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from pipelines.tiny.llava import TinyLlava
 
@@ -366,6 +381,21 @@ def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert list(found["cases"]) == ["vanilla", "random, keep 0.111", "css, keep 0.111"]
     assert found["cases"]["css, keep 0.111"]["phases"]["method"]["median"] > 0
     assert found["cases"]["css, keep 0.111"]["processing"] is None
+
+    assert cli.main([*arguments, "--methods", "css", "--keep", "145", "16", "--new-tokens", "1", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["dtype"], found["batch"], found["new_tokens"]) == ("cpu", "float32", 1, 1)
+    why = "keep is 145, but an image has 144 tokens: at most 144 can stay"
+    assert found["cases"]["css, keep 145"] == {"method": "css", "keep": 145, "failed": why}
+    assert found["cases"]["css, keep 16"]["of_random"] > 0
+    assert 0.3 < found["cases"]["css, keep 16"]["accounted"] < 3
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main([*arguments, "--methods", "css", "--keep", "145", "--new-tokens", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert f"css, keep 145: {why}" in printed
+    assert "of the whole" in printed
+    assert cli.main([*arguments, "--methods", "cs"]) == 2
+    assert "no method 'cs'; did you mean 'css'" in capsys.readouterr().err
 
     assert cli.main(["latency", "--batch", "2"]) == 2
     assert "--batch 2 is of --random-weights" in capsys.readouterr().err

@@ -1,9 +1,13 @@
 """What a served model's config may ask for, and folders for vLLM; the engine itself is asked in tests/serving."""
 
 import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -15,10 +19,15 @@ from ocvtp import cli, vlms
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods import REGISTRY
 from ocvtp.pruner import OCPruner, PrunerConfig
+from ocvtp.pruning.options import Options
 from ocvtp.serving.export import export
 from ocvtp.serving.section import Setting
 from ocvtp.serving.vision import PrunedVision
+from ocvtp.vlms import family_of
+from ocvtp.vlms.families.llava_next import paper_mode
 from ocvtp.vlms.images import Images
+
+ROOT = Path(__file__).parents[2]
 
 
 def setting(**section: Any) -> Setting | None:
@@ -64,6 +73,86 @@ def test_every_method_is_served_or_refused_with_the_reason() -> None:
 def test_what_is_wrong_is_named(section: Any, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         Setting.of(SimpleNamespace(ocvtp=section))
+
+
+def test_an_option_is_refused_with_the_methods_that_say_so_alone() -> None:
+    assert setting(method="tome", keep=16, behaviour="reference") is not None, "another order, and as many tokens"
+    with pytest.raises(BadInput, match="hiprune with behaviour='reference' may keep fewer"):
+        setting(method="hiprune", keep=16, behaviour="reference")
+
+
+def words_of_options() -> Iterator[tuple[str, str, Any]]:
+    """Each word that an option of a method which can be served may have."""
+    hints = get_type_hints(Options)
+    for name, entry in REGISTRY.items():
+        if entry.acts == "before the LLM" and not entry.needs_text and not entry.trained:
+            for option in entry.options:
+                if get_origin(hints.get(option)) is Literal:
+                    yield from ((name, option, word) for word in get_args(hints[option]))
+
+
+@torch.no_grad()
+def test_what_may_keep_fewer_is_declared(make_vlm: Any, picture_of: Any) -> None:
+    """Seven tokens of four tiles, which have none left over for some and one for others."""
+    vlm, fewer, refused = make_vlm("llava_next"), set(), 0
+    paper_mode(vlm.model, vlm.processor)
+    pictures = vlm.prompt([[picture_of(seed, 112, 112)] for seed in range(3)])
+    for name, option, word in words_of_options():
+        try:
+            with ocvtp.prune(vlm.model, name, 7, **{option: word}) as handle:
+                if any(len(each.kept) < 7 for each in handle.embed(pictures)):
+                    fewer.add((name, option, word))
+        except BadInput:  # a word of another method's option of that name
+            refused += 1
+    assert {("css", "tiles", "floor"), ("visionzip", "behaviour", "reference")} <= fewer
+    assert [each for each in fewer if each[2] not in REGISTRY[each[0]].loses.get(each[1], ())] == []
+    assert refused < len(list(words_of_options())) / 2
+    for name, entry in REGISTRY.items():
+        assert set(entry.loses) <= set(entry.options), name
+
+
+def test_a_method_that_may_always_keep_fewer_is_refused(llava: Any) -> None:
+    found = setting(method="css", keep=4, layer=2)
+    assert found is not None
+    silent = replace(found, entry=replace(found.entry, loses={}))
+    with pytest.raises(BadInput, match="css may keep fewer tokens than it is asked for"):
+        silent.build(family_of(llava.model))
+
+
+def test_a_pruner_lies_beside_the_weights_or_in_the_working_directory(
+    llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have a folder of that name, of which one alone fits."""
+    fits, other = (OCPruner(PrunerConfig(width, grid=(4, 4), decoder=None)).eval() for width in (32, 48))
+    monkeypatch.chdir(tmp_path)
+    found = setting(method="oc-vtp", keep=4, pruner="pruner", layer=2)
+    assert found is not None
+    monkeypatch.setattr(llava.model.config, "name_or_path", str(tmp_path / "model"), raising=False)
+    fits.save_pretrained(tmp_path / "pruner")
+    found.build(family_of(llava.model))
+    other.save_pretrained(tmp_path / "model/pruner")
+    with pytest.raises(Incompatible, match="width 48"):
+        found.build(family_of(llava.model))
+
+
+def test_a_vllm_that_cannot_be_installed_is_a_failure(tmp_path: Path) -> None:
+    uv = shutil.which("uv")
+    assert uv is not None
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements-vllm.lock").write_text("vllm @ file:///nowhere/vllm-1.0-py3-none-any.whl\n")
+    for name in ("requirements.lock", "pyproject.toml"):
+        (tmp_path / name).touch()
+    tools = tmp_path / ".venv/bin"
+    tools.mkdir(parents=True)
+    (tools / "uv").symlink_to(uv)
+    (tools / "pytest").write_text("#!/bin/sh\necho tests ran\n")
+    (tools / "pytest").chmod(0o755)
+    (tmp_path / ".venv/.complete").touch()
+    made = subprocess.run(["make", "serve-test"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode != 0, made.stdout
+    assert "NOT PROVEN: vLLM could not be installed" in made.stderr
+    assert "tests ran" not in made.stdout
+    assert not (tmp_path / ".vllm-env").exists()
 
 
 def test_more_tokens_than_an_image_has_are_refused(llava: Any) -> None:
@@ -113,6 +202,7 @@ def test_an_exported_folder_has_published_names_and_the_same_model(tmp_path: Pat
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
     export(folder, tmp_path / "again")
     assert set(load_file(tmp_path / "again/model.safetensors")) == names, "what has the names keeps them"
+    assert "ocvtp" not in json.loads((tmp_path / "again/config.json").read_text()), "nobody asked for pruning"
     assert cli.main(["export-vllm", "tiny-llava", str(folder)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}, "nothing half made is left"

@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 from small_params import write_params
 
+from ocvtp.efficiency.flops import pruner_flops
 from pipelines import efficiency, sample
 from pipelines.stage.context import ROOT
 
@@ -48,6 +49,19 @@ def test_the_numbers_by_hand(rows) -> None:
     each = K * D * D + 2 * K * T * D + 6 * K * D * D + 2 * K * D * 4 * D
     assert ours["flops"]["pruner"] == 2 * (encode + 3 * each)
     assert ours["flops"]["total"] == random["flops"]["total"] + ours["flops"]["pruner"]
+    assert ours["paper_pruner_flops"] == pruner_flops(T, width, 64, elementwise=True) > ours["flops"]["pruner"]
+    assert random["paper_pruner_flops"] == 0
+
+
+def test_what_goes_on_alone_in_the_tower_is_counted(rows, caplog) -> None:
+    options = {"css": {"inside_tower": True, "layer": 9}, "oc-vtp": {"inside_tower": True}}
+    vision = json.loads((ROOT / "ocvtp/vlms/tiny_llava/config.json").read_text())["vision_config"]
+    d, m = vision["hidden_size"], vision["intermediate_size"]
+    whole, css, ours = rows(method=["css", "oc-vtp"], keep=16, evaluate={"options": options})
+    saved = sum(sign * (n * (4 * d * d + 2 * d * m) + 2 * n * n * d) for sign, n in ((1, 145), (-1, 17)))
+    assert whole["flops"]["tower"] - css["flops"]["tower"] == 2 * (11 - 9) * saved, "of the blocks 9 to 11"
+    assert ours["flops"]["tower"] == whole["flops"]["tower"]
+    assert "oc-vtp is counted with all of the tower" in caplog.text
 
 
 def test_methods_inside_the_llm_are_counted_layer_by_layer(rows, caplog) -> None:

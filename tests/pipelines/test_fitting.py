@@ -9,7 +9,7 @@ from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.inputs import wanted_settings
-from pipelines.params.fitting import by_layer, lacking, unreachable
+from pipelines.params.fitting import lacking, unreachable
 from pipelines.params.model import Params
 
 
@@ -20,10 +20,10 @@ def tiny() -> CatalogEntry:
 
 def test_tokens_by_layer(tiny: CatalogEntry) -> None:
     assert tiny.llm_layers == 4
-    assert by_layer(REGISTRY["random"], tiny, 144, 16, {}) == [16] * 4
+    assert REGISTRY["random"].by_layer(144, 16, 4, {}) == [16] * 4
     # One layer of the four reads all: (144 + 3 n) / 4 = 48.
-    assert by_layer(REGISTRY["fastv"], tiny, 144, 48, {}) == [144, 16, 16, 16]
-    assert by_layer(REGISTRY["fastv"], tiny, 144, 16, {"budget": "reference"}) == [144, 16, 16, 16]
+    assert REGISTRY["fastv"].by_layer(144, 48, 4, {}) == [144, 16, 16, 16]
+    assert REGISTRY["fastv"].by_layer(144, 16, 4, {"budget": "reference"}) == [144, 16, 16, 16]
 
 
 def test_what_cannot_be_reached_is_said_with_what_can(tiny: CatalogEntry) -> None:
@@ -46,6 +46,15 @@ def test_what_a_method_needs(tiny: CatalogEntry) -> None:
     assert "the catalogue names none" in str(lacking(REGISTRY["trim"], tiny, {}))
     assert lacking(REGISTRY["trim"], tiny, {"clip": "folder"}) is None
     assert lacking(REGISTRY["trim"], replace(tiny, name="llava-1.5-7b"), {}) is None
+
+
+def test_who_can_be_pruned_inside_the_tower(tiny: CatalogEntry) -> None:
+    inside = {"inside_tower": True, "layer": 9}
+    assert lacking(REGISTRY["css"], tiny, inside) is None
+    assert lacking(REGISTRY["css"], resolve("tiny-qwen"), {"inside_tower": False}) is None
+    assert "with inside_tower needs a tower of CLIP or SigLIP" in str(
+        lacking(REGISTRY["css"], resolve("tiny-qwen"), inside)
+    )
 
 
 def test_nothing_is_dropped_before_deepstacks_last_addition(tiny: CatalogEntry) -> None:

@@ -5,13 +5,15 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_results import write_results
 
-from pipelines.report_html import names
+from ocvtp.efficiency.flops import paper_llm_flops, paper_pruner_flops, pruner_flops
+from pipelines.report_html import claims, names
 from pipelines.report_html.data import Results, load, paper
 from pipelines.report_html.formats import as_csv, as_latex, latex
 from pipelines.report_html.page import documents, table_files
@@ -140,6 +142,36 @@ def test_a_vlm_that_the_paper_has_not_stands_in_the_layout_of_table_1(tiny: Resu
     assert {line.cells[0].top for line in found["table4-tiny-llava"].blocks[0].lines} == {names.DASH}
 
 
+def cost(vlm: str, tokens: int, kept: int, width: int = 1024) -> list[dict[str, Any]]:
+    """What stage `efficiency` says of a 7B model, pruned and not."""
+    llm = {n: paper_llm_flops(n + 32) for n in (tokens, kept)}
+    ours = {"pruner": pruner_flops(tokens, width, kept), "total": 1}
+    return [
+        {"vlm": vlm, "method": "vanilla", "tokens": tokens, "flops": {"pruner": 0, "total": 1},
+         "paper_flops": llm[tokens], "paper_pruner_flops": 0},
+        {"vlm": vlm, "method": "oc-vtp", "tokens": kept, "flops": ours,
+         "paper_flops": llm[kept], "paper_pruner_flops": paper_pruner_flops(tokens, width)},
+    ]  # fmt: skip
+
+
+def test_table_4_by_the_papers_own_count() -> None:
+    rows = [*cost("llava-1.5-7b", 576, 64), *cost("llava-next-7b", 2880, 160), *cost("llava-1.5-13b", 576, 64)]
+
+    def table(vlm: str) -> dict[str, list[Cell]]:
+        results = Results(Path(), [], of_the_paper().summary, efficiency={"rows": rows}, paper=PAPER)
+        (found,) = [one for one in paper_tables(results, vlm) if one.name == f"table4-{vlm}"]
+        return {line.label: list(line.cells) for line in found.blocks[0].lines}
+
+    small, large = "LLaVA-1.5, 64 tokens", "LLaVA-NeXT, 160 tokens"
+    for vlm, mine, other in (("llava-1.5-7b", small, large), ("llava-next-7b", large, small)):
+        found = table(vlm)
+        for cell in found[mine]:
+            assert cell.bottom.startswith(f"paper {cell.top} (") or mine == small, (cell.top, cell.bottom)
+            assert abs(float(re.findall(r"\(([+-][\d.]+)%\)", cell.bottom)[0])) <= 0.3, "as the paper"
+        assert {cell.top for cell in found[other]} == {names.DASH}
+    assert {cell.top for cells in table("llava-1.5-13b").values() for cell in cells} == {names.DASH}, "no 7B model"
+
+
 def test_files_for_other_programs_hold_the_same_cells(tiny: Results) -> None:
     files = documents(tiny) | table_files(paper_tables(tiny, "tiny-llava"))
     for table in paper_tables(tiny, "tiny-llava"):
@@ -192,6 +224,18 @@ def test_claims_that_nothing_was_measured_of_say_so(tiny: Results) -> None:
     assert rivals[0].startswith("tiny-llava (not a VLM of the paper): holds. OC-VTP keeps more accuracy than Random")
     assert rivals[-1] == f"on the weights of any VLM of the paper: {NEVER}"
     assert len(found) == 9
+
+
+def test_findings_are_joined_to_claims_by_key_whatever_their_words(
+    tiny: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [(one.claim, len(one.measured), one.measured == [NEVER]) for one in rerun(tiny)]
+    real = claims.findings
+    monkeypatch.setattr(
+        "pipelines.report_html.rerun.findings",
+        lambda results, vlm: [replace(one, claim=f"In other words, {i}") for i, one in enumerate(real(results, vlm))],
+    )
+    assert [(one.claim, len(one.measured), one.measured == [NEVER]) for one in rerun(tiny)] == before
 
 
 def test_without_the_papers_numbers_there_are_no_such_tables(tiny: Results) -> None:

@@ -1,4 +1,5 @@
-"""Small VLMs of other families in folders: a LLaVA-NeXT with the weights of tiny-llava, and a random Qwen2.5-VL.
+"""Small VLMs of other families in folders: a LLaVA-NeXT with the weights of tiny-llava, a random Qwen2.5-VL, tiny-qwen
+as it is shipped, and a random LLaVA-OneVision, which is not served.
 
 Heads are 32 wide, the least that vLLM's attention on CPUs takes.
 """
@@ -14,6 +15,11 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -78,6 +84,30 @@ def qwen2_5_vl(folder: Path) -> Path:
         chat_template=theirs.chat_template,
     )  # fmt: skip
     return _saved(model, processor, folder)
+
+
+def qwen3_vl(_: Path) -> Path:
+    """tiny-qwen: up to 144 tokens of 2 x 2 patches, DeepStack and M-RoPE; it answers questions about scenes."""
+    return vlms.resolve("tiny-qwen").folder
+
+
+def onevision(folder: Path) -> Path:
+    """A family that the plugin does not prune."""
+    tiny = vlms.load("tiny-llava")
+    own = tiny.model.config
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 96, "patch_size": 8, "vision_use_head": False}  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=own.text_config.to_dict(), image_token_id=own.image_token_id,
+        video_token_id=own.image_token_id, image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    size = {"height": 96, "width": 96}
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+        video_processor=LlavaOnevisionVideoProcessor(size=size), tokenizer=tiny.processor.tokenizer,
+        num_image_tokens=144, vision_feature_select_strategy="full", chat_template=tiny.processor.chat_template,
+    )  # fmt: skip
+    return _saved(LlavaOnevisionForConditionalGeneration(config), processor, folder)
 
 
 def _saved(model: Any, processor: Any, folder: Path) -> Path:

@@ -116,6 +116,8 @@ def test_another_engine_and_a_restarted_one(
         (serving_models.llava_next, {"method": "visionzip", "keep": 64}),
         (serving_models.qwen2_5_vl, {"method": "random", "keep": 0.3, "seed": 1}),
         (serving_models.qwen2_5_vl, {"method": "css", "keep": 12, "layer": 3}),
+        (serving_models.qwen3_vl, {"method": "css", "keep": 0.3}),
+        (serving_models.qwen3_vl, {"method": "random", "keep": 9, "seed": 2}),
     ],
 )
 def test_other_families(
@@ -143,16 +145,20 @@ def test_a_model_without_the_entry_is_vllms_own(
 
 
 @pytest.mark.parametrize(
-    ("name", "section", "why"),
+    ("make", "section", "why"),
     [
-        ("tiny-llava", {"method": "css", "keep": 145}, "keep is 145, but an image has 144 tokens"),
-        ("tiny-qwen", CSS, "ocvtp does not prune Qwen3VLForConditionalGeneration in vLLM"),
+        (
+            lambda _: vlms.resolve("tiny-llava").folder,
+            {"method": "css", "keep": 145},
+            "keep is 145, but an image has 144 tokens",
+        ),
+        (serving_models.onevision, CSS, "ocvtp does not prune LlavaOnevisionForConditionalGeneration in vLLM"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_the_start(
-    stopped: None, tmp_path: Path, name: str, section: dict[str, Any], why: str
+    stopped: None, tmp_path: Path, make: Callable[[Path], Path], section: dict[str, Any], why: str
 ) -> None:
-    engine = Engine(vlms.resolve(name).folder, {"ocvtp": section}, tmp_path / "log")
+    engine = Engine(make(tmp_path / "model"), {"ocvtp": section}, tmp_path / "log")
     engine.begin()
     try:
         assert engine.process.wait(600) != 0

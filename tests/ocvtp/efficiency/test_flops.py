@@ -129,6 +129,46 @@ def test_llava_equals_torchs_counter() -> None:
     assert want.llm == pytest.approx(by_part["LlavaForConditionalGeneration.model.language_model"], rel=0.01)
 
 
+@torch.inference_mode()
+def test_pruned_inside_the_tower_equals_torchs_counter() -> None:
+    """What it saves; choosing costs as much as after the tower."""
+    torch.manual_seed(0)
+    model, keep, layer = _tiny_llava(), 9, 2
+    ids = torch.randint(3, 90, (1, 64 + 11))
+    ids[:, 4:68] = 96
+    pixels, counted = torch.randn(1, 3, 64, 64), []
+    for inside_tower in (False, True):
+        with (
+            ocvtp.prune(model, "css", keep, layer=layer, inside_tower=inside_tower),
+            FlopCounterMode(display=False) as counter,
+            counted_attention(),
+        ):
+            model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
+        counted.append(counter.get_total_flops())
+    shape = shape_of(model.config)
+    after, inside = (prefill_flops(shape, image_tokens=64, kept=keep, inside_tower=each) for each in (None, layer))
+    assert after.total - inside.total == counted[0] - counted[1] == after.tower - inside.tower
+    whole = prefill_flops(shape, image_tokens=64, inside_tower=layer)
+    assert whole == prefill_flops(shape, image_tokens=64), "with all tokens nothing is saved"
+
+
+def test_pruned_inside_the_tower_of_real_vlms() -> None:
+    one = prefill_flops(known_shape("llava-1.5-7b"), image_tokens=576, kept=64, inside_tower=9)
+    # By hand: 9 of 23 blocks with 577 rows, 14 with 65, each of 12 d^2 a row and 2 d a pair of rows.
+    blocks = sum(layers * (12 * n * 1024**2 + 2 * n**2 * 1024) for layers, n in ((9, 577), (14, 65)))
+    assert one.tower == 2 * (576 * 3 * 14**2 * 1024 + blocks)
+    tiles = prefill_flops(known_shape("llava-next-7b"), image_tokens=2880, kept=5 * 64, inside_tower=9)
+    assert tiles.tower == 5 * one.tower
+    few = prefill_flops(known_shape("llava-next-7b"), image_tokens=2880, kept=3, inside_tower=9)
+    assert few.tower - 5 * (
+        prefill_flops(known_shape("llava-1.5-7b"), image_tokens=576, tower_layers=9).tower
+    ) == 2 * 14 * 3 * (12 * 2 * 1024**2 + 2 * 2**2 * 1024), "two of five tiles do not go on"
+    with pytest.raises(BadInput, match="inside_tower is 24: 23 layers of the tower run"):
+        prefill_flops(known_shape("llava-1.5-7b"), image_tokens=576, kept=64, inside_tower=24)
+    with pytest.raises(BadInput, match="inside_tower needs a tower whose patches are the tokens"):
+        prefill_flops(known_shape("qwen2.5-vl-7b"), image_tokens=999, kept=111, inside_tower=9)
+
+
 def test_qwen_equals_torchs_counter() -> None:
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+import ocvtp
 from ocvtp.efficiency.latency import Spread, measure
 from ocvtp.errors import BadInput
 
@@ -89,6 +90,59 @@ def test_what_the_processor_does_and_memory_are_of_their_own(model, inputs) -> N
         assert plain.peak_memory_bytes is None
         return
     assert 0.7 < (eager.peak_memory_bytes - plain.peak_memory_bytes) / SIZE < 1.3
+
+
+def test_phases_add_up_to_the_whole(model, inputs) -> None:
+    """Each part waits as long, so that what one of them missed, or two of them counted, would be a fifth."""
+
+    @contextmanager
+    def slow() -> Iterator[None]:
+        parts = [model.model.vision_tower, model.model.multi_modal_projector, model.get_decoder(), model.lm_head]
+        hooks = [part.register_forward_pre_hook(lambda *_: time.sleep(PAUSE)) for part in parts]
+        with ocvtp.prune(model, "css", 4, layer=1):
+            yield
+        for hook in hooks:
+            hook.remove()
+
+    found = measure(model, inputs, {"slow": slow}, new_tokens=1, repeats=5, warmup=1)["slow"]
+    assert found.accounted == pytest.approx(1, abs=0.05)
+    assert found.accounted == found.as_dict()["accounted"]
+    assert {name for name, took in found.phases.items() if took.median > 1000 * PAUSE} == {
+        "tower", "projector", "prefill", "other"}  # fmt: skip
+    assert 0 < found.phases["method"].median < 1000 * PAUSE
+
+
+def test_a_case_that_fails_is_noted_and_the_others_go_on(model, inputs) -> None:
+    def pruned(keep: int):
+        return lambda: ocvtp.prune(model, "random", keep)
+
+    @contextmanager
+    def hungry() -> Iterator[None]:
+        hook = model.lm_head.register_forward_pre_hook(lambda *_: torch.empty(1 << 56) and None)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    cases = {"whole": nullcontext, "too many": pruned(17), "hungry": hungry, "few": pruned(2)}
+    failed: dict[str, str] = {}
+    times = measure(model, inputs, cases, new_tokens=1, repeats=2, warmup=1, failed=failed)
+    assert list(times) == ["whole", "few"]
+    assert times["few"].repeats == 2
+    assert failed == {
+        "too many": "keep is 17, but an image has 16 tokens: at most 16 can stay", "hungry": "out of memory on cpu"
+    }  # fmt: skip
+    with pytest.raises(BadInput, match="keep is 17"):
+        measure(model, inputs, cases, new_tokens=1, repeats=1, warmup=0)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        measure(model, inputs, {"wrong": wrong}, new_tokens=1, repeats=1, warmup=0, failed=failed)
+
+
+@contextmanager
+def wrong() -> Iterator[None]:
+    """What is no lack of memory is nobody's row."""
+    raise RuntimeError("a mistake")
+    yield
 
 
 def test_cases_take_turns(model, inputs) -> None:

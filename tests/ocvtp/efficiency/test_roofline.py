@@ -10,6 +10,7 @@ from ocvtp.efficiency.random_vlm import config_of, random_inputs
 from ocvtp.efficiency.roofline import Ceilings, distance, least
 from ocvtp.efficiency.shapes import KNOWN, known_shape, parameters, shape_of
 from ocvtp.errors import BadInput
+from ocvtp.methods import REGISTRY
 from ocvtp.phases import PHASES, phase
 
 CEILINGS = Ceilings(flops=790e12, bandwidth=4.3e12)
@@ -28,6 +29,22 @@ def test_llava_on_an_h200() -> None:
     assert whole["first_token"] == pytest.approx(sum(whole[name] for name in PHASES))
     assert whole["tower"] == few["tower"]
     assert whole["method"] == 0
+
+
+def test_a_method_inside_the_llm_leaves_later_layers_fewer_tokens() -> None:
+    """FastV on LLaVA-1.5-7B, 128 of 576 on average: two layers read all of them, and thirty 98."""
+    shape = known_shape("llava-1.5-7b")
+    read = REGISTRY["fastv"].by_layer(576, 128, 32, {})
+    assert read == [576] * 2 + [98] * 30
+    found, whole, last, mean = (least(shape, CEILINGS, image_tokens=576, kept=k) for k in (read, 576, 98, 128))
+    # 608 tokens are compute-bound, 130 wait for the weights, and so do 160.
+    assert found["prefill"] == pytest.approx((2 * whole["prefill"] + 30 * last["prefill"]) / 32)
+    assert mean["prefill"] < found["prefill"] < whole["prefill"]
+    assert found["projector"] == whole["projector"], "all tokens enter the language model"
+    cached = 2 * (6.476e9 + 0.131e9) + 2 * 2 * 4096 * (2 * 608 + 30 * 130)
+    assert found["next_token"] == pytest.approx(1000 * cached / 4.3e12, rel=1e-3)
+    with pytest.raises(BadInput, match="kept has 3 counts: one for each of the 32 layers"):
+        least(shape, CEILINGS, image_tokens=576, kept=[576, 64, 64])
 
 
 def test_a_batch_reads_weights_once() -> None:
