@@ -100,6 +100,36 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(
         ask(pruned, "pope", question_sets, journal=path)
 
 
+def test_a_benchmark_that_is_killed_goes_on_behind_its_last_batch(
+    pruned: EvaluationSetting, question_sets: Path, tmp_path: Path, asked: "Counter[str]"
+) -> None:
+    """SIGKILL while questions are asked: none is answered twice, and the files are those of a calm run."""
+    path, alone = tmp_path / "journal", replace(pruned, batch_size=1)
+    calm = scored([ask(alone, "gqa", question_sets)], question_sets, tmp_path / "calm")
+    code = (
+        "from pathlib import Path; from ocvtp.evaluation.ask import ask\n"
+        "from ocvtp.evaluation.setting import EvaluationSetting\n"
+        f"ask(EvaluationSetting(**{vars(alone)!r}), 'gqa', Path({str(question_sets)!r}), journal=Path({str(path)!r}),\n"
+        "    progress=lambda done, total: print(done, flush=True))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 3:
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        said = [3, *(int(line) for line in process.stdout.read().splitlines())]
+    assert process.returncode == -signal.SIGKILL
+    before = [json.loads(line[17:])["row"] for line in path.read_bytes().split(b"\n")[1:-1]]
+    assert max(said) <= len(before) < 12
+    asked.clear()
+    answers = ask(alone, "gqa", question_sets, journal=path)
+    assert list(asked.values()) == [1] * (12 - len(before))
+    rows = [json.loads(line[17:])["row"] for line in path.read_bytes().split(b"\n")[1:-1]]
+    assert rows[: len(before)] == before
+    assert sorted(rows) == list(range(12))
+    assert scored([answers], question_sets, tmp_path / "again") == calm
+
+
 def test_what_there_is_memory_for_is_found_once_and_recorded(
     pruned: EvaluationSetting, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.evaluation.answered import Answer
 from ocvtp.evaluation.ask import answers_to
 from ocvtp.evaluation.benchmarks import benchmark, benchmarks
+from ocvtp.evaluation.generate import finish
 from ocvtp.evaluation.lmms.official import opened
 from ocvtp.evaluation.lmms.outcome import primary_of, scored
 from ocvtp.evaluation.lmms.quiet import import_lmms_eval
@@ -105,7 +106,9 @@ def test_scores_of_mixed_answers_follow_from_the_lines(name: str, tmp_path: Path
     rows = MAKERS[name](24)
     right = right_answers(name, rows)
     rng = np.random.default_rng(0)
-    guesses = ["yes", "No", "A", "B.", "maybe", "cat", "", "red", "7"]
+    # Some that end lines, that no file takes, that spreadsheets refuse or take for a formula; and nothing at all.
+    odd = ["", "\x07", "\u2028", "\ud800", "yes\nno", "=A1", "a\x00b"]
+    guesses = 3 * ["yes", "No"] + ["A", "B.", "maybe", "cat", "red", "7", *map(finish, odd)]
     said = [answer if rng.random() < 0.6 else guesses[rng.integers(len(guesses))] for answer in right]
     found, _ = run(name, rows, said, tmp_path)
     assert 0.0 < found.primary < TOP.get(name, 1.0)
