@@ -22,7 +22,8 @@ from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
 from ocvtp.vlms import resolve
 from pipelines import tracking
 from pipelines.grid import PrunerCell, pruner_cells, token_sets, tokens_listing
-from pipelines.spool import Record, curves
+from pipelines.params.model import SAMPLED
+from pipelines.spool import Dataset, Record, curves
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -143,6 +144,9 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
     metrics = read_json(folder / "metrics.json")
     train = run.params.train.changed(cell.changes)
     options = {f"train.{key}": value for key, value in {**train.given, **train.pruner.given}.items()}
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    tokens = task.spec["tokens"]
+    name = f"{cell.vlm}, layer {cell.layer}" + ("" if cell.on == SAMPLED else f", on {cell.on}")
     return Record(
         fingerprint=task.key,
         kind="pruner",
@@ -156,9 +160,11 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
             "train.on": cell.on,
             **options,
         },
-        metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        metrics=numbers,
         curves=curves(folder / "curves.csv"),
         tags={"pruner": str(metrics.get("fingerprint", ""))},
+        datasets=[Dataset.of(name, tokens, "training", tokens["meta"])],
+        measured_on=dict.fromkeys(numbers, name),
     )
 
 
