@@ -41,7 +41,7 @@ def records(found: Mapping[str, Any]) -> Iterator[Record]:
             name=f"{found['vlm']}/{name}",
             params=params,
             metrics={} if "failed" in case else _metrics(case),
-            tags={"failed": case.get("failed", ""), "mlflow.source.name": "pipelines/latency.py"},
+            tags={"failed": case.get("failed", "")},
         )
 
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ocvtp.commands import common, pruned_vlm
 from ocvtp.errors import BadInput
@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limits", action="store_true", help="measure what the device can do, too, and say how many "
                         "times the least time each phase takes")  # fmt: skip
     parser.add_argument("--figure", type=Path, default=None, help="draw the phases as bars: a .png or .svg file")
+    parser.add_argument("--bars", type=Path, default=None, help="draw times in percent of the unpruned model's, as the "
+                        "paper's Figure 3: a .png or .svg file")  # fmt: skip
     common.add_json(parser)
 
 
@@ -46,6 +48,8 @@ def tell(args: argparse.Namespace, found: "Measured") -> int:
     """Print and draw; 1 if there are cases that could not be measured."""
     if args.figure is not None and found.times:
         _draw(args.figure, args.vlm, found.times)
+    if args.bars is not None and "vanilla" in found.times:
+        _draw_bars(args.bars, found)
     if args.json:
         common.print_json(found.as_dict())
     else:
@@ -60,8 +64,9 @@ def measured(args: argparse.Namespace) -> "Measured":
         raise BadInput(f"--batch {args.batch} is of --random-weights: an image and a prompt are measured one at a time")
     if args.random_weights and args.image is not None:
         raise BadInput("--image says nothing to random weights: leave one of the two out")
-    if args.figure is not None and args.figure.suffix not in (".png", ".svg"):
-        raise BadInput(f"--figure {args.figure}: a name that ends in .png or .svg is needed")
+    for option, path in (("--figure", args.figure), ("--bars", args.bars)):
+        if path is not None and path.suffix not in (".png", ".svg"):
+            raise BadInput(f"{option} {path}: a name that ends in .png or .svg is needed")
     from ocvtp.methods import entry_of
 
     methods = dict.fromkeys(["random", *args.methods])
@@ -233,8 +238,26 @@ def _draw(path: Path, vlm: str, times: dict[str, Any]) -> None:
     from ocvtp import figures
 
     bars = {name: {phase: spread.median for phase, spread in took.phases.items()} for name, took in times.items()}
-    path.write_bytes(figures.phases(bars, title=f"{vlm}: milliseconds to the first token",
-                                    form="svg" if path.suffix == ".svg" else "png"))  # fmt: skip
+    path.write_bytes(figures.phases(bars, title=f"{vlm}: milliseconds to the first token", form=_form(path)))
+
+
+def _draw_bars(path: Path, found: Measured) -> None:
+    """Methods of one budget stand together: the first token and, where there is more, the whole answer."""
+    from ocvtp import figures
+
+    kinds = {"first token": lambda took: took.first_token.median}
+    if found.about["new_tokens"] > 1:
+        kinds[f"{found.about['new_tokens']} tokens"] = lambda took: took.total.median
+    whole, groups = found.times["vanilla"], dict[str, dict[str, float]]()
+    for name, (method, keep) in found.names.items():
+        for kind, of in kinds.items() if method != "vanilla" and name in found.times else ():
+            groups.setdefault(f"keep {keep:g},\n{kind}", {"vanilla": of(whole)})[method] = of(found.times[name])
+    if groups:
+        path.write_bytes(figures.times({found.about["vlm"]: groups}, form=_form(path)))
+
+
+def _form(path: Path) -> Literal["png", "svg"]:
+    return "svg" if path.suffix == ".svg" else "png"
 
 
 def _random(args: argparse.Namespace) -> tuple[Any, dict[str, Any], None]:

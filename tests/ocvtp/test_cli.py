@@ -339,13 +339,19 @@ def test_latency_measures_every_case(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(roofline, "_SIZES", {"cpu": (64, 1 << 16)})
     figure = tmp_path / "phases.png"
-    assert cli.main([*arguments, "--limits", "--figure", str(figure)]) == 0
+    bars = tmp_path / "bars.svg"
+    assert cli.main([*arguments, "--limits", "--figure", str(figure), "--bars", str(bars)]) == 0
     printed = capsys.readouterr().out
     for part in ("of vanilla", "of random", "image processing", "Times the least time there is"):
         assert part in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
+    drawn = bars.read_text()
+    for part in ("keep 48,", "keep 16,", "first token", "2 tokens", "vanilla", "random", "% of the unpruned model's"):
+        assert part in drawn
     assert cli.main([*arguments, "--figure", "phases.pdf"]) == 2
-    assert "ends in .png or .svg" in capsys.readouterr().err
+    assert "--figure phases.pdf: a name that ends in .png or .svg" in capsys.readouterr().err
+    assert cli.main([*arguments, "--bars", "bars"]) == 2
+    assert "--bars bars: a name that ends in .png or .svg" in capsys.readouterr().err
 
 
 def test_limits_of_a_method_inside_the_llm_count_what_each_layer_reads(
