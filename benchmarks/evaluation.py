@@ -41,7 +41,8 @@ Ask = Callable[[Questions, Sequence[int]], list[str]]
 def ours(vlm: Any, batch_size: int) -> Ask:
     def ask(questions: Questions, rows: Sequence[int]) -> list[str]:
         answerer = Answerer(vlm)  # which has prepared nothing yet
-        return [one.answer.text for one in answers_to(questions, answerer, rows, batch_size, None, None)]
+        answered, _ = answers_to(questions, answerer, rows, batch_size, None, None)
+        return [one.answer.text for one in answered]
 
     return ask
 

@@ -84,17 +84,19 @@ class Answers:
         about: what made them: benchmark, setting, prompt, dtype, data, packages. Equal for all shards of a benchmark.
         total: questions of the benchmark that are asked, in all shards.
         answered: by row.
+        batch_size: questions that were asked at once: as many as were wanted, or those that there was memory for.
     """
 
     about: Mapping[str, Any]
     total: int
     answered: Sequence[Answered] = field(repr=False)
+    batch_size: int
 
     def write(self, folder: Path) -> None:
         """Write `answers.jsonl` and `asked.json`, the latter last; the same bytes for the same answers."""
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / ANSWERS, "".join(json.dumps(one.to_dict()) + "\n" for one in self.answered))
-        about = clean({"total": self.total, **self.about})
+        about = clean({"total": self.total, "batch_size": self.batch_size, **self.about})
         replace_text(folder / ASKED, json.dumps(about, allow_nan=False, indent=1) + "\n")
 
     @classmethod
@@ -114,7 +116,7 @@ class Answers:
                 answered.append(Answered.from_dict(json.loads(line)))
             except ValueError as error:
                 raise Corrupt(f"{folder / ANSWERS}, line {number}: {error}") from error
-        return cls(about, int(about.pop("total")), answered)
+        return cls(about, int(about.pop("total")), answered, int(about.pop("batch_size")))
 
 
 def joined(shards: Sequence[Answers]) -> Answers:
@@ -135,7 +137,7 @@ def joined(shards: Sequence[Answers]) -> Answers:
         missing = sorted(set(range(first.total)) - set(rows))
         what = f"question {missing[0]} has no answer" if missing else "a question is answered twice"
         raise BadInput(f"{first.about['benchmark']}: {what}; {len(rows)} answers to {first.total} questions")
-    return Answers(first.about, first.total, answered)
+    return Answers(first.about, first.total, answered, min(shard.batch_size for shard in shards))
 
 
 def digest_of(messages: Any) -> str:

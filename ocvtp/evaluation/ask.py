@@ -15,7 +15,7 @@ import torch
 from ocvtp.errors import Incompatible, NotAvailable
 from ocvtp.evaluation import journal as journals
 from ocvtp.evaluation import preflight
-from ocvtp.evaluation.answered import Answered, Answers, Shard, digest_of
+from ocvtp.evaluation.answered import Answer, Answered, Answers, Shard, digest_of
 from ocvtp.evaluation.benchmarks import Benchmark
 from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.generate import Answerer, Prepared
@@ -70,17 +70,18 @@ def ask(
         if setting.dtype != "float32":  # in which an answer does not depend on its batch
             made_by["batch_size"] = setting.batch_size
         with nullcontext() if journal is None else journals.opened(journal, made_by) as kept:
-            answered = answers_to(questions, answerer, shard.rows(total), setting.batch_size, kept, progress)
-    return Answers({**about, "limit": limit}, total, answered)
+            answered, fits = answers_to(questions, answerer, shard.rows(total), setting.batch_size, kept, progress)
+    return Answers({**about, "limit": limit}, total, answered, fits)
 
 
 def answers_to(
     questions: Any, answerer: Answerer, rows: Sequence[int], batch_size: int,
     journal: journals.Journal | None, progress: Progress | None,
-) -> list[Answered]:  # fmt: skip
+) -> tuple[list[Answered], int]:  # fmt: skip
     """Answers to these rows, in their order: what the journal has, and the others batch by batch.
 
-    A batch that does not fit into memory is halved, and so are those behind it: at most once for each power of two.
+    A batch that does not fit into memory is halved, and so are those behind it: at most once for each power of two,
+    also over several runs that share a journal. Returns with the answers the batch size in the end.
 
     Raises:
         Incompatible: the journal answers another question than that of its row.
@@ -89,6 +90,7 @@ def answers_to(
     """
     found: dict[int, Answered] = {}
     if journal is not None:
+        batch_size = min(batch_size, journal.fits or batch_size)
         found = {row: journal.known[row] for row in rows if row in journal.known}
         for row, one in found.items():
             if one.digest != digest_of(questions.messages(row)):
@@ -102,16 +104,14 @@ def answers_to(
         batch, left = left[:batch_size], left[batch_size:]
         make = partial(_prepared, questions, answerer, batch)
         prepared = answerer.prepared.get((questions.stamp, *batch), make)
-        try:
-            answers = answerer.answer_prepared(prepared, questions.options)
-        except torch.OutOfMemoryError as error:
+        answers = _if_they_fit(answerer, prepared, questions.options)
+        if answers is None:
             if len(batch) == 1:
-                raise NotAvailable(
-                    f"question {batch[0]} of {questions.benchmark.name} alone needs more memory"
-                ) from error
+                raise NotAvailable(f"question {batch[0]} of {questions.benchmark.name} alone needs more memory")
             batch_size, left = (len(batch) + 1) // 2, batch + left
             log.warning("%d questions at once need more memory than there is: %d from here on", len(batch), batch_size)
-            torch.cuda.empty_cache()
+            if journal is not None:
+                journal.note_fit(batch_size)
             continue
         new = [
             Answered(row, digest, answer) for row, digest, answer in zip(batch, prepared.digests, answers, strict=True)
@@ -120,7 +120,17 @@ def answers_to(
             journal.add(new)
         found |= {one.row: one for one in new}
         questions.heard(progress, len(found), len(rows))
-    return [found[row] for row in rows]
+    return [found[row] for row in rows], batch_size
+
+
+def _if_they_fit(answerer: Answerer, batch: Prepared, options: Mapping[str, Any]) -> list[Answer] | None:
+    """Answers to a batch; None if there is not memory enough for it, which is then free again."""
+    try:
+        return answerer.answer_prepared(batch, options)
+    except torch.OutOfMemoryError:
+        pass  # with the error goes what filled the memory: its frames hold that
+    torch.cuda.empty_cache()
+    return None
 
 
 def _prepared(questions: Any, answerer: Answerer, rows: Sequence[int]) -> Prepared:

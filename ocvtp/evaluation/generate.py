@@ -175,8 +175,11 @@ class Answerer:
 
 
 def finish(text: str, until: Sequence[str] | str | None = None) -> str:
-    """The answer as it is scored: cut at the first of `until`, without control characters, without outer space."""
+    """The answer as it is scored: cut at the first of `until`, without what scorers fail on, without outer space.
+
+    That is control characters, which no spreadsheet takes, and halves of surrogate pairs, which no file does.
+    """
     for stop in [until] if isinstance(until, str) else until or ():
         if stop:
             text = text.split(stop)[0]
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc").strip()
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")).strip()

@@ -19,6 +19,7 @@ from ocvtp.errors import BadInput, Incompatible
 from ocvtp.evaluation.answered import Answered
 
 log = logging.getLogger(__name__)
+_FITS = "fits"
 _DIGITS = 16
 """Hexadecimal digits of a line's checksum."""
 PATIENCE = 10.0
@@ -26,18 +27,32 @@ PATIENCE = 10.0
 
 
 class Journal:
-    """Answers of earlier runs in `known`, by row; `add` keeps more."""
+    """Answers of earlier runs in `known`, by row; `add` keeps more.
 
-    def __init__(self, path: Path, known: Mapping[int, Answered]) -> None:
-        self.path, self.known = path, dict(known)
+    Attributes:
+        path: of its file.
+        known: by row.
+        fits: questions at once that there was memory for; None as long as there was for all.
+    """
+
+    def __init__(self, path: Path, known: Mapping[int, Answered], fits: int | None = None) -> None:
+        self.path, self.known, self.fits = path, dict(known), fits
 
     def add(self, answered: Sequence[Answered]) -> None:
         """Append answers; they are on disk when it returns."""
+        self._append([one.to_dict() for one in answered])
+        self.known |= {one.row: one for one in answered}
+
+    def note_fit(self, batch_size: int) -> None:
+        """Append how many questions there is memory for at once, so that no later run tries more."""
+        self._append([{_FITS: batch_size}])
+        self.fits = batch_size
+
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with self.path.open("ab") as file:
-            file.write(b"".join(_line(one.to_dict()) for one in answered))
+            file.write(b"".join(map(_line, lines)))
             file.flush()
             os.fsync(file.fileno())
-        self.known |= {one.row: one for one in answered}
 
 
 @contextmanager
@@ -67,16 +82,20 @@ def opened(path: Path, made_by: Mapping[str, Any], patience: float = PATIENCE) -
             return
         if found[0] != header:
             raise Incompatible(_differing(path, found[0], header))
-        known = {}
+        known, fits = dict[int, Answered](), None
         for line in found[1:]:
             try:
+                if isinstance(line, dict) and _FITS in line:
+                    fits = int(line[_FITS])
+                    continue
                 known[int(line["row"])] = Answered.from_dict(line)
             except (ValueError, KeyError, TypeError):
                 whole = False
                 log.warning("%s has a line that is no answer: it is dropped", path)
         if not whole:
-            _rewrite(path, [header, *(one.to_dict() for one in known.values())])
-        yield Journal(path, known)
+            noted = [] if fits is None else [{_FITS: fits}]
+            _rewrite(path, [header, *noted, *(one.to_dict() for one in known.values())])
+        yield Journal(path, known, fits)
 
 
 def _take(lock: Any, path: Path, patience: float) -> None:

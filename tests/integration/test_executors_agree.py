@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from pipeline_workspace import ROOT, Workspace
+from pipeline_workspace import ROOT, SMALL, Workspace
 
 if TYPE_CHECKING:
     from ray_cluster import ServerInfo as Ray
@@ -30,6 +30,16 @@ def of(server: "Ray | Slurm", name: str, monkeypatch: pytest.MonkeyPatch) -> dic
     for variable, value in {**server.environment, "OCVTP_EXECUTOR": name}.items():
         monkeypatch.setenv(variable, value)
     return {"cluster": {"profile": str(server.profile), "resources": RESOURCES}}
+
+
+IN_SHARDS = {"evaluate": {**SMALL["evaluate"], "minutes_per_task": 0.06}}
+"""Cuts a benchmark's 24 questions into four tasks, at the speed that is assumed before any were answered."""
+
+
+def was_cut(workspace: Workspace, finished: Workspace) -> bool:
+    """Answers came in four shards each where the finished run has them in one."""
+    there, whole = (len(list((one.folder / ".ocvtp/store/answers").iterdir())) for one in (workspace, finished))
+    return there == 4 * whole
 
 
 def hurt(workspace: Workspace, finished: Workspace, how: Callable[[int], object]) -> list[str]:
@@ -91,8 +101,9 @@ def test_a_training_that_is_killed_ends_in_the_same_bytes_here(
 def test_slurm(
     finished: Workspace, new_workspace: Callable[..., Workspace], slurm_server: "Slurm", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace = new_workspace(**of(slurm_server, "slurm", monkeypatch))
+    workspace = new_workspace(**of(slurm_server, "slurm", monkeypatch), **IN_SHARDS)
     workspace.run("dvc", "repro")
+    assert was_cut(workspace, finished)
     assert workspace.results() == finished.results()
     assert slurm_server.jobs() == []
 
@@ -101,8 +112,9 @@ def test_slurm(
 def test_ray_and_a_job_that_is_submitted(
     finished: Workspace, new_workspace: Callable[..., Workspace], ray_server: "Ray", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace = new_workspace(**of(ray_server, "ray", monkeypatch))
+    workspace = new_workspace(**of(ray_server, "ray", monkeypatch), **IN_SHARDS)
     workspace.run("dvc", "repro")
+    assert was_cut(workspace, finished)
     assert workspace.results() == finished.results()
 
     scores = (workspace.folder / "results/scores.json").read_bytes()

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.evaluation import journal as journals
 from ocvtp.evaluation import listing
 from ocvtp.evaluation.answered import Answer, Answered, Answers, Shard, joined
 from ocvtp.evaluation.ask import ask
+from ocvtp.evaluation.benchmarks import benchmarks
 from ocvtp.evaluation.generate import Answerer, Prepared
+from ocvtp.evaluation.lmms.official import Questions
 from ocvtp.evaluation.score import score
 from ocvtp.evaluation.setting import EvaluationSetting
 
@@ -97,6 +100,79 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(
         ask(pruned, "pope", question_sets, journal=path)
 
 
+def test_a_benchmark_that_is_killed_goes_on_behind_its_last_batch(
+    pruned: EvaluationSetting, question_sets: Path, tmp_path: Path, asked: "Counter[str]"
+) -> None:
+    """SIGKILL while questions are asked: none is answered twice, and the files are those of a calm run."""
+    path, alone = tmp_path / "journal", replace(pruned, batch_size=1)
+    calm = scored([ask(alone, "gqa", question_sets)], question_sets, tmp_path / "calm")
+    code = (
+        "from pathlib import Path; from ocvtp.evaluation.ask import ask\n"
+        "from ocvtp.evaluation.setting import EvaluationSetting\n"
+        f"ask(EvaluationSetting(**{vars(alone)!r}), 'gqa', Path({str(question_sets)!r}), journal=Path({str(path)!r}),\n"
+        "    progress=lambda done, total: print(done, flush=True))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 3:
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        said = [3, *(int(line) for line in process.stdout.read().splitlines())]
+    assert process.returncode == -signal.SIGKILL
+    before = [json.loads(line[17:])["row"] for line in path.read_bytes().split(b"\n")[1:-1]]
+    assert max(said) <= len(before) < 12
+    asked.clear()
+    answers = ask(alone, "gqa", question_sets, journal=path)
+    assert list(asked.values()) == [1] * (12 - len(before))
+    rows = [json.loads(line[17:])["row"] for line in path.read_bytes().split(b"\n")[1:-1]]
+    assert rows[: len(before)] == before
+    assert sorted(rows) == list(range(12))
+    assert scored([answers], question_sets, tmp_path / "again") == calm
+
+
+def test_what_there_is_memory_for_is_found_once_and_recorded(
+    pruned: EvaluationSetting, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = replace(pruned, batch_size=12)
+    calm, _ = score([ask(wide, "gqa", question_sets)], question_sets)
+    tried: list[int] = []
+    answer = Answerer.answer_prepared
+
+    def small(self: Answerer, batch: Prepared, options: Any = None) -> list[Answer]:
+        tried.append(len(batch.images))
+        if len(batch.images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answer(self, batch, options)
+
+    def killed(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "answer_prepared", small)
+    path = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        ask(wide, "gqa", question_sets, journal=path, progress=killed)
+    assert tried == [12, 6, 3]
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([header, *lines, b"torn"]))  # so that it is written anew
+    ask(wide, "gqa", question_sets, journal=path).write(tmp_path)
+    assert tried == [12, 6, 3, 3, 3, 3], "the next run tries no more than what was found"
+    answers = Answers.read(tmp_path)
+    found, _ = score([answers], question_sets)
+    assert (calm.pop("batch_size"), found.pop("batch_size"), answers.batch_size) == (12, 3, 3)
+    assert found == calm
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_answers_do_not_depend_on_the_batch(
+    name: str, pruned: EvaluationSetting, question_sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A VLM with random weights says something else to each question, and never ends.
+    monkeypatch.setattr(Questions, "options", {"max_new_tokens": 4})
+    one_by_one, together = (ask(replace(pruned, batch_size=size), name, question_sets).answered for size in (1, 12))
+    assert one_by_one == together
+    assert len({one.answer.text for one in together}) > 3
+
+
 def test_an_answer_to_another_question_than_that_of_its_row_is_refused(
     pruned: EvaluationSetting, question_sets: Path, tmp_path: Path
 ) -> None:
@@ -118,18 +194,19 @@ def test_answers_to_other_data_are_not_scored(pruned: EvaluationSetting, questio
 
 
 def test_shards_that_were_made_in_other_ways_do_not_join() -> None:
-    first = Answers(ABOUT, 2, [one(0)])
-    assert [found.row for found in joined([Answers(ABOUT, 2, [one(1)]), first]).answered] == [0, 1]
+    first = Answers(ABOUT, 2, [one(0)], 8)
+    assert [found.row for found in joined([Answers(ABOUT, 2, [one(1)], 4), first]).answered] == [0, 1]
+    assert joined([Answers(ABOUT, 2, [one(1)], 4), first]).batch_size == 4
     with pytest.raises(Incompatible, match="setting differ"):
-        joined([first, Answers({**ABOUT, "setting": {}}, 2, [one(1)])])
+        joined([first, Answers({**ABOUT, "setting": {}}, 2, [one(1)], 8)])
     with pytest.raises(Incompatible, match="total differ"):
-        joined([first, Answers(ABOUT, 3, [one(1)])])
+        joined([first, Answers(ABOUT, 3, [one(1)], 8)])
     with pytest.raises(BadInput, match="shard 3 of 3"):
         Shard(3, 3)
 
 
 def test_files_of_answers_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
-    answers = Answers(ABOUT, 2, [one(0, "a\u2028b\ud800\n"), one(1, "")])
+    answers = Answers(ABOUT, 2, [one(0, "a\u2028b\ud800\n"), one(1, "")], 8)
     answers.write(tmp_path)
     assert Answers.read(tmp_path) == answers
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()

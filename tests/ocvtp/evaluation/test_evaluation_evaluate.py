@@ -55,8 +55,10 @@ def test_a_benchmark_from_end_to_end(name: str, vlm_folder: Path, question_sets:
     assert {"torch", "transformers", "lmms-eval", "ocvtp"} <= set(score["versions"])
 
     again = EvaluationSetting(vlm=str(vlm_folder), **RANDOM, batch_size=1)
-    evaluate(again, name, question_sets / f"{name}.parquet", tmp_path / "again", limit=limit)
-    assert contents(tmp_path / "again") == contents(tmp_path / "out")  # bytes, whatever the batch
+    alone = evaluate(again, name, question_sets / f"{name}.parquet", tmp_path / "again", limit=limit)
+    assert (alone.pop("batch_size"), score.pop("batch_size")) == (1, 8)
+    assert alone == score
+    assert files.read_samples(tmp_path / "again") == samples
     assert not any(str(place).encode() in b"".join(contents(tmp_path / "out").values())
                    for place in (tmp_path, vlm_folder, question_sets, Path.home()))  # fmt: skip
 

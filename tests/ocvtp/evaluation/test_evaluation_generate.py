@@ -130,6 +130,7 @@ def test_text_alone_and_images_under_either_key(vlm: VLM) -> None:
     ("text", "until", "expected"),
     [
         ("  yes\x00\x07 \x9f", None, "yes"),
+        ("\ud800yes", None, "yes"),
         ("yes\n\nUSER: no", ["\n\n"], "yes"),
         ("a ASSISTANT: b STOP c", ["STOP", "ASSISTANT:"], "a"),
         ("a b", "b", "a"),

@@ -22,6 +22,7 @@ from ocvtp.errors import BadInput, NotAvailable
 from ocvtp.evaluation.answered import Answer
 from ocvtp.evaluation.ask import answers_to
 from ocvtp.evaluation.benchmarks import benchmark, benchmarks
+from ocvtp.evaluation.generate import finish
 from ocvtp.evaluation.lmms.official import opened
 from ocvtp.evaluation.lmms.outcome import primary_of, scored
 from ocvtp.evaluation.lmms.quiet import import_lmms_eval
@@ -54,7 +55,7 @@ def run(
     path = write_parquet(folder / f"{name}.parquet", rows)
     with opened(benchmark(name), path) as questions:
         count = min(limit or len(questions), len(questions))
-        answered = answers_to(questions, parrot, range(count), 4, None, progress)  # type: ignore[arg-type]
+        answered, _ = answers_to(questions, parrot, range(count), 4, None, progress)  # type: ignore[arg-type]
         metrics, samples = scored(questions, [one.answer for one in answered])
     return Scored(primary_of(benchmark(name), metrics), metrics, samples), parrot
 
@@ -105,7 +106,9 @@ def test_scores_of_mixed_answers_follow_from_the_lines(name: str, tmp_path: Path
     rows = MAKERS[name](24)
     right = right_answers(name, rows)
     rng = np.random.default_rng(0)
-    guesses = ["yes", "No", "A", "B.", "maybe", "cat", "", "red", "7"]
+    # Some that end lines, that no file takes, that spreadsheets refuse or take for a formula; and nothing at all.
+    odd = ["", "\x07", "\u2028", "\ud800", "yes\nno", "=A1", "a\x00b"]
+    guesses = 3 * ["yes", "No"] + ["A", "B.", "maybe", "cat", "red", "7", *map(finish, odd)]
     said = [answer if rng.random() < 0.6 else guesses[rng.integers(len(guesses))] for answer in right]
     found, _ = run(name, rows, said, tmp_path)
     assert 0.0 < found.primary < TOP.get(name, 1.0)
@@ -147,8 +150,9 @@ def test_a_batch_that_does_not_fit_is_halved_once_for_each_power_of_two(
         whole = answers_to(questions, wide, range(12), 8, None, None)  # type: ignore[arg-type]
         found = answers_to(questions, small, range(12), 8, None, None)  # type: ignore[arg-type]
         assert (wide.tried, small.tried) == ([8, 4], [8, 4, 2, 2, 2, 2, 2, 2])
-        assert found == whole
-        assert [one.row for one in found] == list(range(12))
+        assert found == (whole[0], 2)
+        assert whole[1] == 8
+        assert [one.row for one in found[0]] == list(range(12))
         assert "8 questions at once need more memory than there is: 4 from here on" in caplog.text
         with pytest.raises(NotAvailable, match="question 0 of gqa alone needs more memory"):
             answers_to(questions, Small(0), range(12), 8, None, None)  # type: ignore[arg-type]
