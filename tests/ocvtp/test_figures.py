@@ -109,7 +109,7 @@ def test_curves_of_one_label_share_one_line_of_the_legend() -> None:
 
 def test_bars_of_one_colour_differ_by_a_hatch() -> None:
     """`hiprune` and `css` have the same colour."""
-    found = {name: 10.0 for name in ("vanilla", "random", "hiprune")}
+    found = dict.fromkeys(("vanilla", "random", "hiprune"), 10.0)
     assert "<pattern" not in figures.times({"tiny": {"keep 16": found}}, form="svg").decode()
     svg = figures.times({"tiny": {"keep 16": {**found, "css": 5.5}}}, form="svg").decode()
     assert svg.count("<pattern") == 1
