@@ -395,7 +395,9 @@ def times(
         axes.set_xlabel("time per image, % of the unpruned model's")
         handles = {str(label): handle for one in figure.axes
                    for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}  # fmt: skip
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), fontsize=8)
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), fontsize=8
+        )
         return _save(figure, form)
 
 
