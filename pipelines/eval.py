@@ -222,6 +222,7 @@ def _records(
         if known and len(known) == len(run.params.benchmark):
             values["average_relative"] = sum(known) / len(known)
         values |= {f"{name}_relative": value for name, value in relative.items()}
+        score = next(iter(found.values())).score
         axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
         yield Record(
             fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:24],
@@ -229,7 +230,7 @@ def _records(
             name=f"{vlm_folder(setting.vlm)}/{setting.name}",
             params={key: value for key, value in axes.items() if value is not None},
             metrics={key: value for key, value in values.items() if value is not None},
-            tags={"pruner": str(next(iter(found.values())).score["setting"].get("fingerprint") or "")},
+            tags={"pruner": str(score["setting"].get("fingerprint") or ""), "protocol": score["protocol"]},
         )
 
 
