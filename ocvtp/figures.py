@@ -332,6 +332,63 @@ def phases(bars: Mapping[str, Mapping[str, float]], *, title: str = "", form: Fo
         return _save(figure, form)
 
 
+def times(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    names: Mapping[str, str] | None = None,
+    whole: str = "vanilla",
+    form: Format = "png",
+) -> bytes:
+    """Time per image of methods, in percent of the unpruned model's, with the milliseconds on each bar: a plot for each
+    VLM in it, a group of bars for each measurement.
+
+    Args:
+        panels: title -> measurement -> method -> milliseconds. What is not there has no bar.
+        names: of all methods, for the legend, in the order of bars.
+        whole: the method that is 100 %; every measurement needs it.
+        form: `png` or `svg`.
+
+    Raises:
+        BadInput: nothing to draw, or a measurement without the unpruned model; names it.
+    """
+    panels = {title: groups for title, groups in panels.items() if groups}
+    if not panels:
+        raise BadInput("times has no bar to draw")
+    for title, groups in panels.items():
+        for group, found in groups.items():
+            if not found.get(whole):
+                raise BadInput(f"times: {title}, {group} has no {whole}: it is the 100 % of the others")
+    there = dict.fromkeys(name for groups in panels.values() for found in groups.values() for name in found)
+    methods = sorted(there, key=list(names or there).index)
+    rows = sum(len(groups) for groups in panels.values())
+    with _figure((6.4, 0.55 * len(panels) + 0.13 * rows * (len(methods) + 1) + 0.5)) as figure:
+        ratios = [len(groups) for groups in panels.values()]
+        for axes, (title, groups) in zip(
+            figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0],
+            panels.items(),
+            strict=True,
+        ):
+            axes.set_title(title)
+            for number, method in enumerate(methods):
+                known = [(index, found) for index, found in enumerate(groups.values()) if method in found]
+                places = [index + (number - (len(methods) - 1) / 2) * 0.8 / len(methods) for index, _ in known]
+                shares = [100 * found[method] / found[whole] for _, found in known]
+                axes.barh(places, shares, height=0.74 / len(methods), color=looks(method, methods)[0] if method != whole
+                          else RULE, label=(names or {}).get(method, method))  # fmt: skip
+                for place, share, (_, found) in zip(places, shares, known, strict=True):
+                    axes.annotate(f"{found[method]:.1f} ms", (share, place), xytext=(3, 0), textcoords="offset points",
+                                  va="center", fontsize=7)  # fmt: skip
+            axes.set_yticks(range(len(groups)), list(groups))
+            axes.invert_yaxis()
+            axes.margins(x=0.12)
+            axes.grid(axis="y", visible=False)
+        axes.set_xlabel("time per image, % of the unpruned model's")
+        handles = {str(label): handle for one in figure.axes
+                   for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), fontsize=8)
+        return _save(figure, form)
+
+
 def looks(label: str, among: Sequence[str]) -> tuple[str, str, Any]:
     """Colour, marker and dash of a label: fixed for methods, in the order of `among` for anything else."""
     index = STANDING.index(label) if label in STANDING else list(among).index(label)

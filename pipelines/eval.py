@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines import tracking
-from pipelines.grid import Cell, PrunerCell, vlm_folder
+from pipelines.grid import Cell, PrunerCell, budget_name, vlm_folder
 from pipelines.inputs import Input, method_code, pruners, questions, wanted_settings, weights
+from pipelines.params import ablate
 from pipelines.shards import Speeds, begun, count_of
-from pipelines.spool import Record
+from pipelines.spool import Dataset, Record, Series
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -221,9 +222,13 @@ def _records(
         known = [value for value in relative.values() if value is not None]
         if known and len(known) == len(run.params.benchmark):
             values["average_relative"] = sum(known) / len(known)
+        of_budget = {f"{_budget(setting)}/{name}": value for name, value in values.items()}
+        on = {key: name for name in found for key in (name, f"{name}_relative", f"{_budget(setting)}/{name}")}
         values |= {f"{name}_relative": value for name, value in relative.items()}
         score = next(iter(found.values())).score
         axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
+        axes |= {f"option.{name}": value for name, value in setting.options.items() if name not in axes}
+        alike = {"setting": {k: v for k, v in shared.items() if k != "keep"}, "code": task.code}
         yield Record(
             fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:24],
             kind="setting",
@@ -231,7 +236,41 @@ def _records(
             params={key: value for key, value in axes.items() if value is not None},
             metrics={key: value for key, value in values.items() if value is not None},
             tags={"pruner": str(score["setting"].get("fingerprint") or ""), "protocol": score["protocol"]},
+            datasets=[_dataset(one) for one in found.values()],
+            measured_on=on,
+            series=None if setting.keep is None else _series(setting, task, axes, canonical(alike)),
+            series_metrics={key: value for key, value in of_budget.items() if value is not None},
         )
+
+
+def _dataset(result: Result) -> Dataset:
+    """The questions of one benchmark that were asked."""
+    asked_ = {"data": result.score["data"], "limit": result.score["limit"]}
+    return Dataset.of(result.benchmark, asked_, "evaluation", asked_)
+
+
+def _series(setting: Cell, task: Task, axes: Mapping[str, Any], alike: str) -> Series:
+    """Its trained pruner, or its method with all options: what it shares with the settings of other budgets."""
+    pruner = setting.pruner
+    if pruner is not None:
+        params = {"vlm": pruner.vlm, "layer": pruner.layer, "loss": pruner.loss, "slots": list(pruner.slots)}
+        key = Path(task.inputs["pruner"]).name
+        return Series(key, "pruner", pruner.folder, {**params, "seed": pruner.seed, "method": setting.method})
+    params = {key: value for key, value in axes.items() if key not in ("keep", "tokens", "share") and value is not None}
+    name = f"{vlm_folder(setting.vlm)}/{replace(setting, keep=None).name}"
+    return Series(hashlib.sha256(alike.encode()).hexdigest()[:24], "method", name, params)
+
+
+def _budget(setting: Cell) -> str:
+    """`keep_16`; `keep_16-top_2` where a trained pruner is used otherwise than by `oc-vtp` with one token a slot."""
+    if setting.keep is None:
+        return ""
+    words = [f"keep_{setting.tokens or budget_name(setting.keep)}"]
+    if setting.pruner is not None:
+        words += [] if setting.method == "oc-vtp" else [setting.method]
+        words += [] if setting.top_k in (None, 1) else [f"top_{setting.top_k}"]
+        words += [ablate.word(change) for change in setting.changes if change[0].startswith(ablate.OPTIONS)]
+    return "-".join(words)
 
 
 def _data_identity(run: Stage, sets: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Records for MLflow on their way: written to a file first, sent afterwards, sent once.
 
-`.ocvtp/mlflow-spool/*.jsonl` holds what was not sent yet, `sent.json` what was, by digest, so that a stage that has
-nothing new to say never imports mlflow.
+`.ocvtp/mlflow-spool/*.jsonl` holds what was not sent yet, `files` the artifacts of it by SHA-256, `sent.json` what was
+sent, by digest, so that a stage that has nothing new to say never imports mlflow.
 """
 
 import csv
@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
 import uuid
@@ -24,6 +25,7 @@ from pipelines.stage.outputs import write_json, write_text
 
 FOLDER = ".ocvtp/mlflow-spool"
 SENT = "sent.json"
+FILES = "files"
 SQLITE = "sqlite:///"
 
 Line = Mapping[str, Any]
@@ -33,17 +35,64 @@ Send = Callable[[str, Sequence[Line]], bool]
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """What a pruner was trained on, or a setting evaluated on.
+
+    Attributes:
+        name: of the data.
+        digest: of its content, at most 36 characters.
+        context: `training` or `evaluation`.
+        source: where it comes from, as JSON.
+    """
+
+    name: str
+    digest: str
+    context: str
+    source: str
+
+    @classmethod
+    def of(cls, name: str, content: Any, context: str, source: Any) -> "Dataset":
+        """With the digest of what stands for the content, plain values."""
+        digest = hashlib.sha256(canonical(content).encode()).hexdigest()[:32]
+        return cls(name, digest, context, canonical(source))
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a setting is one budget of: a trained pruner, or a method without one, with all its options.
+
+    It has a run of its own, under which those of its budgets are nested, and a logged model that has all their metrics.
+
+    Attributes:
+        fingerprint: of all that determines it; a trained pruner's is that of its record.
+        kind: `pruner` or `method`.
+        name: for people.
+        params: axes and options that all its budgets share.
+    """
+
+    fingerprint: str
+    kind: str
+    name: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Record:
     """What a run says.
 
     Attributes:
         fingerprint: of all that determines it: the run is found again by it.
-        kind: `pruner` or `setting`.
+        kind: `pruner`, `setting` or `report`.
         name: for people.
         params: axes and options, as plain values.
         metrics: one number each.
         curves: rows of numbers with their `step`.
         tags: words.
+        datasets: what it was made from.
+        measured_on: of metrics, also of those of the series, the name of their dataset, where they have one.
+        series: what it is one budget of.
+        series_metrics: what it adds to the metrics of the series, under names of this budget.
+        artifacts: files by their place below the run's artifacts.
     """
 
     fingerprint: str
@@ -53,11 +102,27 @@ class Record:
     metrics: Mapping[str, float]
     curves: Sequence[Mapping[str, float]] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[Dataset] = ()
+    measured_on: Mapping[str, str] = field(default_factory=dict)
+    series: Series | None = None
+    series_metrics: Mapping[str, float] = field(default_factory=dict)
+    artifacts: Mapping[str, Path] = field(default_factory=dict)
 
-    @property
-    def digest(self) -> str:
-        """Of all that it says."""
-        return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()[:24]
+    def spooled(self) -> dict[str, Any]:
+        """As JSON, with the SHA-256 of artifacts in place of their paths."""
+        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.artifacts.items()}
+        return {**asdict(self), "artifacts": files}
+
+    @classmethod
+    def read(cls, spooled: Mapping[str, Any], files: Path) -> "Record":
+        """From what was spooled; `files` is the folder of artifacts. What an older spool does not say is left out."""
+        series = spooled.get("series")
+        more = {
+            "datasets": [Dataset(**one) for one in spooled.get("datasets", ())],
+            "series": None if series is None else Series(**series),
+            "artifacts": {name: files / sha256 for name, sha256 in spooled.get("artifacts", {}).items()},
+        }
+        return cls(**{**spooled, **more})
 
 
 def curves(path: Path) -> list[dict[str, float]]:
@@ -82,6 +147,11 @@ class Spool:
         return self.home / FOLDER
 
     @property
+    def files(self) -> Path:
+        """Artifacts of what waits, by SHA-256."""
+        return self.folder / FILES
+
+    @property
     def waiting(self) -> list[Path]:
         """Files of records that were not sent, the oldest first."""
         return sorted(self.folder.glob("*.jsonl"))
@@ -102,12 +172,17 @@ class Spool:
         """
         uri = self.address(uri)
         known = self._sent().get(_place(uri, experiment), {})
-        new = [record for record in records if known.get(record.fingerprint) != record.digest]
+        said = [(record, record.spooled()) for record in records]
+        new = [(record, it, _digest(it)) for record, it in said if known.get(record.fingerprint) != _digest(it)]
         if not new:
             return
         about = {"time": int(time.time() * 1000), "uri": uri, "experiment": experiment, "tags": _made_by(root)}
-        lines = [json.dumps({**about, "digest": record.digest, "record": asdict(record)}) + "\n" for record in new]
-        write_text(self.folder / f"{about['time']}-{uuid.uuid4().hex[:8]}.jsonl", "".join(lines))
+        with self._alone():  # else another process could clear away files before they are named
+            for record, it, _ in new:
+                for name, path in record.artifacts.items():
+                    self._keep(path, it["artifacts"][name])
+            lines = [json.dumps({**about, "digest": digest, "record": it}) + "\n" for _, it, digest in new]
+            write_text(self.folder / f"{about['time']}-{uuid.uuid4().hex[:8]}.jsonl", "".join(lines))
 
     def deliver(self, send: Send, uri: str | None = None) -> int:
         """Hand what waits to `send`, file by file; returns how many records went out.
@@ -129,7 +204,18 @@ class Spool:
                 self._note(target, lines)
                 path.unlink()
                 sent += len(lines)
+            if not self.waiting:
+                shutil.rmtree(self.files, ignore_errors=True)
         return sent
+
+    def _keep(self, path: Path, sha256: str) -> None:
+        """A copy of an artifact, which may change before it is sent."""
+        target = self.files / sha256
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(path, part)
+            part.replace(target)
 
     def _sent(self) -> dict[str, dict[str, str]]:
         """Place -> fingerprint -> digest; without places whose store is gone."""
@@ -152,6 +238,11 @@ class Spool:
         with (self.folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _digest(spooled: Mapping[str, Any]) -> str:
+    """Of all that a record says."""
+    return hashlib.sha256(canonical(spooled).encode()).hexdigest()[:24]
 
 
 def _place(uri: str, experiment: str) -> str:

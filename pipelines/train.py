@@ -22,7 +22,7 @@ from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
 from ocvtp.vlms import resolve
 from pipelines import tracking
 from pipelines.grid import PrunerCell, layers, pruner_cells, vlm_folder
-from pipelines.spool import Record, curves
+from pipelines.spool import Dataset, Record, curves
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -141,6 +141,9 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
     metrics = read_json(folder / "metrics.json")
     train = run.params.train.changed(cell.changes)
     options = {f"train.{key}": value for key, value in {**train.given, **train.pruner.given}.items()}
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    tokens = task.spec["tokens"]
+    name = f"{cell.vlm}, layer {cell.layer}"
     return Record(
         fingerprint=task.key,
         kind="pruner",
@@ -153,9 +156,11 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
             "seed": cell.seed,
             **options,
         },
-        metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        metrics=numbers,
         curves=curves(folder / "curves.csv"),
         tags={"pruner": str(metrics.get("fingerprint", ""))},
+        datasets=[Dataset.of(name, tokens, "training", tokens["meta"])],
+        measured_on=dict.fromkeys(numbers, name),
     )
 
 

@@ -18,6 +18,11 @@ def add(subparsers: Any) -> None:
         "always among them. Medians with quartiles; phases of a first token from runs in which the device is waited "
         "for between them.",
     )  # fmt: skip
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and how it is told."""
     pruned_vlm.add_arguments(parser)
     parser.add_argument("--random-weights", action="store_true", help="of a VLM of the catalogue: nothing is fetched, "
                         "and times are those of the real one; the image is noise")  # fmt: skip
@@ -33,8 +38,12 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 1 if there are cases that could not be measured."""
-    found = measured(args)
+    """Measure and tell."""
+    return tell(args, measured(args))
+
+
+def tell(args: argparse.Namespace, found: "Measured") -> int:
+    """Print and draw; 1 if there are cases that could not be measured."""
     if args.figure is not None and found.times:
         _draw(args.figure, args.vlm, found.times)
     if args.json:

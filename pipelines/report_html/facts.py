@@ -1,11 +1,14 @@
-"""Tables beside the main ones: cost, the paper's own numbers, and what made the results."""
+"""Tables beside the main ones: cost, time, the paper's own numbers, and what made the results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ocvtp import figures
+from ocvtp.errors import Corrupt
+from ocvtp.json_files import read_json
 from pipelines.report_html import names
 from pipelines.report_html.data import Results, Row
-from pipelines.report_html.tables import Block, Cell, Line, Table
+from pipelines.report_html.tables import COSTED, PRUNED, Block, Cell, Line, Table
 
 _PARTS = ("tower", "projector", "pruner", "llm", "lm_head")
 _PAPER_TABLES = {
@@ -44,6 +47,85 @@ def efficiency_table(results: Results, vlm: str) -> Table | None:
         "its MLP’s three matrices; the other columns count all that runs. Under each sum: percent of vanilla’s."
         + (f" {text} text tokens beside the image’s." if text is not None else ""),
     )
+
+
+FIGURE_3 = ("vanilla", "random", "hiprune", PRUNED)
+"""The bars of the paper's Figure 3."""
+Times = dict[str, dict[str, dict[str, float]]]
+
+
+def measured_times(results: Results) -> Times:
+    """Milliseconds an image at the budgets of the paper's Figure 3: VLM and budget -> measurement -> method.
+
+    First what the paper prints of it, then each table of benchmarks/gpu.py that was measured at that budget, to the
+    first token: the file that it is in and its batch. Empty where the paper's numbers are not here.
+
+    Raises:
+        Corrupt: a file of benchmarks/results is not what benchmarks/gpu.py writes; names it.
+    """
+    found: Times = {}
+    for label, printed in (results.paper or {}).get("figure3_latency_ms_per_image_v100_32gb", {}).items():
+        name, tokens = label.removesuffix(" tokens").rsplit(", ", 1)
+        theirs = {method: printed[key] for method, key in (("vanilla", "vanilla"), (PRUNED, "oc_vtp"))}
+        found[label] = {"paper, V100": theirs, **_of_benchmarks(results, COSTED[name], int(tokens))}
+    return found
+
+
+def figure3_table(results: Results) -> Table | None:
+    """The paper's Figure 3 in numbers; None where the paper's are not here."""
+    times = measured_times(results)
+    if not times:
+        return None
+    columns = list(dict.fromkeys(column for groups in times.values() for column in groups))
+    blocks = [
+        Block(label, [
+            Line(names.method(method), [_time(groups.get(column, {}), method) for column in columns])
+            for method in FIGURE_3
+        ])
+        for label, groups in times.items()
+    ]  # fmt: skip
+    note = (
+        "Milliseconds, and percent of the unpruned model's. Paper: an image end to end on a V100, of which it prints "
+        "these four numbers alone. "
+    )
+    note += (
+        "Here: to the first token, a file of benchmarks/results and its batch; random weights, which take as long as "
+        "others, so OC-VTP is untrained."
+        if len(columns) > 1
+        else "Here: never measured, benchmarks/results has no run of benchmarks/gpu.py at these budgets."
+    )
+    return Table("figure3", "Figure 3 of the paper: time per image", ["Method", *columns], blocks, note)
+
+
+def figure3(results: Results, form: figures.Format = "svg") -> bytes | None:
+    """The paper's Figure 3 as bars; None where the paper's numbers are not here."""
+    times = measured_times(results)
+    drawn = {name: names.method(name) for name in FIGURE_3}
+    return figures.times(times, names=drawn, form=form) if times else None
+
+
+def _of_benchmarks(results: Results, vlm: str, tokens: int) -> dict[str, dict[str, float]]:
+    found = {}
+    for path in sorted((results.root / "benchmarks" / "results").glob("gpu-*.json")):
+        try:
+            tables = [one for model in read_json(path)["vlms"] if model["vlm"] == vlm for one in model["tables"]]
+            for table in tables:
+                rows = [row for row in table["rows"] if row["kept"] in (tokens, table["tokens"])]
+                times = {row["method"].removesuffix("-untrained"): row["ms"]["first_token"] / table["batch"]
+                         for row in rows}  # fmt: skip
+                if table["new_tokens"] == 1 and len(times) > 1 and "vanilla" in times:
+                    name = f"{path.stem.removeprefix('gpu-')}, batch {table['batch']}"
+                    found[name] = {method: times[method] for method in FIGURE_3 if method in times}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(f"{path} is not what benchmarks/gpu.py writes: it has no {error}") from error
+    return found
+
+
+def _time(times: Mapping[str, float], method: str) -> Cell:
+    found = times.get(method)
+    if found is None:
+        return Cell(names.DASH)
+    return Cell(f"{found:.1f}", names.percent(100 * found / times["vanilla"]), found)
 
 
 def paper_table(results: Results) -> Table | None:

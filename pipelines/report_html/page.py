@@ -48,10 +48,12 @@ class Section:
 def render(results: Results) -> dict[str, bytes]:
     """All files of the report: path below `reports/` -> content."""
     sections = [_section(results, vlm) for vlm in results.vlms]
+    beside = facts.figure3_table(results)
     out = {**documents(results, sections), **_figures(results, sections)}
     out["plots/accuracy_vs_tokens.csv"] = charts.accuracy_csv(results)
     out["plots/training_curves.csv"] = charts.curves_csv(results.pruners)
     out |= table_files([table for section in sections for table in section.paper])
+    out |= table_files([] if beside is None else [beside])
     return dict(sorted(out.items()))
 
 
@@ -62,6 +64,8 @@ def documents(results: Results, sections: list[Section] | None = None) -> dict[s
         "curves": charts.curves_svg(results.pruners),
         "pruners": facts.pruners_table(results),
         "paper": facts.paper_table(results),
+        "times": facts.figure3_table(results),
+        "bars": facts.figure3(results),
         "rerun": rerun(results),
         "provenance": facts.provenance(results),
         "names": names,
@@ -103,9 +107,8 @@ def _figures(results: Results, sections: list[Section]) -> dict[str, bytes]:
         if section.gallery is not None:
             for title, _ in section.gallery.budgets:
                 out[f"figures/{section.vlm}-kept-{slug(title)}.png"] = section.gallery.png(title)
-    picture = charts.curves_svg(results.pruners, "png")
-    if picture is not None:
-        out["figures/training.png"] = picture
+    more = {"training": charts.curves_svg(results.pruners, "png"), "figure3": facts.figure3(results, "png")}
+    out |= {f"figures/{name}.png": picture for name, picture in more.items() if picture is not None}
     return out
 
 

@@ -12,12 +12,10 @@ from typing import Any
 from ocvtp.evaluation.benchmarks import benchmark
 from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Results, Row
-from pipelines.report_html.tables import PRUNED, Block, Cell, Line, Table, chosen_rows, reference, score_text
+from pipelines.report_html.tables import COSTED, PRUNED, Block, Cell, Line, Table, chosen_rows, reference, score_text
 
 LIKE_ANY = "table1_llava_1_5_7b"
 _NUMBER = {"table1_llava_1_5_7b": 1, "table2_llava_next_7b": 2, "table3_qwen2_5_vl_7b": 3, "table5_slots_top_k": 5}
-COSTED = {"LLaVA-1.5": "llava-1.5-7b", "LLaVA-NeXT": "llava-next-7b"}
-"""The VLMs whose cost the paper gives, Table 4 in FLOP and Figure 3 in milliseconds, by the names that it has there."""
 _SHARE = re.compile(r"([\d.]+)%")
 _TOP_K = re.compile(r"Top (\d+)")
 _WHOLE = 576

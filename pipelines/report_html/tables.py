@@ -14,6 +14,8 @@ from pipelines.report_html.data import AXES, Results, Row
 PAPERS_CHOICE: Mapping[str, Any] = {"layer": 9, "loss": "aw_mse", "top_k": 1}
 """Where the grid has several values on an axis, the main table shows the paper's choice."""
 PRUNED = "oc-vtp"
+COSTED = {"LLaVA-1.5": "llava-1.5-7b", "LLaVA-NeXT": "llava-next-7b"}
+"""The VLMs whose cost the paper gives, Table 4 in FLOP and Figure 3 in milliseconds, by the names that it has there."""
 BOLD_RULE = (
     "Bold: the best of a block and column, only where its 95% interval lies above those of all others in the block."
 )

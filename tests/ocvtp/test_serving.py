@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from transformers import AutoModelForImageTextToText
 
 import ocvtp
 from ocvtp import cli, vlms
-from ocvtp.errors import BadInput, Incompatible
+from ocvtp.errors import BadInput, Incompatible, NotAvailable
 from ocvtp.methods import REGISTRY
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruning.options import Options
+from ocvtp.serving import vllm_plugin
 from ocvtp.serving.export import export
 from ocvtp.serving.section import Setting
 from ocvtp.serving.vision import PrunedVision
@@ -162,8 +164,51 @@ def test_more_tokens_than_an_image_has_are_refused(llava: Any) -> None:
         found.check("LlavaForConditionalGeneration", llava.model.config)
 
 
+@pytest.mark.parametrize(("version", "fits"), [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.9", False),
+                                               ("0.33.0", False), ("1.32", False), ("dev", False)])  # fmt: skip
+def test_versions_of_vllm(version: str, fits: bool) -> None:
+    assert vllm_plugin.known(version) is fits
+
+
+class Own:
+    """A model as vLLM has it."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        self.prefix = prefix
+
+
+def test_another_vllm_serves_its_own_models_and_refuses_to_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's register alone stands in here: the real engine of the version that is known runs in tests/serving."""
+    entry = SimpleNamespace(load_model_cls=lambda: Own)
+    models = {"LlavaForConditionalGeneration": entry, "InternVLForConditionalGeneration": entry, "Other": entry}
+    put = {}
+    registry = SimpleNamespace(models=models, register_model=put.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.33.0", ModelRegistry=registry))
+    monkeypatch.setattr(vllm_plugin, "_own", {})
+    vllm_plugin.register()
+    assert set(put) == {"LlavaForConditionalGeneration", "InternVLForConditionalGeneration"}
+    for architecture, why in (
+        ("LlavaForConditionalGeneration", "this is vLLM 0.33.0, but ocvtp prunes in vLLM >= 0.32, < 0.33"),
+        ("InternVLForConditionalGeneration", "ocvtp does not prune InternVLForConditionalGeneration in vLLM"),
+    ):
+        assert put[architecture] == f"ocvtp.serving.vllm_plugin:{architecture}"
+        made = getattr(vllm_plugin, architecture)
+        for section in (None, {"method": "css", "keep": 16}):
+            model = SimpleNamespace(hf_config=SimpleNamespace(ocvtp=section))
+            if section is None:
+                assert made(vllm_config=SimpleNamespace(model_config=model), prefix="a").prefix == "a"
+            else:
+                with pytest.raises(NotAvailable, match=why):
+                    made(vllm_config=SimpleNamespace(model_config=model))
+
+
 @pytest.mark.parametrize(
-    "how", [{"method": "random", "keep": 5, "seed": 3}, {"method": "css", "keep": 0.25, "layer": 2}]
+    "how",
+    [
+        {"method": "random", "keep": 5, "seed": 3},
+        {"method": "css", "keep": 0.25, "layer": 2},
+        {"method": "fps", "keep": 3, "layer": 2, "inside_tower": True},
+    ],
 )
 @torch.no_grad()
 def test_what_an_engine_reads_is_what_prune_reads(llava: Any, how: dict[str, Any]) -> None:

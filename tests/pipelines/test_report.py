@@ -161,7 +161,8 @@ def test_there_are_no_ablation_tables_without_a_grid(page: Page) -> None:
     assert set(page.tables) <= {
         "table-main-tiny-llava", "table-efficiency-tiny-llava", "table-pruners", "table-paper", "findings-tiny-llava",
         "table-coverage-tiny-llava", "table-measures-tiny-llava", "table-correlation-tiny-llava",
-        "table-leaderboard-tiny-llava", "findings-paper", *(f"table-table{n}-tiny-llava" for n in range(1, 8)),
+        "table-leaderboard-tiny-llava", "findings-paper", "table-figure3",
+        *(f"table-table{n}-tiny-llava" for n in range(1, 8)),
     }  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def test_the_page_needs_nothing_else_and_has_no_id_twice(grid: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     html = documents(load(grid))["index.html"].decode()
     charts_there = re.findall(r"<svg[^>]*>", html)
-    assert sum('class="chart' in tag and "width=" not in tag for tag in charts_there) == 2
+    assert sum('class="chart' in tag and "width=" not in tag for tag in charts_there) == 3
     assert not re.search(r"url\((?![\"']?(data:|#))|@import", html)
 
 
@@ -224,7 +225,7 @@ def test_markdown_has_the_same_cells_and_its_pictures(files: dict[str, bytes]) -
     assert "| OC-VTP | **78.6**<br>92.5% | **1402**<br>93.5% |" in text
     assert "| ***Retain 16 Tokens (11.1%)*** |" in text
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     assert all(name in files for name in pictures)
     table = text[text.index("| Method") :].split("\n\n")[0].splitlines()
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1

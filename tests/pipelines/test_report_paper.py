@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from report_results import write_results
 
 from ocvtp.efficiency.flops import paper_llm_flops, paper_pruner_flops, pruner_flops
-from pipelines.report_html import claims, names
+from ocvtp.errors import Corrupt
+from pipelines.report_html import claims, facts, names
 from pipelines.report_html.data import Results, load, paper
 from pipelines.report_html.formats import as_csv, as_latex, latex
 from pipelines.report_html.page import documents, table_files
@@ -170,6 +172,63 @@ def test_table_4_by_the_papers_own_count() -> None:
             assert abs(float(re.findall(r"\(([+-][\d.]+)%\)", cell.bottom)[0])) <= 0.3, "as the paper"
         assert {cell.top for cell in found[other]} == {names.DASH}
     assert {cell.top for cells in table("llava-1.5-13b").values() for cell in cells} == {names.DASH}, "no 7B model"
+
+
+GPU = {
+    "machine": {"device": "NVIDIA H200"},
+    "vlms": [{"vlm": "llava-1.5-7b", "tables": [
+        {"batch": 8, "new_tokens": 1, "tokens": 576, "rows": [
+            {"method": name, "kept": kept, "ms": {"first_token": ms}}
+            for name, kept, ms in (("vanilla", 576, 160.0), ("random", 64, 72.0), ("random", 128, 99.0),
+                                   ("oc-vtp-untrained", 64, 80.0), ("css", 64, 90.0))]},
+        {"batch": 1, "new_tokens": 32, "tokens": 576, "rows": [
+            {"method": "vanilla", "kept": 576, "ms": {"first_token": 1.0}}]},
+    ]}],
+}  # fmt: skip
+"""What benchmarks/gpu.py writes, in short: one table at the paper's budget and to the first token."""
+
+
+def test_figure_3_has_the_papers_bars_beside_what_was_measured(tmp_path: Path) -> None:
+    place = tmp_path / "benchmarks" / "results"
+    place.mkdir(parents=True)
+    (place / "gpu-h200-2026-11-26.json").write_text(json.dumps(GPU))
+    results = Results(tmp_path, [], of_the_paper().summary, paper=PAPER)
+    table = facts.figure3_table(results)
+    assert table is not None
+    assert list(table.head) == ["Method", "paper, V100", "h200-2026-11-26, batch 8"]
+    small, large = ({line.label: [(c.top, c.bottom) for c in line.cells] for line in b.lines} for b in table.blocks)
+    dash = (names.DASH, "")
+    assert small == {  # an image: an eighth of the batch
+        "Vanilla": [("305.4", "100.0%"), ("20.0", "100.0%")], "Random": [dash, ("9.0", "45.0%")],
+        "HiPrune": [dash, dash], "OC-VTP": [("138.2", "45.3%"), ("10.0", "50.0%")],
+    }  # fmt: skip
+    assert large["OC-VTP"] == [("287.3", "35.4%"), dash]
+    assert "random weights" in table.note
+    drawn = (facts.figure3(results, "svg") or b"").decode()
+    for said in ("305.4 ms", "138.2 ms", "10.0 ms", "9.0 ms", "811.8 ms", "batch 8", "OC-VTP"):
+        assert said in drawn, said
+    assert "12.4 ms" not in drawn, "128 tokens are another budget"
+    files = documents(results)
+    assert 'id="table-figure3"' in files["index.html"].decode()
+    assert "figures/figure3.png" in files["report.md"].decode()
+    (measured,) = [one.measured for one in rerun(results) if one.where == "Figure 3"]
+    said = "random weights: 50% of the unpruned model's time to the first token"
+    assert measured[0].endswith(NEVER)
+    assert measured[1:] == [f"LLaVA-1.5, 64 tokens, h200-2026-11-26, batch 8, {said}"]
+
+
+def test_figure_3_says_where_nothing_was_measured_and_what_is_damaged(tmp_path: Path) -> None:
+    results = Results(tmp_path, [], of_the_paper().summary, paper=PAPER)
+    table = facts.figure3_table(results)
+    assert table is not None
+    assert list(table.head) == ["Method", "paper, V100"]
+    assert "never measured" in table.note
+    assert next(one.measured for one in rerun(results) if one.where == "Figure 3")[1:] == []
+    place = tmp_path / "benchmarks" / "results"
+    place.mkdir(parents=True)
+    (place / "gpu-x.json").write_text(json.dumps({"vlms": [{"vlm": "llava-next-7b", "tables": [{"rows": []}]}]}))
+    with pytest.raises(Corrupt, match=r"gpu-x.json is not what benchmarks/gpu.py writes: it has no '"):
+        facts.figure3_table(results)
 
 
 def test_files_for_other_programs_hold_the_same_cells(tiny: Results) -> None:

@@ -31,6 +31,11 @@ from ocvtp import vlms
 PINPOINTS = [[96, 192], [192, 96], [192, 192]]
 
 
+def llava(_: Path) -> Path:
+    """tiny-llava."""
+    return vlms.resolve("tiny-llava").folder
+
+
 def llava_next(folder: Path) -> Path:
     """One whole image and two to four tiles of 144 tokens, without newlines."""
     tiny = vlms.load("tiny-llava")

@@ -113,6 +113,7 @@ def test_another_engine_and_a_restarted_one(
 @pytest.mark.parametrize(
     ("make", "how"),
     [
+        (serving_models.llava, {"method": "css", "keep": 16, "layer": 9, "inside_tower": True}),
         (serving_models.llava_next, {"method": "visionzip", "keep": 64}),
         (serving_models.qwen2_5_vl, {"method": "random", "keep": 0.3, "seed": 1}),
         (serving_models.qwen2_5_vl, {"method": "css", "keep": 12, "layer": 3}),
@@ -148,7 +149,7 @@ def test_a_model_without_the_entry_is_vllms_own(
     ("make", "section", "why"),
     [
         (
-            lambda _: vlms.resolve("tiny-llava").folder,
+            serving_models.llava,
             {"method": "css", "keep": 145},
             "keep is 145, but an image has 144 tokens",
         ),
