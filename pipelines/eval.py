@@ -100,6 +100,7 @@ def _works(run: Stage) -> tuple[list[Cell], dict[tuple[Cell, str], Work]]:
         (setting, name): _work(run, setting, name, vlms[setting.vlm], trained, data.get(name))
         for setting in wanted
         for name in params.benchmark
+        if setting.asks(name)
     }
     return wanted, works
 
