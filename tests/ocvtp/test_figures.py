@@ -107,6 +107,15 @@ def test_curves_of_one_label_share_one_line_of_the_legend() -> None:
     assert ">empty</text>" not in svg
 
 
+def test_bars_of_one_colour_differ_by_a_hatch() -> None:
+    """`hiprune` and `css` have the same colour."""
+    found = dict.fromkeys(("vanilla", "random", "hiprune"), 10.0)
+    assert "<pattern" not in figures.times({"tiny": {"keep 16": found}}, form="svg").decode()
+    svg = figures.times({"tiny": {"keep 16": {**found, "css": 5.5}}}, form="svg").decode()
+    assert svg.count("<pattern") == 1
+    assert ">5.5 ms</text>" in svg
+
+
 def test_what_cannot_be_drawn_is_named() -> None:
     with pytest.raises(BadInput, match="kept token 9 is outside a grid of 3 x 3: 0 to 8"):
         figures.kept_tokens([[Panel(_white(), [0, 9], (3, 3))]])
