@@ -122,21 +122,21 @@ def _fields(model: type[Section], loc: Sequence[int | str]) -> Iterable[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error and `1e-3` is a number, as DVC reads it."""
+    """Safe YAML in which a key given twice is an error, `1e-3` a number and `on` or `no` a text, as DVC reads it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping; a repeated key raises `ValueError` with its line."""
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:place]:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
-            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
 _SCIENTIFIC = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
+for _c in "oOyYnN":
+    _Loader.yaml_implicit_resolvers[_c] = [r for r in _Loader.yaml_implicit_resolvers[_c] if not r[0].endswith("bool")]
 
 
 def load_yaml(path: Path) -> Any:

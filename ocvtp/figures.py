@@ -361,15 +361,16 @@ def times(
             if not found.get(whole):
                 raise BadInput(f"times: {title}, {group} has no {whole}: it is the 100 % of the others")
     there = dict.fromkeys(name for groups in panels.values() for found in groups.values() for name in found)
-    methods = sorted(there, key=list(names or there).index)
-    rows = sum(len(groups) for groups in panels.values())
-    with _figure((6.4, 0.55 * len(panels) + 0.13 * rows * (len(methods) + 1) + 0.5)) as figure:
-        ratios = [len(groups) for groups in panels.values()]
-        for axes, (title, groups) in zip(
-            figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0],
-            panels.items(),
-            strict=True,
-        ):
+    names = names or {name: name for name in there}
+    if unnamed := [name for name in there if name not in names]:
+        raise BadInput(f"times: {unnamed[0]} has no name among {', '.join(names)}")
+    methods = [name for name in names if name in there]
+    ratios = [len(groups) for groups in panels.values()]
+    with _figure((6.4, 0.55 * len(panels) + 0.13 * sum(ratios) * (len(methods) + 1) + 0.5)) as figure:
+        column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[
+            :, 0
+        ]
+        for axes, (title, groups) in zip(column, panels.items(), strict=True):
             axes.set_title(title)
             for number, method in enumerate(methods):
                 known = [(index, found) for index, found in enumerate(groups.values()) if method in found]
@@ -379,7 +380,7 @@ def times(
                     places,
                     shares,
                     height=0.74 / len(methods),
-                    label=(names or {}).get(method, method),
+                    label=names[method],
                     color=RULE if method == whole else looks(method, methods)[0],
                     hatch=HATCHES[_place(method, methods) // len(COLORS)],
                     edgecolor="white",
@@ -392,11 +393,12 @@ def times(
             axes.invert_yaxis()
             axes.margins(x=0.12)
             axes.grid(axis="y", visible=False)
-        axes.set_xlabel("time per image, % of the unpruned model's")
-        handles = {str(label): handle for one in figure.axes
-                   for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        column[-1].set_xlabel("time per image, % of the unpruned model's")
+        handles = {str(label): handle for axes in column
+                   for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        shown = [names[method] for method in methods]
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), fontsize=8
+            [handles[name] for name in shown], shown, loc="outside lower center", ncols=min(5, len(shown)), fontsize=8
         )
         return _save(figure, form)
 

@@ -100,6 +100,7 @@ def _works(run: Stage) -> tuple[list[Cell], dict[tuple[Cell, str], Work]]:
         (setting, name): _work(run, setting, name, vlms[setting.vlm], trained, data.get(name))
         for setting in wanted
         for name in params.benchmark
+        if setting.asks(name)
     }
     return wanted, works
 
@@ -225,6 +226,7 @@ def _records(
         of_budget = {f"{_budget(setting)}/{name}": value for name, value in values.items()}
         on = {key: name for name in found for key in (name, f"{name}_relative", f"{_budget(setting)}/{name}")}
         values |= {f"{name}_relative": value for name, value in relative.items()}
+        score = next(iter(found.values())).score
         axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
         axes |= {f"option.{name}": value for name, value in setting.options.items() if name not in axes}
         alike = {"setting": {k: v for k, v in shared.items() if k != "keep"}, "code": task.code}
@@ -234,7 +236,7 @@ def _records(
             name=f"{vlm_folder(setting.vlm)}/{setting.name}",
             params={key: value for key, value in axes.items() if value is not None},
             metrics={key: value for key, value in values.items() if value is not None},
-            tags={"pruner": str(next(iter(found.values())).score["setting"].get("fingerprint") or "")},
+            tags={"pruner": str(score["setting"].get("fingerprint") or ""), "protocol": score["protocol"]},
             datasets=[_dataset(one) for one in found.values()],
             measured_on=on,
             series=None if setting.keep is None else _series(setting, task, axes, canonical(alike)),

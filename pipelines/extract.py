@@ -1,5 +1,7 @@
 """Stage `extract`: tokens of the sampled images, by VLM and layer. Writes `data/tokens/<vlm>/layer_<l>.json`.
 
+Tokens of a benchmark's own training images (`train.on`) are listed beside them, as `layer_<l>-on_<benchmark>.json`.
+
 One pass of a tower makes the tokens of all layers that are missing; each layer is then a result of its own, so that
 another layer costs only itself. Tokens stay in the store; the output lists their shards with checksums.
 """
@@ -20,8 +22,8 @@ from cluster.store import verdicts
 from cluster.store.publish import About
 from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import CatalogEntry, resolve
-from pipelines.grid import layers as wanted_layers
-from pipelines.grid import vlm_folder
+from pipelines.grid import token_sets, tokens_listing
+from pipelines.params.model import SAMPLED
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
@@ -57,11 +59,10 @@ def work(run: Stage) -> None:
     _adopt(run, passes)
     report.raise_if_failed()
     with outputs.folder(run.root / outputs.TOKENS) as folder:
-        for vlm, some in parts.items():
-            for layer in wanted_layers(run.params):
+        for (vlm, on), some in parts.items():
+            for layer in some[0].layers:
                 shards = [_shard(part.layers[layer].out) for part in some]
-                path = folder / vlm_folder(vlm) / f"layer_{layer}.json"
-                outputs.write_json(path, layer_listing(shards, run.store.root))
+                outputs.write_json(folder / tokens_listing(vlm, on, layer), layer_listing(shards, run.store.root))
 
 
 def plan(run: Stage) -> Plan:
@@ -85,17 +86,24 @@ def _of_layer(about: About) -> dict[str, Any]:
     return {**about.spec, "layers": [int(about.part.removeprefix(LAYER))]} if about.part else about.spec
 
 
-def _all_parts(run: Stage) -> dict[str, list[Part]]:
-    images = run.sampled_images()
-    return {vlm: _parts(run, resolve(vlm), images) for vlm in run.params.vlm}
+def _all_parts(run: Stage) -> dict[tuple[str, str], list[Part]]:
+    """By VLM, and images as `train.on` names them."""
+    wanted: dict[str, list[int]] = {}
+    for on, layer in token_sets(run.params):
+        wanted.setdefault(on, []).append(layer)
+    return {(vlm, on): _parts(run, resolve(vlm), on, layers) for vlm in run.params.vlm for on, layers in wanted.items()}
 
 
-def _parts(run: Stage, vlm: CatalogEntry, images: Sequence[dict[str, str]]) -> list[Part]:
-    size = run.params.extract.shard_images
-    return [_part(run, vlm, first, images[first : first + size]) for first in range(0, len(images), size)]
+def _parts(run: Stage, vlm: CatalogEntry, on: str, layers: Sequence[int]) -> list[Part]:
+    size, images = run.params.extract.shard_images, run.sampled_images(on)
+    label = vlm.name if on == SAMPLED else f"{vlm.name} on {on}"
+    return [
+        _part(run, vlm, f"{label} {first}", images[first : first + size], layers)
+        for first in range(0, len(images), size)
+    ]
 
 
-def _part(run: Stage, vlm: CatalogEntry, first: int, images: Sequence[dict[str, str]]) -> Part:
+def _part(run: Stage, vlm: CatalogEntry, label: str, images: Sequence[dict[str, str]], wanted: Sequence[int]) -> Part:
     extract = run.params.extract
     common = {
         "vlm": vlm.name,
@@ -110,10 +118,10 @@ def _part(run: Stage, vlm: CatalogEntry, first: int, images: Sequence[dict[str, 
     demand = run.params.cluster.resources.extract
 
     def make(kind: str, layers: list[int]) -> Task:
-        name = f"{vlm.name} {first}, layer {', '.join(map(str, layers))}"
+        name = f"{label}, layer {', '.join(map(str, layers))}"
         return run.task(kind, name, tokens, {**common, "layers": layers}, demand, inputs)
 
-    layers = {layer: make("tokens", [layer]) for layer in wanted_layers(run.params)}
+    layers = {layer: make("tokens", [layer]) for layer in wanted}
     return Part(layers, make("passes", sorted(layers)))
 
 

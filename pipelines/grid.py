@@ -16,16 +16,19 @@ from typing import Any
 from ocvtp.methods import Entry as MethodEntry
 from ocvtp.methods.budget import Budget
 from pipelines.params import ablate
-from pipelines.params.ablate import Change, Changes
+from pipelines.params.ablate import ON, Change, Changes
 from pipelines.params.fitting import tokens_kept
-from pipelines.params.model import Params
+from pipelines.params.model import SAMPLED, Params
 
 VANILLA = "vanilla"
 
 
 @dataclass(frozen=True)
 class PrunerCell:
-    """One pruner to train; `changes` are other values of entries of the section `train`."""
+    """One pruner to train.
+
+    `changes` are other values of entries of the section `train`: on which images too, if not those of `sample.source`.
+    """
 
     vlm: str
     layer: int
@@ -38,6 +41,11 @@ class PrunerCell:
     def folder(self) -> str:
         """Where it goes below `models/`."""
         return f"{vlm_folder(self.vlm)}/{self.group}-seed_{self.seed}"
+
+    @property
+    def on(self) -> str:
+        """On which images: those of `sample.source`, or a benchmark's own."""
+        return str(dict(self.changes).get(ON, SAMPLED))
 
     @property
     def group(self) -> str:
@@ -55,7 +63,7 @@ class Cell:
         share: kept of all tokens; None where that depends on the image.
         pruner: the one it uses.
         given: options of the method, as params.yaml has them.
-        changes: what `ablate` changed; none in the grid itself.
+        changes: what `ablate` changed, and `train.on` where the pruner was trained on a benchmark's own images.
     """
 
     vlm: str
@@ -92,6 +100,10 @@ class Cell:
             "changes": {path: list(value) if isinstance(value, tuple) else value for path, value in self.changes},
         }
 
+    def asks(self, benchmark: str) -> bool:
+        """Whether it is evaluated on a benchmark: with a pruner trained on a benchmark's images, on that one alone."""
+        return self.pruner is None or self.pruner.on in (SAMPLED, benchmark)
+
     @property
     def name(self) -> str:
         """Of its folder: all axes that it has."""
@@ -123,6 +135,11 @@ def vlm_folder(vlm: str) -> str:
     return f"{last}-{hashlib.sha256(vlm.encode()).hexdigest()[:8]}"
 
 
+def tokens_listing(vlm: str, on: str, layer: int) -> str:
+    """Where a layer's tokens of some images (as `PrunerCell.on`) are listed below `data/tokens/`."""
+    return f"{vlm_folder(vlm)}/layer_{layer}{'' if on == SAMPLED else f'-on_{on}'}.json"
+
+
 @dataclass(frozen=True)
 class _Part:
     """Axes of pruners and of their use, once for the grid and once for each change."""
@@ -130,6 +147,7 @@ class _Part:
     layer: tuple[int, ...]
     loss: tuple[str, ...]
     slots: tuple[tuple[int, ...], ...]
+    on: tuple[str, ...]
     top_k: tuple[int, ...] = (1,)
     changes: Changes = ()
 
@@ -137,7 +155,8 @@ class _Part:
         """With one value instead of those of its axis for each change that is of one."""
         axes = {name: getattr(self, name) for name in ablate.AXES}
         axes |= {path: (value,) for path, value in changes if path in axes}
-        return _Part(**axes, changes=changes)
+        on = tuple(value for path, value in changes if path == ON)
+        return _Part(**axes, on=on or self.on, changes=tuple(change for change in changes if change[0] != ON))
 
     @property
     def training(self) -> Changes:
@@ -147,20 +166,35 @@ class _Part:
 
 def pruner_cells(params: Params) -> list[PrunerCell]:
     """The pruners to train, in the order of the axes; those of `ablate` last."""
-    grid = _Part(params.layer, params.loss, params.slots)
+    grid = _Part(params.layer, params.loss, params.slots, params.train.on)
     training = [tuple(filter(_trains, changes)) for changes in params.ablate.changes]
     concerned = [changes for changes in training if changes]
     found = [
-        PrunerCell(vlm, layer, loss, slots, seed, part.training)
+        PrunerCell(vlm, layer, loss, slots, seed, part.training + _trained_on(on))
         for part in (grid, *map(grid.changed, concerned))
-        for vlm, layer, loss, slots, seed in product(params.vlm, part.layer, part.loss, part.slots, params.seed)
+        for vlm, on, layer, loss, slots, seed in product(
+            params.vlm, part.on, part.layer, part.loss, part.slots, params.seed
+        )
     ]
     return list(dict.fromkeys(found))
 
 
-def layers(params: Params) -> list[int]:
-    """The layers whose tokens are needed, those of `ablate` last."""
-    return list(dict.fromkeys((*params.layer, *params.ablate.values("layer"))))
+def _trained_on(on: str) -> Changes:
+    return () if on == SAMPLED else ((ON, on),)
+
+
+def trained_on(params: Params) -> list[str]:
+    """The benchmarks on whose own images pruners are trained."""
+    return [on for on in dict.fromkeys((*params.train.on, *params.ablate.values(ON))) if on != SAMPLED]
+
+
+def token_sets(params: Params) -> list[tuple[str, int]]:
+    """Images (as `PrunerCell.on`) and layers whose tokens are needed, those of `ablate` last."""
+    found = list(product(params.train.on, params.layer))
+    for changed in map(dict, params.ablate.changes):
+        found += product([changed[ON]] if ON in changed else params.train.on,
+                         [changed["layer"]] if "layer" in changed else params.layer)  # fmt: skip
+    return list(dict.fromkeys(found))
 
 
 def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping[str, int | None]) -> list[Cell]:
@@ -171,7 +205,7 @@ def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping
         methods: the register.
         tokens: of an image, by VLM; None where they depend on the image.
     """
-    grid = _Part(params.layer, params.loss, params.slots, params.top_k)
+    grid = _Part(params.layer, params.loss, params.slots, params.train.on, params.top_k)
     found: list[Cell] = []
     for vlm in params.vlm:
         found.append(Cell(vlm, VANILLA, None, tokens[vlm], 1.0))
@@ -217,7 +251,7 @@ def _concerns(change: Change, method: MethodEntry, params: Params) -> bool:
 def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, whole: int | None) -> Iterator[Cell]:
     """Budgets outermost, seeds innermost."""
     seeds = params.seed if method.random or method.trained else (None,)
-    trained = list(product(part.loss, part.slots)) if method.trained else [None]
+    trained = list(product(part.on, part.loss, part.slots)) if method.trained else [None]
     top_ks = part.top_k if "top_k" in method.options else (None,)
     given = dict(params.evaluate.options.get(method.name, {}))
     start = f"{ablate.OPTIONS}{method.name}."
@@ -225,11 +259,13 @@ def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, wh
     axis = part.layer if method.trained or "layer" in method.options else (None,)
     layers_ = _own_layer(method, given) or axis
     for keep, layer, made, top_k, seed in product(params.keep, layers_, trained, top_ks, seeds):
-        pruner = None
+        pruner, changes = None, part.changes
         if made is not None and layer is not None and seed is not None:
-            pruner = PrunerCell(vlm, layer, *made, seed, part.training)
+            on, loss, slots = made
+            pruner = PrunerCell(vlm, layer, loss, slots, seed, part.training + _trained_on(on))
+            changes += _trained_on(on)
         count = tokens_kept(keep, whole)
         share = keep.share if whole is None or count is None else count / whole
         drawn = {"weights_seed": seed} if "weights_seed" in method.options and seed is not None else {}
         options = tuple(sorted({**drawn, **given}.items()))
-        yield Cell(vlm, method.name, keep, count, share, seed, layer, top_k, pruner, options, changes=part.changes)
+        yield Cell(vlm, method.name, keep, count, share, seed, layer, top_k, pruner, options, changes)

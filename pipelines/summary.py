@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ocvtp.evaluation.listing import SCORE, read_samples
 from ocvtp.evaluation.scores import Average, interval, relative_average
 from pipelines.grid import Cell
+from pipelines.params.model import SAMPLED
 from pipelines.standings import BASELINE, hard, ranks
 
 Row = dict[str, Any]
@@ -56,6 +57,13 @@ class _Grid:
                 found.setdefault(result.setting.vlm, {})[result.benchmark] = result
         return found
 
+    def average(self, group: Sequence[Result], benchmarks: Sequence[str], resamples: int) -> Average:
+        """Relative accuracy of results that differ in seed and benchmark alone."""
+        vanilla = self.vanilla.get(group[0].setting.vlm, {})
+        runs = {name: [result.samples for result in group if result.benchmark == name] for name in benchmarks}
+        whole = {name: vanilla[name].samples if name in vanilla else () for name in benchmarks}
+        return relative_average(whole, runs, group[0].score["protocol"], resamples=resamples)
+
     @cached_property
     def groups(self) -> dict[str, list[Result]]:
         """Results that differ in seed and benchmark alone, in the order of the grid."""
@@ -94,19 +102,15 @@ def score_rows(results: Sequence[Result], resamples: int) -> list[Row]:
 def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples: int) -> list[Row]:
     """One row for each setting with its seeds pooled: relative accuracy with paired intervals, and its average.
 
-    A benchmark without results has a row of None, and so has then the average. `difference` is, for a row of `ablate`,
-    the points to the same setting of the grid; `against` has for OC-VTP the points to each other method at the same
-    budget; both are {points, ci_low, ci_high}, paired by question. `coverage` is of objects, see `_coverage`; `rank`
-    and `hard` are of `pipelines.standings`.
+    A benchmark without results has a row of None, and so has then the average. `kept` is the mean of the tokens kept of
+    an image, over the benchmarks. `difference` is, for a row of `ablate`, the points to the same setting of the grid,
+    and for a pruner trained on a benchmark's own images those on that one; `against` has for OC-VTP the points to each
+    other method at the same budget; both are {points, ci_low, ci_high}, paired by question. `coverage` is of objects,
+    see `_coverage`; `rank` and `hard` are of `pipelines.standings`.
     """
     grid = _Grid(results)
     groups = [(group[0].setting, group) for group in grid.groups.values()]
-    averages: list[tuple[Cell, Average]] = []
-    for setting, group in groups:
-        vanilla = {name: result.samples for name, result in grid.vanilla.get(setting.vlm, {}).items()}
-        runs = {name: [result.samples for result in group if result.benchmark == name] for name in benchmarks}
-        whole = {name: vanilla.get(name, ()) for name in benchmarks}
-        averages.append((setting, relative_average(whole, runs, group[0].score["protocol"], resamples=resamples)))
+    averages = [(setting, grid.average(group, benchmarks, resamples)) for setting, group in groups]
     rows, standing = [], ranks(averages)
     for place, ((setting, group), (_, average)) in enumerate(zip(groups, averages, strict=True)):
         found = average.to_dict()
@@ -118,7 +122,8 @@ def summary_rows(results: Sequence[Result], benchmarks: Sequence[str], resamples
             **setting.axes,
             "seeds": seeds,
             **found,
-            "difference": _difference(setting, average, averages),
+            "kept": float(np.mean([result.score["tokens_kept"]["mean"] for result in group])),
+            "difference": _difference(setting, average, averages, grid, resamples),
             "against": _against(setting, average, averages),
             "coverage": _coverage(group, resamples),
             "rank": standing.get(place),
@@ -148,15 +153,23 @@ def _hard(setting: Cell, group: Sequence[Result], grid: _Grid, resamples: int) -
     return hard(by_benchmark(group), by_benchmark(base), vanilla, resamples)
 
 
-def _difference(setting: Cell, average: Average, averages: Sequence[tuple[Cell, Average]]) -> Row | None:
+def _difference(
+    setting: Cell, average: Average, averages: Sequence[tuple[Cell, Average]], grid: _Grid, resamples: int
+) -> Row | None:
     """Points of a setting of `ablate` to the one of the grid that differs in nothing else."""
+    if not setting.changes:
+        return None
     changed = {path for path, _ in setting.changes}
     for other, theirs in averages:
         same = all(
             other.axes[name] == value for name, value in setting.axes.items() if name not in changed | {"changes"}
         )
-        if setting.changes and not other.changes and same:
-            return average.minus(theirs)
+        if not other.changes and same:
+            if setting.pruner is None or setting.pruner.on == SAMPLED:
+                return average.minus(theirs)
+            mine, base = (grid.groups[json.dumps(one.axes)] for one in (setting, other))
+            own = [setting.pruner.on]
+            return grid.average(mine, own, resamples).minus(grid.average(base, own, resamples))
     return None
 
 
@@ -219,9 +232,9 @@ def _draws(images: int, resamples: int) -> NDArray[np.float64]:
 def metrics(summary: Sequence[Row]) -> Row:
     """VLM -> method -> budget -> average and benchmarks, in percent of vanilla, whose own scores stand as they are.
 
-    `coverage` is of objects, in percent. The other axes are in the path only where the grid has several values of them,
-    so that experiments with another loss or layer have the same paths and can be compared; rows of `ablate` say what
-    they change.
+    `coverage` is of objects, in percent; `kept` stands where OC-VTP keeps fewer tokens than asked. The other axes are
+    in the path only where the grid has several values of them, so that experiments with another loss or layer have the
+    same paths and can be compared; rows of `ablate` say what they change.
     """
     grid = [row for row in summary if not row["changes"]]
     several = [
@@ -241,6 +254,8 @@ def metrics(summary: Sequence[Row]) -> Row:
         else:
             place = place.setdefault(_word(row["tokens"] or row["keep"]), {})
             place["average"] = row["average"]["relative"]
+            if row["method"] == OURS and row["tokens"] and round(row["kept"], 1) < row["tokens"]:
+                place["kept"] = row["kept"]
             if row["coverage"]:
                 place["coverage"] = {
                     size: 100 * one["share"] for size, one in row["coverage"].items() if one["objects"]

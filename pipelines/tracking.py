@@ -39,6 +39,7 @@ MOST_METRICS, MOST_PARAMS = 800, 100
 KIND, MODELS = "mlflow.experimentKind", "custom_model_development"
 PARENT, CONTEXT = "mlflow.parentRunId", "mlflow.data.context"
 SCRIPTS = {"pruner": "train", "method": "eval", "setting": "eval", "report": "report", "latency": "latency"}
+"""Kind of a run -> what makes it."""
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

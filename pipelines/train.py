@@ -1,4 +1,4 @@
-"""Stage `train`: one pruner for each VLM, layer, loss, slots and seed. Writes `models/<vlm>/<pruner>/`.
+"""Stage `train`: one pruner for each VLM, images, layer, loss, slots and seed. Writes `models/<vlm>/<pruner>/`.
 
 `models/pruners.json` says where the store has each pruner, and its checksums.
 """
@@ -21,7 +21,8 @@ from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
 from ocvtp.vlms import resolve
 from pipelines import tracking
-from pipelines.grid import PrunerCell, layers, pruner_cells, vlm_folder
+from pipelines.grid import PrunerCell, pruner_cells, token_sets, tokens_listing
+from pipelines.params.model import SAMPLED
 from pipelines.spool import Dataset, Record, curves
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
@@ -52,23 +53,25 @@ def plan(run: Stage) -> Plan:
 
 
 def _tasks(run: Stage) -> dict[PrunerCell, Task]:
-    listings = {(vlm, layer): _tokens(run, vlm, layer) for vlm in run.params.vlm for layer in layers(run.params)}
+    listings = {
+        (vlm, on, layer): _tokens(run, vlm, on, layer) for vlm in run.params.vlm for on, layer in token_sets(run.params)
+    }
     return {
-        cell: _task(run, cell, listings[cell.vlm, cell.layer], _handed_on(cell, listings))
+        cell: _task(run, cell, listings[cell.vlm, cell.on, cell.layer], _handed_on(cell, listings))
         for cell in pruner_cells(run.params)
     }
 
 
-def _handed_on(cell: PrunerCell, listings: Mapping[tuple[str, int], dict[str, Any]]) -> dict[str, Any] | None:
+def _handed_on(cell: PrunerCell, listings: Mapping[tuple[str, str, int], dict[str, Any]]) -> dict[str, Any] | None:
     """The layer that goes to the LLM, if its tokens are extracted: to be looked at in validation."""
     layer = resolve(cell.vlm).feature_layer
-    found = (one for (vlm, _), one in listings.items() if vlm == cell.vlm and one["meta"]["tower_layer"] == layer)
-    return next(found, None)
+    same = (one for (vlm, on, _), one in listings.items() if (vlm, on) == (cell.vlm, cell.on))
+    return next((one for one in same if one["meta"]["tower_layer"] == layer), None)
 
 
-def _tokens(run: Stage, vlm: str, layer: int) -> dict[str, Any]:
+def _tokens(run: Stage, vlm: str, on: str, layer: int) -> dict[str, Any]:
     """The listing of a layer, once all its shards are known to be whole."""
-    path = run.input(f"{outputs.TOKENS}/{vlm_folder(vlm)}/layer_{layer}.json", "extract")
+    path = run.input(f"{outputs.TOKENS}/{tokens_listing(vlm, on, layer)}", "extract")
     read_layer_listing(path, run.store.root)  # says what is wrong with it
     listing: dict[str, Any] = read_json(path)
     wanted: dict[Path, dict[str, str]] = {}
@@ -95,7 +98,7 @@ def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any], handed_on: M
     call: Any = pruner
     if cell.loss == "answers":
         call = taught
-        answers, more = _answers(run, cell.vlm, config)
+        answers, more = _answers(run, cell, config)
         spec, inputs = {**spec, "answers": answers}, {**inputs, **more}
     return run.task("pruners", cell.folder, call, spec, run.params.cluster.resources.train, inputs)
 
@@ -106,9 +109,9 @@ def _unplaced(listing: Mapping[str, Any]) -> dict[str, Any]:
     return {**listing, "shards": shards}
 
 
-def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def _answers(run: Stage, cell: PrunerCell, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a VLM teaches with: entries of the spec, and where things are."""
-    images = run.sampled_images()
+    images = run.sampled_images(cell.on)
     scenes = SceneSet.of_sample(read_json(run.input(f"{outputs.SAMPLE}/sample.json", "sample")))
     prompts = config.prompts if isinstance(config.prompts, str) and config.prompts != QUESTIONS else None
     try:
@@ -118,8 +121,8 @@ def _answers(run: Stage, vlm: str, config: TrainConfig) -> tuple[dict[str, Any],
     except BadInput as error:
         raise BadInput(f"train.prompts: {error}") from error
     answers = {
-        "vlm": vlm,
-        "model": resolve(vlm).identity,
+        "vlm": cell.vlm,
+        "model": resolve(cell.vlm).identity,
         "images": [{"id": image["id"], "sha256": image["sha256"]} for image in images],
         "scenes": None if scenes is None else scenes.to_dict(),
         "prompts": None if prompts is None else hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
@@ -143,7 +146,7 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
     options = {f"train.{key}": value for key, value in {**train.given, **train.pruner.given}.items()}
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     tokens = task.spec["tokens"]
-    name = f"{cell.vlm}, layer {cell.layer}"
+    name = f"{cell.vlm}, layer {cell.layer}" + ("" if cell.on == SAMPLED else f", on {cell.on}")
     return Record(
         fingerprint=task.key,
         kind="pruner",
@@ -154,6 +157,7 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
             "loss": cell.loss,
             "slots": list(cell.slots),
             "seed": cell.seed,
+            "train.on": cell.on,
             **options,
         },
         metrics=numbers,

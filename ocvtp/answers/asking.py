@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from ocvtp.data.questions import KINDS, POST_PROMPT, ask
-from ocvtp.data.scenes import SceneSet, file_name, make_scene
+from ocvtp.data.scenes import SceneSet, Split, file_name, make_scene
+from ocvtp.data.training_splits import TRAINED_ON, split_of
 from ocvtp.errors import BadInput
 from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 
 _DRAWS = 3
 """Of the generator of these questions: those of benchmarks are drawn from another, about scenes of another split."""
+_SPLITS: tuple[Split, ...] = ("train", *map(split_of, TRAINED_ON))
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,24 @@ def generic(texts: Sequence[str]) -> Prompts:
 
 
 def scene_questions(scenes: SceneSet, number: int) -> Prompts:
-    """Questions about scenes of the split `train`, with their right answers: `number` of each scene.
+    """Questions about scenes that pruners are trained on, with their right answers: `number` of each scene.
 
     Args:
-        scenes: of which the images are the training split.
+        scenes: of which the images are training splits.
         number: of each scene; kinds of questions are drawn evenly, as far as the scene allows them.
     """
 
     @cache
     def of(image: str) -> tuple[Prompt, ...]:
-        stem = image.rpartition("-")
-        if not stem[2].isdecimal() or Path(file_name("train", int(stem[2]))).stem != image:
+        split, _, number_of = image.rpartition("-")
+        if split not in _SPLITS or not number_of.isdecimal():
             return ()
-        index = int(stem[2])
-        scene = make_scene(scenes.seed, "train", index, scenes.style)
-        draws = np.random.default_rng([scenes.seed, _DRAWS, index])
+        index = int(number_of)
+        if Path(file_name(split, index)).stem != image:
+            return ()
+        scene = make_scene(scenes.seed, split, index, scenes.style)
+        own = () if split == "train" else (_SPLITS.index(split),)
+        draws = np.random.default_rng([scenes.seed, _DRAWS, index, *own])
         found: list[Prompt] = []
         while len(found) < number:
             question = ask(scene, KINDS[int(draws.integers(len(KINDS)))], draws)

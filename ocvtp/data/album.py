@@ -6,35 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.data.questions import all_combinations, combinations
-from ocvtp.data.scenes import Scene, Style, file_name, jpeg, make_scene, save_scenes
+from ocvtp.data.scenes import Scene, Split, Style, file_name, jpeg, make_scene, save_scenes
 
 Row = dict[str, Any]
 
 
 class Album:
-    """Scenes of the split `benchmark` by number.
+    """Scenes of a split by number.
 
     Args:
         seed: of the scenes.
         style: how they look.
         counted: over so many scenes the frequent objects are counted.
+        split: which scenes.
     """
 
-    def __init__(self, seed: int, style: Style, counted: int) -> None:
-        self.seed, self.style, self.counted = seed, style, counted
+    def __init__(self, seed: int, style: Style, counted: int, split: Split = "benchmark") -> None:
+        self.seed, self.style, self.counted, self.split = seed, style, counted, split
         self._drawn: dict[int, tuple[Scene, bytes]] = {}
 
     def scene(self, index: int) -> Scene:
         """What is in it."""
-        return self._known(index)[0]
+        return self.drawn(index)[0]
 
     def image(self, index: int) -> Row:
         """Its picture as `datasets` stores it."""
-        return {"bytes": self._known(index)[1], "path": file_name("benchmark", index)}
+        return {"bytes": self.drawn(index)[1], "path": file_name(self.split, index)}
 
     def stem(self, index: int) -> str:
         """The name of its picture without suffix."""
-        return Path(file_name("benchmark", index)).stem
+        return Path(file_name(self.split, index)).stem
 
     @cached_property
     def popular(self) -> list[tuple[str, str]]:
@@ -46,11 +47,12 @@ class Album:
 
     def write(self, folder: Path, count: int) -> None:
         """The first `count` as `images/*.jpg` and `scenes.json` (COCO)."""
-        scenes = (self._known(index) for index in range(count))
-        save_scenes(folder, scenes, self.seed, "benchmark", annotations="scenes.json")
+        scenes = (self.drawn(index) for index in range(count))
+        save_scenes(folder, scenes, self.seed, self.split, annotations="scenes.json")
 
-    def _known(self, index: int) -> tuple[Scene, bytes]:
+    def drawn(self, index: int) -> tuple[Scene, bytes]:
+        """What is in it, and its picture as JPEG."""
         if index not in self._drawn:
-            scene = make_scene(self.seed, "benchmark", index, self.style)
+            scene = make_scene(self.seed, self.split, index, self.style)
             self._drawn[index] = scene, jpeg(scene)
         return self._drawn[index]

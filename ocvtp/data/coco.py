@@ -90,7 +90,7 @@ class CocoImages:
 
     def order(self, seed: int) -> list[CocoImage]:
         """All images in the seed's order."""
-        return sorted(self.images, key=lambda image: (_draw(seed, image.id), image.id))
+        return sorted(self.images, key=lambda image: (draw(seed, image.id), image.id))
 
     def sample(self, n: int, seed: int) -> list[CocoImage]:
         """The first `n` images in the seed's order; a smaller sample is the beginning of a larger one.
@@ -129,6 +129,7 @@ def select_images(
     n: int,
     seed: int,
     *,
+    at_most: bool = False,
     max_reject_rate: float = 0.001,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -140,6 +141,7 @@ def select_images(
         folder: where its images lie.
         n: how many images.
         seed: of the draw.
+        at_most: take all there are where there are fewer.
         max_reject_rate: the largest tolerable share of rejected ones among all that were looked at.
         workers: threads that decode; by default one a core, at most 8.
         progress: called with (sound images found, n).
@@ -155,6 +157,8 @@ def select_images(
     if not folder.is_dir():
         raise BadInput(f"image folder {folder} is not a folder")
     coco = CocoImages.load(annotations)
+    if at_most:
+        n = min(n, len(coco))
     coco.sample(n, seed)  # are there enough?
     order = coco.order(seed)
     for image in order[:n]:
@@ -165,6 +169,8 @@ def select_images(
     looked = 0
     while len(records) < n:
         batch = order[looked : looked + n - len(records)]
+        if not batch and at_most:
+            break
         if not batch:
             raise TooManyRejects(
                 f"{coco.source}: {len(records)} of its {len(order)} images in {folder} are sound, fewer than the"
@@ -203,7 +209,8 @@ def _check(image: CocoImage, folder: Path | str) -> Accepted | Rejected:
     return Accepted(image.id, image.file, hashlib.sha256(data).hexdigest())
 
 
-def _draw(seed: int, image_id: str) -> bytes:
+def draw(seed: int, image_id: str) -> bytes:
+    """By which images are sorted to be drawn."""
     return hashlib.sha256(f"ocvtp sample {seed} {image_id}".encode()).digest()
 
 

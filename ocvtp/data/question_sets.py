@@ -35,7 +35,9 @@ _APART: Mapping[str, Rows] = {
     "seedbench": multiple_choice.seedbench,
 }
 """Each drawn with a generator of its own: a further one changes no other."""
-BENCHMARKS = (*_TOGETHER, *_APART)
+MAKERS: Mapping[str, Rows] = {**_TOGETHER, **_APART}
+"""What makes the rows about one scene of an album, by benchmark; none where the scene allows no question."""
+BENCHMARKS = tuple(MAKERS)
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 

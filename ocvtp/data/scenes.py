@@ -40,8 +40,12 @@ DIGITS = tuple("0123456789")
 CATEGORIES = (*SHAPES, "digit")
 """COCO category ids are the positions in this tuple plus one."""
 
-Split = Literal["train", "benchmark", "vlm", "vlm-validation"]
-"""`train` is for pruners, `benchmark` for questions, the other two for making tiny-llava and tiny-qwen."""
+Split = Literal[
+    "train", "benchmark", "vlm", "vlm-validation",
+    "gqa-train", "scienceqa-train", "textvqa-train", "vqav2-train", "vizwiz-train",
+]  # fmt: skip
+"""`train` is for pruners, `benchmark` for questions, `vlm` and `vlm-validation` for making tiny VLMs; the others for
+pruners that are trained on a benchmark's own images."""
 SizeName = Literal["small", "medium", "large"]
 _WIDTHS: dict[SizeName, tuple[int, int]] = {"small": (8, 11), "medium": (14, 22), "large": (26, 36)}
 _LARGER = {"medium": 0.6, "large": 0.4}  # of the shapes that are not small

@@ -23,6 +23,8 @@ AXES = ("layer", "loss", "slots", "top_k")
 """The axes that can be ablated; `keep`, `method`, `benchmark`, `seed` and `vlm` take lists of their own."""
 TRAIN, OPTIONS = "train.", "evaluate.options."
 """Where the other entries that can be ablated lie."""
+ON = "train.on"
+"""The axis of images that pruners are trained on."""
 
 
 def _single(value: Any) -> Any:

@@ -12,14 +12,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.validation import Problems, S, nearest, show, walk
+from ocvtp.data.training_splits import TRAINED_ON
 from ocvtp.errors import BadInput, OcvtpError
 from ocvtp.evaluation.benchmarks import benchmarks
 from ocvtp.methods import REGISTRY, entry_of
 from ocvtp.vlms import CatalogEntry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
-from pipelines.params.ablate import AXES, OPTIONS, TRAIN, Ablate, Change
+from pipelines.params.ablate import AXES, ON, OPTIONS, TRAIN, Ablate, Change
 from pipelines.params.fitting import lacking, tokens_kept
-from pipelines.params.model import Params, SceneStyle, Train
+from pipelines.params.model import SAMPLED, Params, SceneStyle, Train
 
 log = logging.getLogger(__name__)
 ALL = "all"
@@ -57,6 +58,7 @@ def crosscheck(params: Params, problems: Problems) -> Params:
     _options(params, problems)
     _trainings(params, problems)
     _sample(params, problems)
+    _trained_on(params, problems)
     entries = _vlms(params.vlm, problems)
     params = _fitting(params, entries, problems, named=named)
     for entry in entries:
@@ -140,6 +142,8 @@ def _new(params: Params) -> Ablate:
         path, value = change
         if path in AXES:
             return value in getattr(params, path)
+        if path == ON:
+            return value in params.train.on
         return path.startswith(TRAIN) and params.train.with_changes((change,)) == params.train.with_changes(())
 
     return params.ablate.only(lambda change: not there(change))
@@ -191,6 +195,35 @@ def _sample(params: Params, problems: Problems) -> None:
         problems.add("sample.style", "it is of scenes, but there are none: sample.source is coco, sample.questions 0")
 
 
+def _trained_on(params: Params, problems: Problems) -> None:
+    """Benchmarks on whose own images pruners are trained: that there are such images, and questions to ask."""
+    for where, name in _values(params, ON):
+        if name == SAMPLED:
+            continue
+        if name not in TRAINED_ON:
+            legal = [SAMPLED, *TRAINED_ON]
+            none = ", which is for evaluation alone" if name in benchmarks() else ""
+            problems.add(where, f"{show(name)} is not legal{none}{nearest(name, legal)}")
+            continue
+        if name not in params.benchmark:
+            problems.add(
+                where, f"{name} is not among the benchmarks of the grid, on which alone such a pruner is tried"
+            )
+        source, data = params.sample.source, params.evaluate.data
+        if data != {"scenes": "scenes", "coco": "official"}[source]:
+            problems.add(
+                where, f"its training images are like those of sample.source: {source}, but evaluate.data is {data}"
+            )
+        elif source == "coco" and TRAINED_ON[name].training is None and name not in params.sample.training:
+            problems.add(f"sample.training.{name}", f"is missing: {TRAINED_ON[name].hub} has no training split, so "
+                         "annotations and image_folder of one are needed")  # fmt: skip
+    for name in params.sample.training:
+        if name not in TRAINED_ON:
+            problems.add(f"sample.training.{name}", f"there is no such training split{nearest(name, TRAINED_ON)}")
+        elif params.sample.source != "coco":
+            problems.add(f"sample.training.{name}", "it is not read where sample.source is scenes")
+
+
 def _vlms(names: Sequence[str], problems: Problems) -> list[CatalogEntry]:
     entries = []
     for index, name in enumerate(names):
@@ -238,7 +271,7 @@ def _budgets(params: Params, entry: CatalogEntry, problems: Problems) -> None:
 
 def _values(params: Params, axis: str) -> Iterator[tuple[str, Any]]:
     """The values of an axis with their paths: those of the grid, then those of `ablate`."""
-    values = getattr(params, axis)
+    values = params.train.on if axis == ON else getattr(params, axis)
     for index, value in enumerate(values):
         yield _at(axis, values, index), value
     yield from ((f"ablate.{axis}", value) for value in params.ablate.values(axis))

@@ -23,22 +23,26 @@ from pipelines.params.ablate import TRAIN, Ablate, Change
 from pipelines.params.schema import Axis, Dtype, Keep, Layer, Loss, Natural, Positive, Seed, SlotsAxis
 
 READS: Mapping[str, tuple[str, ...]] = {
-    "sample": ("sample",),
-    "extract": ("vlm", "layer", "ablate", "extract"),
+    "sample": ("ablate", "sample", "train.on"),
+    "extract": ("vlm", "layer", "ablate", "extract", "train.on"),
     "train": ("vlm", "layer", "loss", "slots", "seed", "ablate", "train"),
     "evaluate": (
         "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
+        "train.on",
     ),
     "measure": (
         "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "seed", "ablate", "extract", "evaluate", "measure",
+        "train.on",
     ),
     "efficiency": ("vlm", "top_k", "keep", "method", "train", "evaluate", "efficiency"),
     "report": (),
 }  # fmt: skip
-"""Which entries of params.yaml each stage depends on, as in dvc.yaml."""
+"""Which entries of params.yaml each stage depends on, as in dvc.yaml: whole sections, or entries of one with a dot."""
 WHERE_AND_HOW = ("cluster", "mlflow")
 """Sections that change where and how work runs, never what comes out: every stage reads them, none depends on them."""
 PRUNER = "pruner."
+SAMPLED = "sample"
+"""Value of `train.on`: the images of `sample.source`."""
 OR_NULL = BeforeValidator(lambda value: {} if value is None else value)
 
 
@@ -57,6 +61,13 @@ class SceneStyle(Section):
         return sides
 
 
+class Pictures(Section):
+    """Images of a data set: a list in COCO's format, and the folder of their files."""
+
+    annotations: Text
+    image_folder: Text
+
+
 class Sample(Section):
     """Which images train the pruners, and which questions are asked."""
 
@@ -68,6 +79,7 @@ class Sample(Section):
     max_reject_rate: float = Field(default=0.001, ge=0, le=1)
     questions: Natural = 320
     style: SceneStyle = SceneStyle()
+    training: dict[str, Pictures] = Field(default={})
 
 
 class Extract(Section):
@@ -132,10 +144,17 @@ class Pruner(_PrunerOptions):
 class Train(_TrainOptions):
     """How a pruner is trained: entries of `TrainConfig`, and of `PrunerConfig` under `pruner`.
 
-    What is left out or "auto" follows `behaviour`.
+    What is left out or "auto" follows `behaviour`. `on` is an axis of the grid, and no option of the library: on which
+    images.
     """
 
+    on: Axis[Text] = (SAMPLED,)
     pruner: Annotated[Pruner, OR_NULL] = Pruner()
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Options of `TrainConfig` that the file gives."""
+        return {name: value for name, value in super().given.items() if name != "on"}
 
     def with_changes(self, changes: Iterable[Change]) -> dict[str, Any]:
         """The section as in the file, with other values of some entries."""
@@ -273,9 +292,31 @@ class _Seen:
         self._params, self._stage = params, stage
 
     def __getattr__(self, name: str) -> Any:
-        if name in Params.model_fields and name not in (*READS[self._stage], *WHERE_AND_HOW):
-            raise LookupError(
-                f"stage {self._stage} reads the entry {name!r} of params.yaml but does not declare it: "
-                "add it to READS in pipelines/params/model.py and to the stage in dvc.yaml"
-            )
-        return getattr(self._params, name)
+        reads = (*READS[self._stage], *WHERE_AND_HOW)
+        if name not in Params.model_fields or name in reads:
+            return getattr(self._params, name)
+        entries = [one.removeprefix(f"{name}.") for one in reads if one.startswith(f"{name}.")]
+        if not entries:
+            raise _undeclared(self._stage, name)
+        return _SeenSection(
+            self._stage, name, {entry: getattr(getattr(self._params, name), entry) for entry in entries}
+        )
+
+
+class _SeenSection:
+    """Entries of a section of which a stage may read no others."""
+
+    def __init__(self, stage: str, section: str, entries: Mapping[str, Any]) -> None:
+        self._stage, self._section, self._entries = stage, section, entries
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._entries:
+            raise _undeclared(self._stage, f"{self._section}.{name}")
+        return self._entries[name]
+
+
+def _undeclared(stage: str, entry: str) -> LookupError:
+    return LookupError(
+        f"stage {stage} reads the entry {entry!r} of params.yaml but does not declare it: "
+        "add it to READS in pipelines/params/model.py and to the stage in dvc.yaml"
+    )

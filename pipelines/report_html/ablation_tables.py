@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines.report_html import names
+from pipelines.report_html.claims import OWN
 from pipelines.report_html.data import AXES, Results, Row
 from pipelines.report_html.tables import (
     BOLD_RULE,
@@ -100,7 +101,8 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
         for row in results.summary
         if row["vlm"] == vlm and row["method"].startswith(PRUNED) and all(row[a] in (None, wanted[a]) for a in AXES)
     ]
-    tried = [row for row in rows if len(row["changes"]) == 1 and not set(row["changes"]) & set(AXES)]
+    # Pruners trained on a benchmark's own images are tried on that one alone: they have no average.
+    tried = [row for row in rows if len(row["changes"]) == 1 and not set(row["changes"]) & {*AXES, OWN}]
     for path, method in dict.fromkeys((next(iter(row["changes"])), row["method"]) for row in tried):
         some = [row for row in tried if path in row["changes"] and row["method"] == method]
         options = sorted({row["changes"][path] for row in some}, key=lambda value: (isinstance(value, str), value))
@@ -110,6 +112,9 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
             found = {row["changes"].get(path): row for row in (*base, *some) if row["share"] == share}
             cells = [average_cell(found.get(value)) for value in (None, *options)]
             lines.append(Line(names.budget(tokens, share), best_across(cells)))
+            if any(row.get("kept") and tokens and round(row["kept"], 1) != tokens for row in found.values()):
+                cells = [_kept_cell(found.get(value)) for value in (None, *options)]
+                lines.append(Line("tokens really kept", cells))
             cells = [covered_cell(found.get(value), "all") for value in (None, *options)]
             if any(cell.value is not None for cell in cells):
                 lines.append(Line("objects covered", best_across(cells)))
@@ -118,14 +123,17 @@ def _changed_tables(results: Results, vlm: str) -> Iterator[Table]:
             caption=f"{path} ({names.method(method)}, {vlm})",
             head=["Tokens", "as in the grid", *map(names.plain, options)],
             blocks=[Block("", lines)],
-            note="Average relative accuracy with its 95% interval, and below it the share of objects with a kept token "
-            "on their mask. Bold: the best of a row, only where its interval lies above the others.",
+            note="Average relative accuracy with its 95% interval; below it how many tokens were kept, where that is "
+            "less than asked, and the share of objects with a kept token on their mask. Bold: the best of a row, only "
+            "where its interval lies above the others.",
         )
 
 
 def _together_table(results: Results, vlm: str) -> Table | None:
     """What `ablate` changed together: averages and paired differences, a row for each combination, by budget."""
-    rows = [row for row in results.summary if row["vlm"] == vlm and len(row["changes"]) > 1]
+    rows = [
+        row for row in results.summary if row["vlm"] == vlm and len(row["changes"]) > 1 and OWN not in row["changes"]
+    ]
     if not rows:
         return None
     shown = budgets(rows)
@@ -154,6 +162,11 @@ def _together_table(results: Results, vlm: str) -> Table | None:
         note="Average relative accuracy with its 95% interval; below it the difference to the same method as the grid "
         "has it, and to the most accurate method of the budget that is not trained, both paired by question.",
     )
+
+
+def _kept_cell(row: Row | None) -> Cell:
+    """Tokens of an image that were kept, in the mean."""
+    return MISSING if row is None or row.get("kept") is None else Cell(f"{row['kept']:.1f}")
 
 
 def _points_cell(found: Row | None, name: str = "") -> Cell:

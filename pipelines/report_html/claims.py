@@ -15,7 +15,9 @@ from pipelines.report_html.tables import PRUNED, base_rows, budgets, chosen_rows
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 RIVALS, TRAINING, COVERAGE, REBUILDING, OTHER = "rivals", "training", "coverage", "rebuilding", "other"
-LOSS, LAYER, TOP_K = "loss", "layer", "top_k"
+LOSS, LAYER, TOP_K, OWN, FILL = "loss", "layer", "top_k", "train.on", "evaluate.options.oc-vtp.fill"
+GAPS = "none"
+"""Value of `FILL`: fewer tokens than the budget where slots pick the same one. The paper calls that unpadded."""
 """Keys of findings: the axis of a claim of the paper's own, or what it is about."""
 
 
@@ -101,6 +103,20 @@ def _ablations(results: Results, vlm: str) -> Iterator[Finding]:
     changes = {next(iter(row["changes"].items())) for row in rows}
     for path, value in sorted(changes, key=_order):
         tried = {row["share"]: row for row in rows if row["changes"] == {path: value}}
+        if path == OWN:
+            text = (
+                f"On {names.benchmark(str(value))} a pruner trained on its own images keeps more than one trained once"
+            )
+            yield _finding(
+                OWN, f"{text} (paper, Tables 1 to 3)", {_budget(r): r["difference"] for _, r in _falling(tried)}
+            )
+            continue
+        if (path, value) == (FILL, GAPS):
+            less = {f"{_budget(r)}, {r['kept']:.1f} without": _reversed(r["difference"]) for _, r in _falling(tried)}
+            yield _finding(
+                FILL, "Filling up to the budget keeps more accuracy than gaps (paper, Table 1, unpadded)", less
+            )
+            continue
         points = {_budget(row): _reversed(row["difference"]) for _, row in _falling(tried)}
         claim = _CLAIMS.get((path, value)) if base is not None and base.get(path) == _PAPERS.get(path) else None
         if claim is None:

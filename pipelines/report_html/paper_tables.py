@@ -11,6 +11,7 @@ from typing import Any
 
 from ocvtp.evaluation.benchmarks import benchmark
 from pipelines.report_html import names
+from pipelines.report_html.claims import FILL, GAPS, OWN
 from pipelines.report_html.data import AXES, Results, Row
 from pipelines.report_html.tables import COSTED, PRUNED, Block, Cell, Line, Table, chosen_rows, reference, score_text
 
@@ -18,6 +19,9 @@ LIKE_ANY = "table1_llava_1_5_7b"
 _NUMBER = {"table1_llava_1_5_7b": 1, "table2_llava_next_7b": 2, "table3_qwen2_5_vl_7b": 3, "table5_slots_top_k": 5}
 _SHARE = re.compile(r"([\d.]+)%")
 _TOP_K = re.compile(r"Top (\d+)")
+_PER_BENCHMARK, _UNPADDED = "OC-VTP (trained per benchmark)", "OC-VTP (unpadded)"
+_OF_UNPADDED = 0.111
+"""The share that the paper's unpadded row has the slots for."""
 _WHOLE = 576
 """Tokens of LLaVA-1.5, of which tables 6 and 7 name budgets."""
 
@@ -48,7 +52,7 @@ def common(results: Results, vlm: str) -> list[str]:
 
     Where the unpruned model does no better than chance, a percentage of its score means nothing.
     """
-    rows = [row for row in results.summary if row["vlm"] == vlm]
+    rows = [row for row in results.summary if row["vlm"] == vlm and OWN not in row["changes"]]
     pruned = [row for row in rows if row["method"] != "vanilla"]
     whole: Row = next((row["benchmarks"] for row in rows if row["method"] == "vanilla"), {})
 
@@ -74,13 +78,26 @@ def _table(results: Results, vlm: str, key: str, rows: Sequence[Row]) -> Table:
     columns = {label: name for name, label in paper["benchmarks"].items() if label in data["benchmarks"]}
     shown = [name for name in common(results, vlm) if name in columns.values()]
     whole = data["rows"][0]
+    own = _changed(results, vlm, {OWN})
+    unpadded = _unpadded(results, vlm)
     blocks = []
     for retain in dict.fromkeys(row["retain"] for row in data["rows"]):
         lines, used = [], []
         for theirs in (row for row in data["rows"] if row["retain"] == retain):
-            ours = _ours(paper, theirs, rows)
+            label = theirs["method"]
+            if label == _PER_BENCHMARK:
+                ours = _per_benchmark(theirs, own)
+            elif label == _UNPADDED:
+                ours = unpadded
+                label += (
+                    ""
+                    if ours is None
+                    else f", here {ours['kept']:.1f} of {names.budget(ours['tokens'], ours['share'])}"
+                )
+            else:
+                ours = _ours(paper, theirs, rows)
             used.append(None if ours is None else ours["method"])
-            lines.append(_line(results, theirs["method"], theirs, ours, columns, whole, shown))
+            lines.append(_line(results, label, theirs, ours, columns, whole, shown))
         more = [row for row in rows if number != 5 and row["method"] not in used and _same_share(retain, row)]
         lines += [_line(results, names.method(row["method"]), None, row, columns, whole, shown) for row in more]
         blocks.append(Block(retain, lines))
@@ -117,6 +134,35 @@ def _ours(paper: Row, theirs: Row, rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if row["method"] == method and _same_share(theirs["retain"], row)), None)
 
 
+def _changed(results: Results, vlm: str, paths: Collection[str]) -> list[Row]:
+    """Rows of OC-VTP at the paper's choice of each axis, with exactly these entries changed."""
+    wanted = reference(results, vlm)
+    return [
+        row
+        for row in results.summary
+        if row["vlm"] == vlm
+        and row["method"] == PRUNED
+        and set(row["changes"]) == set(paths)
+        and all(wanted[axis] is None or row[axis] == wanted[axis] for axis in AXES)
+    ]
+
+
+def _unpadded(results: Results, vlm: str) -> Row | None:
+    """OC-VTP without filling, at the budget for which the paper gives it."""
+    found = (row for row in _changed(results, vlm, {FILL}) if row["changes"][FILL] == GAPS)
+    return next((row for row in found if row["share"] and round(row["share"], 3) == _OF_UNPADDED), None)
+
+
+def _per_benchmark(theirs: Row, own: Sequence[Row]) -> Row | None:
+    """Of each benchmark the pruner that was trained on its images, as one row."""
+    found = {
+        row["changes"][OWN]: row["benchmarks"].get(row["changes"][OWN])
+        for row in reversed(own)
+        if _same_share(theirs["retain"], row)
+    }
+    return {"method": PRUNED, "benchmarks": found} if found else None
+
+
 def _same_share(retain: str, row: Row) -> bool:
     found = _SHARE.search(retain)
     return found is not None and row["share"] is not None and round(100 * row["share"], 1) == float(found[1])
@@ -146,6 +192,8 @@ def _mean(row: Row | None, shown: Sequence[str]) -> float | None:
     if row is None or not shown:
         return None
     whole = row["method"] == "vanilla"
+    if not whole and not all(row["benchmarks"].get(name) for name in shown):
+        return None
     return sum(100.0 if whole else row["benchmarks"][name]["relative"] for name in shown) / len(shown)
 
 

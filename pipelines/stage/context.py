@@ -30,8 +30,8 @@ from cluster.task import Call
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.json_files import read_json
 from pipelines.params.load import load
-from pipelines.params.model import Cluster, Demand, Params
-from pipelines.stage.outputs import SAMPLE
+from pipelines.params.model import SAMPLED, Cluster, Demand, Params
+from pipelines.stage.outputs import IMAGES, SAMPLE, TRAINING
 from pipelines.tasks.restored import restored
 
 log = logging.getLogger("pipelines")
@@ -101,10 +101,19 @@ class Stage:
             )
         return found
 
-    def sampled_images(self) -> list[dict[str, str]]:
-        """What stage `sample` listed: id, path in the store and SHA-256 of each image; `Corrupt` if it is not that."""
-        path = self.input(f"{SAMPLE}/images.json", "sample")
-        images: list[dict[str, str]] = read_json(path)
+    def sampled_images(self, on: str = SAMPLED) -> list[dict[str, str]]:
+        """What stage `sample` listed: id, path in the store and SHA-256 of each image; `Corrupt` if it is not that.
+
+        Args:
+            on: a benchmark of whose own training images; else those of `sample.source`.
+        """
+        path = self.input(f"{SAMPLE}/{IMAGES if on == SAMPLED else TRAINING}", "sample")
+        found: Any = read_json(path)
+        if on != SAMPLED:
+            if on not in found:
+                raise BadInput(f"{path} has no images of {on}: run `python pipelines/sample.py` or `dvc repro` first")
+            found = found[on]["images"]
+        images: list[dict[str, str]] = found
         if not isinstance(images, list) or not images or any({*image} != {"id", "path", "sha256"} for image in images):
             raise Corrupt(f"{path} is not what stage sample writes: a list of objects with id, path and sha256")
         return images

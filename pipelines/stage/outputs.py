@@ -22,6 +22,8 @@ from cluster.driver.lock import run_lock
 
 SAMPLE, TOKENS, MODELS, RESULTS = "data/sample", "data/tokens", "models", "results"
 """Where stages put out, as in dvc.yaml."""
+IMAGES, TRAINING = "images.json", "training.json"
+"""In `SAMPLE`: images to train on, those of the data set, and by benchmark those of its training split."""
 PRUNERS = f"{MODELS}/pruners.json"
 """Where the store has each pruner."""
 _FRESH, _OLD = ".fresh-", "-old"

@@ -127,3 +127,31 @@ def test_what_cannot_be_drawn_is_named() -> None:
         figures.accuracy([])
     with pytest.raises(BadInput):
         figures.curves([("loss", [])])
+
+
+# --- Times -----------------------------------------------------------------------------------------------------------
+
+TIMES = {
+    "A": {"V100": {"vanilla": 300.0, "oc-vtp": 150.0}, "H200": {"vanilla": 40.0, "random": 10.0, "oc-vtp": 12.0}},
+    "B": {"V100": {"vanilla": 800.0}},
+}
+
+
+def test_times_are_bars_in_percent_of_the_unpruned_model() -> None:
+    svg = figures.times(
+        TIMES, names={"vanilla": "Vanilla", "random": "Random", "oc-vtp": "OC-VTP"}, form="svg"
+    ).decode()
+    for said in ("300.0 ms", "150.0 ms", "40.0 ms", "10.0 ms", "12.0 ms", "800.0 ms"):
+        assert svg.count(said) >= 1, said
+    assert svg.count(" ms<") == 6, "what is not there has no bar"
+    assert svg.index("Vanilla") < svg.index("Random") < svg.index("OC-VTP"), "the legend is in the order of the names"
+    assert figures.times(TIMES).startswith(b"\x89PNG")
+
+
+def test_times_that_cannot_be_drawn_are_named() -> None:
+    with pytest.raises(BadInput, match="no bar"):
+        figures.times({"A": {}})
+    with pytest.raises(BadInput, match="times: A, H200 has no vanilla"):
+        figures.times({"A": {"H200": {"oc-vtp": 12.0}}})
+    with pytest.raises(BadInput, match="random has no name among vanilla, oc-vtp"):
+        figures.times(TIMES, names={"vanilla": "Vanilla", "oc-vtp": "OC-VTP"})

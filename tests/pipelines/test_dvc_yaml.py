@@ -28,7 +28,7 @@ def test_a_stage_lists_the_entries_that_it_may_read(name: str) -> None:
     listed = STAGES[name].get("params", [])
     assert sorted(listed) == sorted(READS[name])
     assert not set(listed) & {"cluster", "mlflow"}
-    assert set(listed) <= set(Params.model_fields)
+    assert {entry.split(".")[0] for entry in listed} <= set(Params.model_fields)
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name != "report"])
@@ -36,15 +36,19 @@ def test_a_stage_reads_every_entry_that_it_lists(name: str) -> None:
     """By its own source and that of the grid, which reads the axes for it."""
     read = _attributes_of(ROOT / SCRIPTS[name], "params")
     grid = ("settings", "_of_method")
-    used = {"extract": ("layers",), "train": ("pruner_cells",), "evaluate": grid, "measure": grid}.get(name)
+    used = {
+        "sample": ("trained_on",), "extract": ("token_sets",), "train": ("pruner_cells",), "evaluate": grid,
+        "measure": grid,
+    }.get(name)  # fmt: skip
     if used:
         read |= _attributes_of(ROOT / "pipelines/grid.py", "params", inside=used)
     assert set(READS[name]) - read == set()
-    assert (read & set(Params.model_fields)) - set(READS[name]) <= {"cluster", "mlflow"}
+    sections = {entry.split(".")[0] for entry in READS[name]}
+    assert (read & set(Params.model_fields)) - sections <= {"cluster", "mlflow"}
 
 
 def _attributes_of(path: Path, owner: str, inside: tuple[str, ...] = ()) -> set[str]:
-    """Names x of every `params.x` or `run.params.x` in a file, or in some of its functions."""
+    """x, and x.y, of every `params.x.y` or `run.params.x.y` in a file, or in some of its functions."""
     tree: Any = ast.parse(path.read_text())
     parts = (
         [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in inside] if inside else [tree]
@@ -55,6 +59,9 @@ def _attributes_of(path: Path, owner: str, inside: tuple[str, ...] = ()) -> set[
             value = node.value
             if getattr(value, "id", getattr(value, "attr", "")) == owner:
                 found.add(node.attr)
+            above = getattr(value, "value", None)
+            if getattr(above, "id", getattr(above, "attr", "")) == owner:
+                found.add(f"{value.attr}.{node.attr}")
     return found
 
 

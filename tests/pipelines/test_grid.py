@@ -10,7 +10,7 @@ import yaml
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.selection import CHOICES
-from pipelines.grid import Cell, layers, pruner_cells, settings, vlm_folder
+from pipelines.grid import Cell, pruner_cells, settings, token_sets, trained_on, vlm_folder
 from pipelines.params.ablate import Ablate, Change, Together
 from pipelines.params.load import load
 from pipelines.params.model import Params
@@ -155,7 +155,7 @@ def test_what_is_changed_together_is_one_pruner_and_concerns_each_method_as_far_
     ]
     together = [Together.model_validate(section(some)) for some in (changes, [("layer", -2), ("train.steps", 300)])]
     params = shipped.model_copy(update={"ablate": Ablate(together=tuple(together))})
-    assert layers(params) == [9, -2]
+    assert token_sets(params) == [("sample", 9), ("sample", -2)]
     new = pruner_cells(params)[3:]
     assert [(one.layer, one.loss, one.slots, one.changes) for one in new[::3]] == [
         (-2, "span", (4, 8), (("train.steps", 300),)),
@@ -196,7 +196,7 @@ def test_what_the_grid_has_is_left_out_of_what_is_changed_together(tmp_path: Pat
 def test_changes_are_not_multiplied_with_each_other(shipped: Params) -> None:
     params = with_ablate(shipped, ("loss", "mse"), ("layer", 10), ("train.steps", 50))
     assert len(pruner_cells(params)) == 3 + 9
-    assert layers(params) == [9, 10]
+    assert token_sets(params) == [("sample", 9), ("sample", 10)]
     cells = pruner_cells(params)
     assert cells[-1].changes == (("train.steps", 50),)
     assert cells[-1].folder == "tiny-llava/layer_9-aw_mse-slots_16_32_48-steps_50-seed_2"
@@ -220,3 +220,37 @@ def test_a_layer_of_its_own_stands_in_place_of_the_axis(shipped) -> None:
     assert layers_of(shipped, "fps") == {9}
     assert {one.options["layer"] for one in expand(shipped) if one.method == "css"} == {-2}
     assert layers_of(with_ablate(shipped, ("evaluate.options.css.layer", 9)), "css") == {-2, 9}
+
+
+def trained(params: Params, *on: str) -> Params:
+    return params.model_copy(update={"train": params.train.model_copy(update={"on": on})})
+
+
+def test_pruners_of_a_benchmarks_own_images_are_an_axis_and_are_evaluated_on_it_alone(shipped: Params) -> None:
+    params = trained(shipped, "sample", "gqa")
+    cells = pruner_cells(params)
+    assert [(one.on, one.seed) for one in cells] == [(on, seed) for on in ("sample", "gqa") for seed in (0, 1, 2)]
+    assert cells[-1].folder == "tiny-llava/layer_9-aw_mse-slots_16_32_48-on_gqa-seed_2"
+    assert cells[:3] == pruner_cells(shipped), "the grid's own keep their names"
+    found = expand(params)
+    new = [one for one in found if one.changes]
+    assert [one for one in found if not one.changes] == expand(shipped)
+    assert {(one.method, one.changes) for one in new} == {("oc-vtp", (("train.on", "gqa"),))}
+    assert len(new) == 9
+    assert all(one.asks("gqa") and not one.asks("pope") for one in new)
+    assert all(one.asks("gqa") and one.asks("pope") for one in found if not one.changes)
+    alone = expand(trained(shipped, "gqa"))
+    assert {one.changes for one in alone if one.method == "oc-vtp"} == {(("train.on", "gqa"),)}
+    assert trained_on(params) == ["gqa"]
+
+
+def test_tokens_are_extracted_of_the_images_that_pruners_are_trained_on_alone(shipped: Params) -> None:
+    assert token_sets(trained(shipped, "gqa")) == [("gqa", 9)]
+    ablated = with_ablate(trained(shipped, "sample", "gqa"), ("layer", 10), ("train.on", "vizwiz"), ("loss", "mse"))
+    assert token_sets(ablated) == [("sample", 9), ("gqa", 9), ("sample", 10), ("gqa", 10), ("vizwiz", 9)]
+    wanted = {(one.on, one.layer) for one in pruner_cells(ablated)}
+    assert wanted == set(token_sets(ablated))
+    assert trained_on(ablated) == ["gqa", "vizwiz"]
+    (path,) = {one.folder for one in pruner_cells(ablated) if one.on == "vizwiz" and one.seed == 0}
+    assert path == "tiny-llava/layer_9-aw_mse-slots_16_32_48-on_vizwiz-seed_0"
+    assert all(one.changes == (("train.on", "vizwiz"),) for one in pruner_cells(ablated) if one.on == "vizwiz")

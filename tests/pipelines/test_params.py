@@ -147,6 +147,19 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"ablate": {"evaluate": {"options": {"vanilla": {"top_k": [1]}}}}}, ["top_k is no option to give here"]),
     ({"evaluate__options": {"oc-vpt": {"fill": "random"}}}, ["there is no method 'oc-vpt'", "oc-vtp"]),
     ({"evaluate__options": {"oc-vtp": 3}}, ["evaluate.options.oc-vtp: 3 is not a mapping"]),
+    ({"train__on": "gpa"}, ["train.on: 'gpa' is not legal", "did you mean gqa?"]),
+    ({"train__on": ["sample", "pope"]}, ["train.on[1]: 'pope' is not legal, which is for evaluation alone"]),
+    ({"train__on": "vizwiz"}, ["train.on: vizwiz is not among the benchmarks of the grid"]),
+    ({"ablate": {"train": {"on": ["mme"]}}}, ["ablate.train.on: 'mme' is not legal"]),
+    ({"train__on": "gqa", "evaluate__data": "official"}, ["sample.source: scenes, but evaluate.data is official"]),
+    ({"sample__training": {"gqa": {"annotations": "a", "image_folder": "b"}}}, ["sample.training.gqa: it is not read"]),
+    ({"sample__training": {"pope": {"annotations": "a", "image_folder": "b"}}}, ["no such training split"]),
+    ({"sample__training": {"gqa": {"annotations": "a"}}}, ["sample.training.gqa: image_folder is missing"]),
+    (
+        {"train__on": "vqav2", "benchmark": "vqav2", "evaluate__data": "official", "sample__source": "coco",
+         "sample__annotations": "a", "sample__image_folder": "b"},
+        ["sample.training.vqav2: is missing: lmms-lab-encoder/VQAv2 has no training split"],
+    ),
     ({"mlflow__uri": ""}, ["mlflow.uri: '' should have at least 1 character"]),
 ]  # fmt: skip
 
@@ -221,9 +234,14 @@ def test_what_behaviour_leaves_open_follows_it(write) -> None:
 @pytest.mark.parametrize("stage", READS)
 def test_a_stage_can_read_what_it_declares_and_nothing_else(stage: str) -> None:
     params = load(ROOT / "params.yaml").seen_by(stage)
+    entries = dict(entry.split(".") for entry in READS[stage] if "." in entry)
     for name in Params.model_fields:
         if name in (*READS[stage], "cluster", "mlflow"):
             getattr(params, name)
+        elif name in entries:
+            assert getattr(getattr(params, name), entries[name]) == ("sample",)
+            with pytest.raises(LookupError, match=f"stage {stage} reads the entry '{name}.steps'"):
+                _ = getattr(params, name).steps
         else:
             with pytest.raises(LookupError, match=f"stage {stage} reads the entry '{name}'"):
                 getattr(params, name)

@@ -91,6 +91,62 @@ def test_the_papers_own_numbers_come_out_as_the_paper(vlm: str, number: int) -> 
     assert "It is the paper's VLM." in table.note
 
 
+def test_pruners_trained_per_benchmark_are_one_row_and_in_no_average() -> None:
+    """The second OC-VTP row of tables 1 to 3: each cell of another pruner, each tried on its own benchmark alone."""
+    results = of_the_paper()
+    shown = common(results, "llava-1.5-7b")
+    names_of = {label: name for name, label in PAPER["benchmarks"].items()}
+    more: list[dict[str, Any]] = []
+    for theirs in PAPER["table1_llava_1_5_7b"]["rows"]:
+        same = [
+            r for r in results.summary if r["method"] == "oc-vtp" and f"{100 * r['share']:.1f}%" in theirs["retain"]
+        ]
+        if theirs["method"] != "OC-VTP (trained per benchmark)" or not same:
+            continue
+        for label in ("GQA", "VizWiz"):
+            base, score = PAPER["table1_llava_1_5_7b"]["rows"][0][label], theirs[label] + 0.5
+            missing = {name: {"score": None, "relative": None} for name in names_of.values()}
+            cell = {names_of[label]: {"score": score, "relative": 100 * score / base}}
+            more.append({**same[0], "changes": {"train.on": names_of[label]}, "benchmarks": missing | cell})
+    assert len(more) == 6
+    table = paper_tables(Results(Path(), [], [*results.summary, *more], paper=PAPER), "llava-1.5-7b")[0]
+    head = list(table.head[1:])
+    for block in table.blocks[1:4]:
+        (own,) = [line for line in block.lines if line.label == "OC-VTP (trained per benchmark)"]
+        cells = dict(zip(head, own.cells, strict=True))
+        for label in ("GQA", "VizWiz"):
+            base = PAPER["table1_llava_1_5_7b"]["rows"][0][label]
+            (paper_s,) = re.findall(r"paper ([\d.]+)", cells[label].bottom)
+            assert float(cells[label].top) == pytest.approx(float(paper_s) + 0.5)
+            assert f"({50 / base:+.1f})" in cells[label].bottom
+        assert cells["VQAv2"].top == cells["Avg"].top == names.DASH
+        (once,) = [line for line in block.lines if line.label == "OC-VTP"]
+        assert "(+0.0)" in once.cells[0].bottom, "the row above is what it was"
+    assert common(Results(Path(), [], [*results.summary, *more], paper=PAPER), "llava-1.5-7b") == shown
+
+
+def test_what_is_kept_without_filling_stands_in_its_row_with_the_mean() -> None:
+    """Of the settings without filling, the one that has slots for 11.1 % of the tokens."""
+    results = of_the_paper()
+    path = "evaluate.options.oc-vtp.fill"
+    points = {"points": -1.5, "ci_low": -2.5, "ci_high": -0.5}
+    more = [
+        {**row, "tokens": 64 if kept < 64 else 192, "changes": {path: fill}, "kept": kept, "difference": points}
+        for row in results.summary if row["method"] == "oc-vtp"
+        for fill, kept in (("none", 50.4 if row["share"] < 0.2 else 150.0), ("random", 64.0))
+    ]  # fmt: skip
+    found = replace(results, summary=[*results.summary, *more])
+    block = paper_tables(found, "llava-1.5-7b")[0].blocks[-1]
+    (line,) = block.lines
+    assert line.label == "OC-VTP (unpadded), here 50.4 of 64 Tokens (11.1%)"
+    ours = next(row for row in results.summary if row["method"] == "oc-vtp" and row["share"] < 0.2)
+    assert line.cells[0].top == f"{ours['benchmarks']['gqa']['score']:.1f}"
+    assert line.cells[0].bottom.startswith("paper 55.3 (")
+    (measured,) = [one.measured for one in rerun(found) if "unpadded" in one.claim]
+    assert "holds" in measured[0]
+    assert "64 Tokens (11.1%), 50.4 without: +1.5 points [0.5, 2.5]".replace("Tokens", "tokens") in measured[0]
+
+
 def test_averages_are_over_what_all_rows_have() -> None:
     results = of_the_paper()  # VisionZip has no VizWiz, PyramidDrop no MMMU
     shown = common(results, "llava-1.5-7b")
@@ -279,6 +335,15 @@ def test_claims_that_nothing_was_measured_of_say_so(tiny: Results) -> None:
     found = {one.claim: one.measured for one in rerun(tiny)}
     (own,) = [measured for claim, measured in found.items() if "own images" in claim]
     assert own == [NEVER]
+    row = next(row for row in tiny.summary if (row["method"], row["layer"], row["loss"]) == ("oc-vtp", 9, "aw_mse"))
+    points = {"points": 2.5, "ci_low": 0.5, "ci_high": 4.5}
+    more = {**row, "changes": {"train.on": "gqa"}, "difference": points}
+    measured = {one.claim: one.measured for one in rerun(replace(tiny, summary=[*tiny.summary, more]))}
+    (own,) = [some for claim, some in measured.items() if "own images" in claim]
+    assert own[0].startswith(
+        "tiny-llava (not a VLM of the paper): holds. On GQA a pruner trained on its own images keeps"
+    )
+    assert "+2.5 points [0.5, 4.5]" in own[0]
     rivals = found["OC-VTP keeps more accuracy than every other method at equal budget"]
     assert rivals[0].startswith("tiny-llava (not a VLM of the paper): holds. OC-VTP keeps more accuracy than Random")
     assert rivals[-1] == f"on the weights of any VLM of the paper: {NEVER}"

@@ -106,7 +106,7 @@ def test_sample_again_does_nothing_and_a_smaller_sample_leaves_nothing_behind(wo
     assert work.run(sample) == 0
     assert (work.ran, work.files("data/sample")) == ([], before)
     assert work.run(sample, sample={"images": 24, "questions": 0}, evaluate={"data": "official"}) == 0
-    assert set(work.files("data/sample")) == {"images.json", "rejects.jsonl", "sample.json"}
+    assert set(work.files("data/sample")) == {"images.json", "rejects.jsonl", "sample.json", "training.json"}
     assert [one["sha256"] for one in work.json("data/sample/images.json")] == sums[:24]
     assert work.run(sample) == 0
     assert (work.ran, work.files("data/sample")) == ([], before)

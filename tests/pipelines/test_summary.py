@@ -122,6 +122,44 @@ def test_differences_are_of_averages_and_paired_by_question(grid: list[Result], 
     assert "aw_mse" in next(name for name in metrics([random, ours, other])[VLM] if "loss" in name)
 
 
+def test_a_pruner_trained_on_a_benchmarks_images_is_compared_on_that_one_alone(grid: list[Result], result) -> None:
+    own = []
+    for seed in (0, 1):
+        one = setting("oc-vtp", 16, seed, "mse")
+        assert one.pruner is not None
+        pruner = replace(one.pruner, changes=(("train.on", "textvqa"),))
+        one = replace(one, pruner=pruner, changes=pruner.changes)
+        own.append(result(one, "textvqa", ANSWERS["textvqa"] + 1))
+    *_, ours, row = summary_rows([*grid, *own], list(ANSWERS), 500)
+    assert (row["changes"], row["average"]["relative"]) == ({"train.on": "textvqa"}, None)
+    assert row["benchmarks"]["textvqa"]["relative"] == pytest.approx(110)
+    assert row["benchmarks"]["gqa"]["relative"] is None
+    assert row["difference"]["points"] == pytest.approx(100 * 2 / 10)
+    assert 0 <= row["difference"]["ci_low"] < 20 < row["difference"]["ci_high"], (
+        "paired: never wrong where ours is right"
+    )
+    assert ours["difference"] is None
+    assert row["rank"] is None
+
+
+def test_what_was_really_kept_is_a_mean_over_benchmarks(grid: list[Result]) -> None:
+    vanilla, random, _ = summary_rows(grid, list(ANSWERS), 200)
+    assert (vanilla["kept"], random["kept"]) == (WHOLE, 16)
+
+
+def test_where_slots_leave_gaps_metrics_say_how_many_tokens_were_kept(grid: list[Result], result) -> None:
+    one = setting("oc-vtp", 16, 0, "mse")
+    one = replace(one, changes=(("evaluate.options.oc-vtp.fill", "none"),))
+    gaps = [result(one, name, right - 1) for name, right in ANSWERS.items()]
+    for found, kept in zip(gaps, (13.0, 14.5), strict=True):
+        found.score["tokens_kept"]["mean"] = kept
+    rows = summary_rows([*grid, *gaps], list(ANSWERS), 200)
+    assert rows[-1]["kept"] == 13.75
+    found = metrics(rows)[VLM]
+    assert found["oc-vtp-fill_none"]["16"]["kept"] == 13.75
+    assert "kept" not in found["oc-vtp"]["16"]
+
+
 def test_without_the_setting_it_was_changed_from_there_is_no_difference(grid: list[Result], result) -> None:
     one = replace(setting("oc-vtp", 9, 0, "aw_mse"), changes=(("loss", "aw_mse"),))
     rows = summary_rows([*grid, *(result(one, name, right) for name, right in ANSWERS.items())], list(ANSWERS), 200)
