@@ -37,6 +37,8 @@ RULE = "#d5d9de"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b68c8", "#8c6d31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
+HATCHES = ("", "////", "....", "xxxx")
+"""On bars, once all colours are taken."""
 _GAP = 0.03
 """Inches around a panel."""
 VEIL = (0.05, 0.06, 0.08, 0.74)
@@ -359,22 +361,31 @@ def times(
             if not found.get(whole):
                 raise BadInput(f"times: {title}, {group} has no {whole}: it is the 100 % of the others")
     there = dict.fromkeys(name for groups in panels.values() for found in groups.values() for name in found)
-    methods = sorted(there, key=list(names or there).index)
-    rows = sum(len(groups) for groups in panels.values())
-    with _figure((6.4, 0.55 * len(panels) + 0.13 * rows * (len(methods) + 1) + 0.5)) as figure:
-        ratios = [len(groups) for groups in panels.values()]
-        for axes, (title, groups) in zip(
-            figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0],
-            panels.items(),
-            strict=True,
-        ):
+    names = names or {name: name for name in there}
+    if unnamed := [name for name in there if name not in names]:
+        raise BadInput(f"times: {unnamed[0]} has no name among {', '.join(names)}")
+    methods = [name for name in names if name in there]
+    ratios = [len(groups) for groups in panels.values()]
+    with _figure((6.4, 0.55 * len(panels) + 0.13 * sum(ratios) * (len(methods) + 1) + 0.5)) as figure:
+        column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[
+            :, 0
+        ]
+        for axes, (title, groups) in zip(column, panels.items(), strict=True):
             axes.set_title(title)
             for number, method in enumerate(methods):
                 known = [(index, found) for index, found in enumerate(groups.values()) if method in found]
                 places = [index + (number - (len(methods) - 1) / 2) * 0.8 / len(methods) for index, _ in known]
                 shares = [100 * found[method] / found[whole] for _, found in known]
-                axes.barh(places, shares, height=0.74 / len(methods), color=looks(method, methods)[0] if method != whole
-                          else RULE, label=(names or {}).get(method, method))  # fmt: skip
+                axes.barh(
+                    places,
+                    shares,
+                    height=0.74 / len(methods),
+                    label=names[method],
+                    color=RULE if method == whole else looks(method, methods)[0],
+                    hatch=HATCHES[_place(method, methods) // len(COLORS)],
+                    edgecolor="white",
+                    linewidth=0,
+                )
                 for place, share, (_, found) in zip(places, shares, known, strict=True):
                     axes.annotate(f"{found[method]:.1f} ms", (share, place), xytext=(3, 0), textcoords="offset points",
                                   va="center", fontsize=7)  # fmt: skip
@@ -382,18 +393,25 @@ def times(
             axes.invert_yaxis()
             axes.margins(x=0.12)
             axes.grid(axis="y", visible=False)
-        axes.set_xlabel("time per image, % of the unpruned model's")
-        handles = {str(label): handle for one in figure.axes
-                   for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}  # fmt: skip
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), fontsize=8)
+        column[-1].set_xlabel("time per image, % of the unpruned model's")
+        handles = {str(label): handle for axes in column
+                   for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        shown = [names[method] for method in methods]
+        figure.legend(
+            [handles[name] for name in shown], shown, loc="outside lower center", ncols=min(5, len(shown)), fontsize=8
+        )
         return _save(figure, form)
 
 
 def looks(label: str, among: Sequence[str]) -> tuple[str, str, Any]:
     """Colour, marker and dash of a label: fixed for methods, in the order of `among` for anything else."""
-    index = STANDING.index(label) if label in STANDING else list(among).index(label)
+    index = _place(label, among)
     turn = index // len(COLORS)
     return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)], DASHES[(index + turn) % len(DASHES)]
+
+
+def _place(label: str, among: Sequence[str]) -> int:
+    return STANDING.index(label) if label in STANDING else list(among).index(label)
 
 
 def _line(axes: Axes, line: Series, look: tuple[str, str, Any], shift: float) -> None:

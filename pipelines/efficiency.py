@@ -17,11 +17,10 @@ if __name__ == "__main__":
 from ocvtp.efficiency.flops import kv_cache_bytes, paper_llm_flops, paper_pruner_flops, prefill_flops, pruner_flops
 from ocvtp.efficiency.shapes import VlmShape, shape_of
 from ocvtp.errors import BadInput
-from ocvtp.methods import REGISTRY, options_of
+from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
-from ocvtp.methods.inside_tower import OPTION
+from ocvtp.methods.inside_tower import OPTION, begins
 from ocvtp.vlms import CatalogEntry, resolve
-from ocvtp.vlms.hidden_states import resolve_layer
 from ocvtp.vlms.loading import ImageShape, image_shapes
 from pipelines.grid import VANILLA
 from pipelines.params.fitting import lacking
@@ -125,13 +124,11 @@ def _row(
 
 def _inside_tower(run: Stage, vlm: CatalogEntry, method: str) -> int | None:
     """The layer of the tower from which on kept tokens are alone in it; None of a method that prunes after it."""
-    options = options_of(REGISTRY[method], run.params.evaluate.options.get(method, {}))
-    if not options.get(OPTION):
-        return None
-    if options["layer"] is None:
+    given = run.params.evaluate.options.get(method, {})
+    found = begins(REGISTRY[method], given, vlm.facts.depth)
+    if found is None and given.get(OPTION):
         log.warning("efficiency: %s is counted with all of the tower: evaluate.options names no layer for it", method)
-        return None
-    return resolve_layer(options["layer"], vlm.facts.depth)
+    return found
 
 
 def _pruner(run: Stage, vlm: CatalogEntry, whole: int, kept: int, top_k: int) -> int:

@@ -34,14 +34,14 @@ def records(found: Mapping[str, Any]) -> Iterator[Record]:
     about = {name: found[name] for name in ("vlm", "device", "dtype", "batch", "new_tokens")}
     about |= {"host": platform.node(), **{name: version(name) for name in ("ocvtp", "torch", "transformers")}}
     for name, case in found["cases"].items():
-        params = {**about, "method": case["method"], "keep": case["keep"]}
+        params = {**about, "method": case["method"], "keep": case["keep"], **case["options"]}
         yield Record(
             fingerprint=hashlib.sha256(canonical([KIND, params]).encode()).hexdigest()[:24],
             kind=KIND,
             name=f"{found['vlm']}/{name}",
             params=params,
             metrics={} if "failed" in case else _metrics(case),
-            tags={"failed": case.get("failed", ""), "mlflow.source.name": "pipelines/latency.py"},
+            tags={"failed": case.get("failed", "")},
         )
 
 

@@ -82,7 +82,7 @@ class Record:
 
     Attributes:
         fingerprint: of all that determines it: the run is found again by it.
-        kind: `pruner`, `setting` or `report`.
+        kind: `pruner`, `setting`, `report` or `latency` (`pipelines.tracking.SCRIPTS`).
         name: for people.
         params: axes and options, as plain values.
         metrics: one number each.

@@ -38,7 +38,8 @@ MOST_METRICS, MOST_PARAMS = 800, 100
 """In one batch: a server takes 1000 metrics, params and tags together."""
 KIND, MODELS = "mlflow.experimentKind", "custom_model_development"
 PARENT, CONTEXT = "mlflow.parentRunId", "mlflow.data.context"
-SCRIPTS = {"pruner": "train", "method": "eval", "setting": "eval", "report": "report"}
+SCRIPTS = {"pruner": "train", "method": "eval", "setting": "eval", "report": "report", "latency": "latency"}
+"""Kind of a run -> what makes it."""
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ocvtp.commands import common, pruned_vlm
 from ocvtp.errors import BadInput
@@ -24,6 +24,8 @@ def add(subparsers: Any) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, and how it is told."""
     pruned_vlm.add_arguments(parser)
+    parser.add_argument("--options", nargs="+", default=[], metavar="NAME=VALUE", help="of each method that has them: "
+                        "layer=9 inside_tower=true")  # fmt: skip
     parser.add_argument("--random-weights", action="store_true", help="of a VLM of the catalogue: nothing is fetched, "
                         "and times are those of the real one; the image is noise")  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="prompts at once, with --random-weights (default: 1)")
@@ -34,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limits", action="store_true", help="measure what the device can do, too, and say how many "
                         "times the least time each phase takes")  # fmt: skip
     parser.add_argument("--figure", type=Path, default=None, help="draw the phases as bars: a .png or .svg file")
+    parser.add_argument("--bars", type=Path, default=None, help="draw times in percent of the unpruned model's, as the "
+                        "paper's Figure 3: a .png or .svg file")  # fmt: skip
     common.add_json(parser)
 
 
@@ -46,6 +50,8 @@ def tell(args: argparse.Namespace, found: "Measured") -> int:
     """Print and draw; 1 if there are cases that could not be measured."""
     if args.figure is not None and found.times:
         _draw(args.figure, args.vlm, found.times)
+    if args.bars is not None and "vanilla" in found.times:
+        _draw_bars(args.bars, found)
     if args.json:
         common.print_json(found.as_dict())
     else:
@@ -60,22 +66,26 @@ def measured(args: argparse.Namespace) -> "Measured":
         raise BadInput(f"--batch {args.batch} is of --random-weights: an image and a prompt are measured one at a time")
     if args.random_weights and args.image is not None:
         raise BadInput("--image says nothing to random weights: leave one of the two out")
-    if args.figure is not None and args.figure.suffix not in (".png", ".svg"):
-        raise BadInput(f"--figure {args.figure}: a name that ends in .png or .svg is needed")
+    for option, path in (("--figure", args.figure), ("--bars", args.bars)):
+        if path is not None and path.suffix not in (".png", ".svg"):
+            raise BadInput(f"{option} {path}: a name that ends in .png or .svg is needed")
     from ocvtp.methods import entry_of
 
-    methods = dict.fromkeys(["random", *args.methods])
-    for method in methods:
-        entry_of(method)
+    given = common.named_values("--options", args.options, "layer=9")
+    entries = {method: entry_of(method) for method in dict.fromkeys(["random", *args.methods])}
+    options = {m: {name: given[name] for name in given if name in entry.options} for m, entry in entries.items()}
+    for name in given:
+        if not any(name in own for own in options.values()):
+            raise BadInput(f"--options {name}: none of {', '.join(entries)} has such an option")
     image = None if args.random_weights else pruned_vlm.read_image(args.image) if args.image else _scene()
 
     from ocvtp.efficiency.latency import measure
 
     model, inputs, process = _random(args) if image is None else _loaded(args, image)
-    cells = [("vanilla", 1.0), *((method, keep) for keep in args.keep for method in methods if method != "vanilla")]
+    cells = [("vanilla", 1.0), *((method, keep) for keep in args.keep for method in entries if method != "vanilla")]
     names = {_name(*cell): cell for cell in cells}
     cases: dict[str, Any] = {
-        name: lambda m=method, k=keep: pruned_vlm.pruned(model, m, k, args.pruner)
+        name: lambda m=method, k=keep: pruned_vlm.pruned(model, m, k, args.pruner, **options.get(m, {}))
         for name, (method, keep) in names.items()
     }
     failed: dict[str, str] = {}
@@ -84,10 +94,10 @@ def measured(args: argparse.Namespace) -> "Measured":
         failed=failed,
     )  # fmt: skip
     there = {name: cell for name, cell in names.items() if name in times}
-    limits = _limits(model, inputs, there, args.new_tokens) if args.limits else None
+    limits = _limits(model, inputs, there, args.new_tokens, options) if args.limits else None
     about = {
         "vlm": args.vlm, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-        "batch": len(inputs["input_ids"]), "new_tokens": args.new_tokens,
+        "batch": len(inputs["input_ids"]), "new_tokens": args.new_tokens, "options": options,
     }  # fmt: skip
     return Measured(about, names, times, failed, limits)
 
@@ -97,7 +107,7 @@ class Measured:
     """What came of it.
 
     Attributes:
-        about: the VLM, where it ran and with what numbers, prompts at once and tokens of an answer.
+        about: the VLM, where it ran and with what numbers, prompts at once, tokens of an answer, options by method.
         names: of each case method and budget.
         times: of those that could be measured.
         failed: why the others could not.
@@ -112,9 +122,10 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found: dict[str, Any] = {}
+        about, found = dict(self.about), dict[str, Any]()
+        options = about.pop("options")
         for name, (method, keep) in self.names.items():
-            found[name] = {"method": method, "keep": keep}
+            found[name] = {"method": method, "keep": keep, "options": options.get(method, {})}
             if name in self.failed:
                 found[name] |= {"failed": self.failed[name]}
                 continue
@@ -124,7 +135,7 @@ class Measured:
                 distances = self.limits.distances(self.times[name], name)
                 found[name] |= {"least_ms": self.limits.least[name], "distance": distances}
         ceilings = {} if self.limits is None else {"ceilings": self.limits.ceilings.as_dict()}
-        return {**self.about, **ceilings, "cases": found}
+        return {**about, **ceilings, "cases": found}
 
     def tables(self) -> list[Any]:
         """For people: answers, phases and distances; what could not be measured says why in its row."""
@@ -202,11 +213,15 @@ class _Limits:
         return table
 
 
-def _limits(model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int | float]], new_tokens: int) -> _Limits:
+def _limits(
+    model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int | float]], new_tokens: int,
+    options: dict[str, dict[str, Any]],
+) -> _Limits:  # fmt: skip
     from ocvtp.efficiency.flops import pruner_flops
     from ocvtp.efficiency.roofline import Ceilings, least
     from ocvtp.efficiency.shapes import shape_of
     from ocvtp.methods import entry_of
+    from ocvtp.methods.inside_tower import begins
     from ocvtp.vlms.families import family_of
 
     family, shape = family_of(model), shape_of(model.config)
@@ -218,11 +233,12 @@ def _limits(model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int 
 
     def of(method: str, keep: int | float) -> dict[str, float]:
         budget = whole if method == "vanilla" else common.tokens(keep, whole)
-        kept = entry_of(method).by_layer(whole, budget, shape.llm.layers, {})
+        entry, given = entry_of(method), options.get(method, {})
+        kept = entry.by_layer(whole, budget, shape.llm.layers, given)
         work = pruner_flops(whole, shape.tower.width, budget) if method.startswith("oc-vtp") else 0
         found = least(
             shape, ceilings, image_tokens=whole, kept=kept, text_tokens=words, batch=batch, method=work,
-            bytes_per_number=model.dtype.itemsize,
+            inside_tower=begins(entry, given, family.facts.depth), bytes_per_number=model.dtype.itemsize,
         )  # fmt: skip
         return found if new_tokens > 1 else {name: value for name, value in found.items() if name != "next_token"}
 
@@ -233,8 +249,26 @@ def _draw(path: Path, vlm: str, times: dict[str, Any]) -> None:
     from ocvtp import figures
 
     bars = {name: {phase: spread.median for phase, spread in took.phases.items()} for name, took in times.items()}
-    path.write_bytes(figures.phases(bars, title=f"{vlm}: milliseconds to the first token",
-                                    form="svg" if path.suffix == ".svg" else "png"))  # fmt: skip
+    path.write_bytes(figures.phases(bars, title=f"{vlm}: milliseconds to the first token", form=_form(path)))
+
+
+def _draw_bars(path: Path, found: Measured) -> None:
+    """Methods of one budget stand together: the first token and, where there is more, the whole answer."""
+    from ocvtp import figures
+
+    kinds = {"first token": lambda took: took.first_token.median}
+    if found.about["new_tokens"] > 1:
+        kinds[f"{found.about['new_tokens']} tokens"] = lambda took: took.total.median
+    whole, groups = found.times["vanilla"], dict[str, dict[str, float]]()
+    for name, (method, keep) in found.names.items():
+        for kind, of in kinds.items() if method != "vanilla" and name in found.times else ():
+            groups.setdefault(f"keep {keep:g},\n{kind}", {"vanilla": of(whole)})[method] = of(found.times[name])
+    if groups:
+        path.write_bytes(figures.times({found.about["vlm"]: groups}, form=_form(path)))
+
+
+def _form(path: Path) -> Literal["png", "svg"]:
+    return "svg" if path.suffix == ".svg" else "png"
 
 
 def _random(args: argparse.Namespace) -> tuple[Any, dict[str, Any], None]:

@@ -57,8 +57,10 @@ def inputs(vlm: Any, image: Image.Image, prompt: str) -> Any:
     return vlm.processor(text=[text], images=[image], return_tensors="pt").to(vlm.model.device)
 
 
-def pruned(model: Any, method: str, keep: int | float, pruner: str | None) -> AbstractContextManager[Any]:
-    """A model pruned by a method within a `with`; vanilla leaves it as it is.
+def pruned(
+    model: Any, method: str, keep: int | float, pruner: str | None, **options: Any
+) -> AbstractContextManager[Any]:
+    """A model pruned by a method within a `with`, with options of the method; vanilla leaves it as it is.
 
     Raises:
         BadInput: `oc-vtp` without a trained pruner.
@@ -68,12 +70,12 @@ def pruned(model: Any, method: str, keep: int | float, pruner: str | None) -> Ab
     if method == "vanilla":
         return nullcontext()
     if method != "oc-vtp":
-        handle: AbstractContextManager[Any] = ocvtp.prune(model, method=method, keep=keep)
+        handle: AbstractContextManager[Any] = ocvtp.prune(model, method=method, keep=keep, **options)
         return handle
     if pruner is None:
         raise BadInput(
             "oc-vtp needs a trained pruner: name its folder with --pruner, such as "
             "models/tiny-llava/layer_9-aw_mse-slots_16_32_48-seed_0 after `dvc repro`"
         )
-    trained: AbstractContextManager[Any] = ocvtp.prune(model, method=method, keep=keep, pruner=pruner)
+    trained: AbstractContextManager[Any] = ocvtp.prune(model, method=method, keep=keep, pruner=pruner, **options)
     return trained

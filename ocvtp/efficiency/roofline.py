@@ -68,6 +68,7 @@ def least(
     batch: int = 1,
     method: int = 0,
     tiles: int | None = None,
+    inside_tower: int | None = None,
     bytes_per_number: int = 2,
 ) -> dict[str, float]:
     """The least milliseconds of each phase of `ocvtp.phases`, of a first token and of each later one.
@@ -82,6 +83,7 @@ def least(
         batch: prompts of one image each.
         method: operations of the choice for one image.
         tiles: of an image.
+        inside_tower: as `flops.prefill_flops` has it.
         bytes_per_number: of weights and cache.
 
     Raises:
@@ -91,7 +93,10 @@ def least(
         raise BadInput(f"batch is {batch}: at least 1 is needed")
     llm = shape.llm
     read = by_layer(kept, image_tokens, llm.layers)
-    work = prefill_flops(shape, image_tokens=image_tokens, kept=read, text_tokens=text_tokens, tiles=tiles, causal=True)
+    work = prefill_flops(
+        shape, image_tokens=image_tokens, kept=read, text_tokens=text_tokens, tiles=tiles, inside_tower=inside_tower,
+        causal=True,
+    )  # fmt: skip
     lengths = [tokens + text_tokens for tokens in read]
     layers, head = llm_parameters(llm), llm.width * llm.vocabulary
     cache = batch * kv_cache_bytes(llm, lengths, bytes_per_number=bytes_per_number)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.methods.base import Encoded, Kept, Method, one_of
+from ocvtp.methods.base import Encoded, Entry, Kept, Method, one_of, options_of
 from ocvtp.phases import phase
 from ocvtp.vlms.family import Family, Vision
+from ocvtp.vlms.hidden_states import resolve_layer
 from ocvtp.vlms.images import Images
 from ocvtp.vlms.tiled import ProjectedLate, TiledVision
 
@@ -85,6 +86,17 @@ def within(name: str, chooser: Method, family: Family, options: Mapping[str, Any
             "inside_tower=True could save; leave it out, or give a layer before that, such as layer=9"
         )
     return InsideTower(chooser, fed)
+
+
+def begins(entry: Entry, given: Mapping[str, Any], depth: int) -> int | None:
+    """The layer from which on kept tokens are alone in a tower of `depth` blocks.
+
+    None of a method that prunes after the tower, or whose options do not say which layer it is.
+    """
+    options = options_of(entry, given)
+    if not options.get(OPTION) or options["layer"] is None:
+        return None
+    return resolve_layer(options["layer"], depth)
 
 
 def unfit(family: type[Family]) -> str | None:

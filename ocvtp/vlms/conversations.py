@@ -37,7 +37,7 @@ def authors(processor: Any) -> str:
     all words of the authors' system prompt.
     """
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{question}"}]}]
-    image = re.escape(getattr(processor, "image_token", "<image>"))
+    image = re.escape(str(getattr(processor, "image_token", "<image>")))
     if not re.fullmatch(rf"(.*\s)?USER:\s*{image}\s*\{{question\}}\s*ASSISTANT:\s*", written(processor, question)):
         return OWN
     tokenizer = processor.tokenizer

@@ -339,13 +339,19 @@ def test_latency_measures_every_case(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(roofline, "_SIZES", {"cpu": (64, 1 << 16)})
     figure = tmp_path / "phases.png"
-    assert cli.main([*arguments, "--limits", "--figure", str(figure)]) == 0
+    bars = tmp_path / "bars.svg"
+    assert cli.main([*arguments, "--limits", "--figure", str(figure), "--bars", str(bars)]) == 0
     printed = capsys.readouterr().out
     for part in ("of vanilla", "of random", "image processing", "Times the least time there is"):
         assert part in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
+    drawn = bars.read_text()
+    for part in ("keep 48,", "keep 16,", "first token", "2 tokens", "vanilla", "random", "% of the unpruned model's"):
+        assert part in drawn
     assert cli.main([*arguments, "--figure", "phases.pdf"]) == 2
-    assert "ends in .png or .svg" in capsys.readouterr().err
+    assert "--figure phases.pdf: a name that ends in .png or .svg" in capsys.readouterr().err
+    assert cli.main([*arguments, "--bars", "bars"]) == 2
+    assert "--bars bars: a name that ends in .png or .svg" in capsys.readouterr().err
 
 
 def test_limits_of_a_method_inside_the_llm_count_what_each_layer_reads(
@@ -386,7 +392,7 @@ def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     found = json.loads(capsys.readouterr().out)
     assert (found["device"], found["dtype"], found["batch"], found["new_tokens"]) == ("cpu", "float32", 1, 1)
     why = "keep is 145, but an image has 144 tokens: at most 144 can stay"
-    assert found["cases"]["css, keep 145"] == {"method": "css", "keep": 145, "failed": why}
+    assert found["cases"]["css, keep 145"] == {"method": "css", "keep": 145, "options": {}, "failed": why}
     assert found["cases"]["css, keep 16"]["of_random"] > 0
     assert 0.3 < found["cases"]["css, keep 16"]["accounted"] < 3
     monkeypatch.setenv("COLUMNS", "200")
@@ -394,6 +400,16 @@ def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     printed = capsys.readouterr().out
     assert f"css, keep 145: {why}" in printed
     assert "of the whole" in printed
+    monkeypatch.setattr(roofline, "_SIZES", {"cpu": (64, 1 << 16)})
+    inside = ["--methods", "css", "--keep", "16", "--new-tokens", "1", "--limits", "--json", "--options", "layer=9"]
+    assert cli.main([*arguments, *inside, "inside_tower=true"]) == 0
+    found = json.loads(capsys.readouterr().out)["cases"]
+    assert found["css, keep 16"]["options"] == {"layer": 9, "inside_tower": True}
+    assert found["random, keep 16"]["options"] == {}
+    least = [found[f"{method}, keep 16"]["least_ms"]["tower"] for method in ("random", "css")]
+    assert least[1] < least[0], "two blocks with 17 rows in place of 145"
+    assert cli.main([*arguments, *inside, "inside=true"]) == 2
+    assert "--options inside: none of random, css has such an option" in capsys.readouterr().err
     assert cli.main([*arguments, "--methods", "cs"]) == 2
     assert "no method 'cs'; did you mean 'css'" in capsys.readouterr().err
 

@@ -107,6 +107,15 @@ def test_curves_of_one_label_share_one_line_of_the_legend() -> None:
     assert ">empty</text>" not in svg
 
 
+def test_bars_of_one_colour_differ_by_a_hatch() -> None:
+    """`hiprune` and `css` have the same colour."""
+    found = dict.fromkeys(("vanilla", "random", "hiprune"), 10.0)
+    assert "<pattern" not in figures.times({"tiny": {"keep 16": found}}, form="svg").decode()
+    svg = figures.times({"tiny": {"keep 16": {**found, "css": 5.5}}}, form="svg").decode()
+    assert svg.count("<pattern") == 1
+    assert ">5.5 ms</text>" in svg
+
+
 def test_what_cannot_be_drawn_is_named() -> None:
     with pytest.raises(BadInput, match="kept token 9 is outside a grid of 3 x 3: 0 to 8"):
         figures.kept_tokens([[Panel(_white(), [0, 9], (3, 3))]])
@@ -118,3 +127,31 @@ def test_what_cannot_be_drawn_is_named() -> None:
         figures.accuracy([])
     with pytest.raises(BadInput):
         figures.curves([("loss", [])])
+
+
+# --- Times -----------------------------------------------------------------------------------------------------------
+
+TIMES = {
+    "A": {"V100": {"vanilla": 300.0, "oc-vtp": 150.0}, "H200": {"vanilla": 40.0, "random": 10.0, "oc-vtp": 12.0}},
+    "B": {"V100": {"vanilla": 800.0}},
+}
+
+
+def test_times_are_bars_in_percent_of_the_unpruned_model() -> None:
+    svg = figures.times(
+        TIMES, names={"vanilla": "Vanilla", "random": "Random", "oc-vtp": "OC-VTP"}, form="svg"
+    ).decode()
+    for said in ("300.0 ms", "150.0 ms", "40.0 ms", "10.0 ms", "12.0 ms", "800.0 ms"):
+        assert svg.count(said) >= 1, said
+    assert svg.count(" ms<") == 6, "what is not there has no bar"
+    assert svg.index("Vanilla") < svg.index("Random") < svg.index("OC-VTP"), "the legend is in the order of the names"
+    assert figures.times(TIMES).startswith(b"\x89PNG")
+
+
+def test_times_that_cannot_be_drawn_are_named() -> None:
+    with pytest.raises(BadInput, match="no bar"):
+        figures.times({"A": {}})
+    with pytest.raises(BadInput, match="times: A, H200 has no vanilla"):
+        figures.times({"A": {"H200": {"oc-vtp": 12.0}}})
+    with pytest.raises(BadInput, match="random has no name among vanilla, oc-vtp"):
+        figures.times(TIMES, names={"vanilla": "Vanilla", "oc-vtp": "OC-VTP"})

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster import ClusterConfig
-from pipelines import tracking
+from pipelines import latency, tracking
 from pipelines.params.load import load
 from pipelines.spool import Dataset, Record, Series, Spool, curves
 from pipelines.stage.context import ROOT, Stage
@@ -429,6 +429,15 @@ def test_a_report_waits_with_its_files_as_they_were(stage: Stage, home: Path, tm
     (tmp_path / "got").mkdir()
     assert Path(client.download_artifacts(run.info.run_id, "index.html", str(tmp_path / "got"))).read_text() == "first"
     assert [one.path for one in client.list_artifacts(run.info.run_id, "figures")] == ["figures/accuracy.png"]
+
+
+def test_every_kind_of_run_names_the_script_that_makes_it(stage: Stage, home: Path) -> None:
+    assert latency.KIND in tracking.SCRIPTS
+    kinds = [kind for kind in tracking.SCRIPTS if kind != "method"]  # which only series have
+    tracking.track(stage, [Record(f"f00d{kind}", kind, kind, {}, {}) for kind in kinds])
+    found = {run["tags"]["kind"]: run["tags"] for run in runs(home, stage.params.mlflow.experiment).values()}
+    assert set(found) == set(kinds)
+    assert all((ROOT / tags["mlflow.source.name"]).is_file() for tags in found.values())
 
 
 def test_what_an_older_spool_holds_is_sent(stage: Stage, home: Path, tmp_path: Path) -> None:
