@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ocvtp.data.decoding import BadImage, UnsafePath, check_name, open_image, read_image_file, safe_join
+from ocvtp.data.decoding import BadImage, UnsafePath, check_image, check_name, read_image_file, safe_join
 from ocvtp.errors import BadInput
 
 _SHOWN = 5
@@ -203,7 +203,7 @@ def _check(image: CocoImage, folder: Path | str) -> Accepted | Rejected:
     path = safe_join(folder, image.file)
     try:
         data = read_image_file(path)
-        open_image(data, name=image.file)
+        check_image(data, name=image.file)
     except BadImage as error:
         return Rejected(image.id, image.file, error.reason)
     return Accepted(image.id, image.file, hashlib.sha256(data).hexdigest())
