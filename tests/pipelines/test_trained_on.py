@@ -33,6 +33,7 @@ TINY: dict[str, Any] = {
     "benchmark": ["pope", "textvqa"],
     "slots": [16],
     "sample": {"images": 20, "questions": 6},
+    "cluster": {"workers": 1},
     "train": {"steps": 2, "batch_size": 8, "eval_every": 2, "on": ["sample", "textvqa"]},
 }
 OWN = "tiny-llava/layer_9-aw_mse-slots_16-on_textvqa-seed_0"
