@@ -22,7 +22,7 @@ from cluster import Report, Task, is_published
 from cluster.driver.plan import fault_of
 from cluster.fingerprint import fingerprint
 from cluster.task import canonical
-from ocvtp.evaluation.benchmarks import benchmark
+from ocvtp.evaluation.benchmarks import NATIVE, benchmark
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
 from ocvtp.vlms import CatalogEntry, resolve
@@ -223,10 +223,11 @@ def _records(
         known = [value for value in relative.values() if value is not None]
         if known and len(known) == len(run.params.benchmark):
             values["average_relative"] = sum(known) / len(known)
-        of_budget = {f"{_budget(setting)}/{name}": value for name, value in values.items()}
-        on = {key: name for name in found for key in (name, f"{name}_relative", f"{_budget(setting)}/{name}")}
-        values |= {f"{name}_relative": value for name, value in relative.items()}
         score = next(iter(found.values())).score
+        budget = _budget(setting, score["protocol"])
+        of_budget = {f"{budget}/{name}": value for name, value in values.items()}
+        on = {key: name for name in found for key in (name, f"{name}_relative", f"{budget}/{name}")}
+        values |= {f"{name}_relative": value for name, value in relative.items()}
         axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
         axes |= {f"option.{name}": value for name, value in setting.options.items() if name not in axes}
         alike = {"setting": {k: v for k, v in shared.items() if k != "keep"}, "code": task.code}
@@ -262,8 +263,10 @@ def _series(setting: Cell, task: Task, axes: Mapping[str, Any], alike: str) -> S
     return Series(hashlib.sha256(alike.encode()).hexdigest()[:24], "method", name, params)
 
 
-def _budget(setting: Cell) -> str:
-    """`keep_16`; `keep_16-top_2` where a trained pruner is used otherwise than by `oc-vtp` with one token a slot."""
+def _budget(setting: Cell, protocol: str) -> str:
+    """`keep_16`; `keep_16-top_2` where a trained pruner is used otherwise than by `oc-vtp` with one token a slot, and
+    `keep_16-paper` where questions are asked as the paper does.
+    """
     if setting.keep is None:
         return ""
     words = [f"keep_{setting.tokens or budget_name(setting.keep)}"]
@@ -271,7 +274,7 @@ def _budget(setting: Cell) -> str:
         words += [] if setting.method == "oc-vtp" else [setting.method]
         words += [] if setting.top_k in (None, 1) else [f"top_{setting.top_k}"]
         words += [ablate.word(change) for change in setting.changes if change[0].startswith(ablate.OPTIONS)]
-    return "-".join(words)
+    return "-".join(words if protocol == NATIVE else [*words, protocol])
 
 
 def _data_identity(run: Stage, sets: Mapping[str, Any]) -> Any:

@@ -5,27 +5,76 @@ kept ones. The way to it is the recursion of Farahat, Ghodsi and Kamel (2011). T
 set of tokens explains, and OPT the best set of k. After r >= 16 k / (epsilon sigma) picks f is at least (1 - epsilon)
 f(OPT), where sigma is the smallest squared singular value of OPT's tokens at unit length (Altschuler, Bhaskara, Fu,
 Mirrokni, Rostamizadeh and Zadimoghaddam 2016, theorem 1); after k picks it is at least (1 - exp(-gamma)) f(OPT), where
-gamma is the submodularity ratio (Das and Kempe 2011).
+gamma is the submodularity ratio (Das and Kempe 2011). With `spread` there is no such bound.
 
-Letters: B images, N tokens, C token width.
+Letters: B images, N tokens, C token width, A width of the tokens whose distance counts.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ocvtp.selection.greedy import Step, centred, choose, row
+from ocvtp.errors import BadInput
+from ocvtp.selection.cosines import unit
+from ocvtp.selection.greedy import TIE, Step, centred, check, choose, row
 
 
 def css(
-    tokens: Tensor, keep: int | Sequence[int], mask: Tensor | None = None, *, check_values: bool | None = None
-) -> Tensor:
-    """Indices [B, keep]: arguments and results are those of `ocvtp.selection.greedy.choose`.
+    tokens: Tensor, keep: int | Sequence[int], mask: Tensor | None = None, *, check_values: bool | None = None,
+    spread: float = 0.0, apart: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Indices [B, keep]: arguments and results are those of `ocvtp.selection.greedy.choose`, and these.
 
-    Costs N^2 C multiply-accumulates, and 2 N^2 a pick.
+    Costs N^2 C multiply-accumulates, and 2 N^2 a pick; with `spread` N A more a pick.
+
+    Args:
+        tokens: [B, N, C]; it and the next three as there.
+        keep: tokens to keep.
+        mask: [B, N].
+        check_values: look for NaN and infinity.
+        spread: from the second pick on what a token lowers the residual by is multiplied by its distance, 1 - cosine,
+            from the nearest pick to this power: between a column subset (0) and farthest points.
+        apart: [B, N, A], the tokens whose distance it is, say of another layer; None: `tokens`.
+
+    Raises:
+        BadInput: as `choose`; a spread that is no number of at least 0, `apart` of other tokens, or without spread.
     """
-    return choose(tokens, keep, mask, check_values, begin)
+    if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread < math.inf:
+        raise BadInput(f"spread is {spread!r}: a number of at least 0 is needed")
+    if not spread:
+        if apart is not None:
+            raise BadInput("apart is given, but spread is 0: distances count for nothing")
+        return choose(tokens, keep, mask, check_values, begin)
+    apart = tokens if apart is None else apart
+    for each in (tokens, apart):
+        check(each, mask, check_values)
+    if apart.shape[:2] != tokens.shape[:2]:
+        raise BadInput(f"apart {list(apart.shape)} of tokens {list(tokens.shape)}: {list(tokens.shape[:2])} is needed")
+    both = torch.cat((tokens.float(), apart.float()), 2)
+    return choose(both, keep, mask, False, _Spread(tokens.shape[2], float(spread)))
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """`begin` of tokens behind which, from `width` on, those stand whose distance to the `power` counts."""
+
+    width: int
+    power: float
+
+    def __call__(self, both_BNX: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
+        gain_BN, lower = begin(both_BNX[:, :, : self.width], exists_BN, steps)
+        unit_BNA = unit(both_BNX[:, :, self.width :])
+        nearest_BN = torch.full_like(gain_BN, 2)
+
+        def step(pick_B: Tensor, counts_B: Tensor) -> Tensor:
+            distance_BN = 1 - (unit_BNA @ row(unit_BNA, pick_B)[:, :, None])[:, :, 0]
+            torch.minimum(nearest_BN, torch.where(distance_BN > TIE, distance_BN, 0), out=nearest_BN)
+            return lower(pick_B, counts_B) * nearest_BN**self.power
+
+        return gain_BN, step
 
 
 def begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:

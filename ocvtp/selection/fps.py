@@ -8,7 +8,7 @@ Letters: B images, N tokens, C token width.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def fps(
     The first pick is the token least like the mean of all, each at unit length (`far`); or the one farthest from its
     nearest neighbour (`lonely`), which costs N^2 C multiply-accumulates. Then N C a pick.
     """
-    return choose(tokens, keep, mask, check_values, partial(_begin, first))
+    return choose(tokens, keep, mask, check_values, _BEGINS[first])
 
 
 def _begin(first: str, tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
@@ -47,3 +47,7 @@ def _begin(first: str, tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tup
     alone_BNN = (1 - cosines(tokens_BNC)).masked_fill(itself_NN | ~exists_BN[:, None, :], 2)
     lonely_BN = alone_BNN.amin(2)
     return torch.where(lonely_BN > TIE, lonely_BN, 0), step
+
+
+_BEGINS: Final = {first: partial(_begin, first) for first in ("far", "lonely")}
+"""Each made once, so that a recorded choice (`ocvtp.replay`) is found again."""

@@ -6,6 +6,7 @@ repository's own mlflow.db (after `make repro`).
 
 import json
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -20,6 +21,9 @@ import pytest
 from browser import Page, drive
 from PIL import Image
 from pipeline_workspace import ROOT, Workspace
+
+from pipelines import tracking
+from pipelines.spool import FOLDER, SENT, Dataset, Record, Series, Spool
 
 pytestmark = [pytest.mark.browser, pytest.mark.pipeline]
 
@@ -63,8 +67,12 @@ def server(home: Path) -> Iterator[str]:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, 15)
-        process.wait(90)
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:  # it waits half a minute for connections of browsers that are gone
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
 
 
 def rows(home: Path, query: str) -> list[tuple[str, ...]]:
@@ -74,7 +82,7 @@ def rows(home: Path, query: str) -> list[tuple[str, ...]]:
 
 
 def experiment(home: Path) -> str:
-    (found,) = {row[0] for row in rows(home, "SELECT experiment_id FROM runs")}
+    ((found,),) = rows(home, "SELECT experiment_id FROM experiments WHERE name = 'ocvtp'")
     return str(found)
 
 
@@ -172,6 +180,36 @@ def test_the_report_is_an_artifact(home: Path) -> None:
     folder = Path(newest.removeprefix("file://"))
     assert (folder / "index.html").read_bytes() == (home / "reports" / "index.html").read_bytes()
     assert list((folder / "figures").glob("*.png"))
+
+
+def test_a_server_takes_models_data_sets_and_artifacts(server: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    page = tmp_path / "index.html"
+    page.write_text("a report")
+    data = Dataset.of("pope", "questions", "evaluation", {})
+    series = Series("5e21e5", "method", "css", {"layer": -2})
+    setting = Record("5e77", "setting", "css-16", {"keep": 16}, {"pope": 0.5}, datasets=[data], series=series,
+                     measured_on={"keep_16/pope": "pope"}, series_metrics={"keep_16/pope": 0.5})  # fmt: skip
+    pruner = Record("f00d", "pruner", "trained", {}, {"loss": 0.1}, curves=[{"step": 0, "loss": 0.2}])
+    report = Record("4e904", "report", "report", {}, {}, artifacts={"figures/page.html": page})
+    client = MlflowClient(server)
+    for _ in range(2):  # the second time as if nobody remembered the first
+        spool = Spool(tmp_path)
+        spool.add([setting, pruner, report], server, "elsewhere", tmp_path)
+        assert tracking.sync(spool) == 3
+        where = client.get_experiment_by_name("elsewhere")
+        assert where is not None
+        runs = {run.data.tags["fingerprint"]: run for run in client.search_runs([where.experiment_id])}
+        assert set(runs) == {"5e77", "5e21e5", "f00d", "4e904"}
+        models = client.search_logged_models([where.experiment_id])
+        assert {model.name for model in models} == {"css", "trained"}
+        ((of_css,),) = [model.metrics for model in models if model.name == "css"]
+        assert (of_css.key, of_css.value, of_css.dataset_digest) == ("keep_16/pope", 0.5, data.digest)
+        (tmp_path / "got").mkdir(exist_ok=True)
+        got = client.download_artifacts(runs["4e904"].info.run_id, "figures/page.html", str(tmp_path / "got"))
+        assert Path(got).read_text() == "a report"
+        (tmp_path / FOLDER / SENT).unlink()
 
 
 def test_running_again_makes_no_second_run(finished: Workspace) -> None:

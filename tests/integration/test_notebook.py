@@ -32,10 +32,8 @@ def test_it_runs(finished: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path:
     averages = {(row["vlm"], row["method"], row["tokens"]): row["average"]["relative"]
                 for row in summary if row["method"] != "vanilla"}  # fmt: skip
     table = said["table"].stack().to_dict()
-    assert set(table) == set(averages)
+    assert set(averages) <= set(table), "other tests may have evaluated more"
     assert all(table[key] == pytest.approx(value) for key, value in averages.items())
-    assert [line.get_label() for line in said["axes"].get_lines()][:-1] == [
-        "oc-vtp (tiny-llava)",
-        "random (tiny-llava)",
-    ]
+    labels = {line.get_label() for line in said["axes"].get_lines()}
+    assert {"oc-vtp (tiny-llava)", "random (tiny-llava)"} <= labels
     assert all(line["score"] == 0 for line in said["lost"])

@@ -20,6 +20,8 @@ from pipelines.report_html.leaderboard import leaderboard
 from pipelines.report_html.measures import measures_tables
 from pipelines.report_html.page import documents, render
 from pipelines.report_html.tables import chosen_rows, coverage_table, main_table, reference
+from pipelines.spool import FILES, FOLDER
+from pipelines.tracking import track_at
 
 
 class Page(HTMLParser):
@@ -388,3 +390,21 @@ def test_the_leaderboard_has_ranks_hard_questions_true_means_and_milliseconds(ro
         row.pop("rank", None)
     (folder / "results/summary.json").write_text(json.dumps(summary))
     assert leaderboard(load(folder), "tiny-llava") is None
+
+
+def test_a_report_is_tracked_where_params_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_results(tmp_path)
+    params = tmp_path / "params.yaml"
+    params.write_text("mlflow: {uri: 'http://127.0.0.1:9'}")  # where nobody answers: it waits
+    assert main(tmp_path) == 0
+    (spooled,) = (tmp_path / FOLDER).glob("*.jsonl")
+    record = json.loads(spooled.read_text())["record"]
+    assert (record["kind"], record["params"]["vlm"]) == ("report", ["tiny-llava"])
+    made = {path.relative_to(tmp_path / "reports").as_posix(): path for path in (tmp_path / "reports").rglob("*.*")}
+    assert set(record["artifacts"]) == set(made) > {"index.html", "report.md", "figures/figure3.png"}
+    assert all((tmp_path / FOLDER / FILES / sha256).read_bytes() == made[name].read_bytes()
+               for name, sha256 in record["artifacts"].items())  # fmt: skip
+    params.write_text("mlflow: {url: x}")
+    track_at(tmp_path, "report", [])
+    assert "report is not tracked: " in caplog.text
+    assert len(list((tmp_path / FOLDER).glob("*.jsonl"))) == 1

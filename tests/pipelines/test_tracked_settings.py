@@ -21,7 +21,7 @@ from pipelines.summary import Result
 BENCHMARKS = ("pope", "gqa")
 
 
-def told(tmp_path: Path, **changes: Any) -> dict[Cell, Record]:
+def told(tmp_path: Path, protocol: str = "native", **changes: Any) -> dict[Cell, Record]:
     """Records of a grid in which every setting scores its tokens on each benchmark."""
     params = load(ROOT / "params.yaml")
     params = params.model_copy(update={
@@ -39,7 +39,13 @@ def told(tmp_path: Path, **changes: Any) -> dict[Cell, Record]:
         pruner = None if cell.pruner is None else f"pruners/key-of-{cell.pruner.group}-{cell.pruner.seed}"
         for name in BENCHMARKS:
             tasks[cell, name] = SimpleNamespace(spec=spec, code="code", inputs={"pruner": pruner})
-            score = {"score": float(cell.tokens or 0), "data": {"hub": name}, "limit": None, "setting": {}}
+            score = {
+                "score": float(cell.tokens or 0),
+                "data": {"hub": name},
+                "limit": None,
+                "setting": {},
+                "protocol": protocol,
+            }
             results.append(Result(cell, name, score, [], ""))
     run: Any = SimpleNamespace(params=params, root=tmp_path)
     records = evaluate._records(run, wanted, tasks, results)
@@ -66,6 +72,14 @@ def test_budgets_of_one_pruner_or_method_and_seed_are_one_series(tmp_path: Path)
     assert css.params["layer"] == -2
     assert {name for name in css.measured_on if name.startswith("keep")} == {"keep_16/pope", "keep_16/gqa"}
     assert [(one.name, one.context) for one in css.datasets] == [(name, "evaluation") for name in BENCHMARKS]
+
+
+def test_the_papers_protocol_has_names_of_its_own(tmp_path: Path) -> None:
+    pruned = [one for one in told(tmp_path, "paper").values() if one.series]
+    assert {name.partition("/")[0] for one in pruned for name in one.series_metrics} == {
+        "keep_48-paper",
+        "keep_16-paper",
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ocvtp.errors import BadInput
 from ocvtp.methods import entry_of
 from ocvtp.methods.selections import ENTRIES, Selection
 from ocvtp.methods.tiles import share_evenly
-from ocvtp.selection import CHOICES
+from ocvtp.selection import CHOICES, css
 
 NAMES = [entry.name for entry in ENTRIES]
 
@@ -66,3 +66,18 @@ def test_the_layer_asked_for_chooses(llava: Any, picture_of: Any, name: str) -> 
         ocvtp.prune(llava.model, name, 5, pruner="there")
     with pytest.raises(BadInput, match=f"{name} has no tiles='odd'"):
         ocvtp.prune(llava.model, name, 5, layer=2, tiles="odd")
+
+
+@torch.no_grad()
+def test_css_keeps_its_distance_in_another_layer(llava: Any, picture_of: Any) -> None:
+    inputs = llava.prompt([[picture_of(3)], [picture_of(4)]])
+    with ocvtp.prune(llava.model, "css", 5, layer=-1, spread=2, spread_layer=2) as handle:
+        llava.model(**inputs)
+        found = handle.last_kept
+    states = llava.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    assert found == css(states[-1][:, 1:], 5, spread=2, apart=states[2][:, 1:]).tolist()
+    assert found != css(states[-1][:, 1:], 5).tolist()
+    with pytest.raises(BadInput, match="layer 9 is outside"):
+        ocvtp.prune(llava.model, "css", 5, layer=2, spread=1)
+    with pytest.raises(BadInput, match="css has no spread=-1"):
+        ocvtp.prune(llava.model, "css", 5, layer=2, spread=-1)

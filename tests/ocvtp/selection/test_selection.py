@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from ocvtp.errors import BadInput
-from ocvtp.selection import CHOICES, css, fps, medoids, prototype_error, qr, span_error
+from ocvtp.selection import CHOICES, css, fps, greedy, medoids, prototype_error, qr, span_error
 from ocvtp.selection.greedy import TIE
 from ocvtp.selection.kept_error import RIDGE
 
@@ -74,6 +75,56 @@ def test_each_is_its_rule_written_plainly(name, keep):
     found = CHOICES[name](tokens_BNC, keep)
     assert found.dtype == torch.int64
     assert found.tolist() == [plainly(name, X, keep) for X in tokens_BNC]
+
+
+@pytest.mark.parametrize("spread", [0.3, 1, 2.5])
+def test_css_with_spread_is_its_rule_written_plainly(spread):
+    tokens_BNC, apart_BNA = drawn(0, 8, 24, 10), drawn(11, 8, 24, 6) + 0.5
+
+    def plainly_spread(X, Y):
+        kept, alike = [], cosines(Y.double())
+        for _ in range(7):
+            scores = plain_css(X.double(), kept) * ((1 - alike[:, kept].amax(1)) ** spread if kept else 1)
+            scores[kept] = -1
+            kept.append(int(scores.argmax()))
+        return sorted(kept)
+
+    expected = [plainly_spread(X, Y) for X, Y in zip(tokens_BNC, apart_BNA, strict=True)]
+    assert css(tokens_BNC, 7, spread=spread, apart=apart_BNA).tolist() == expected
+    alone = [plainly_spread(X, X) for X in tokens_BNC]
+    assert css(tokens_BNC, 7, spread=spread).tolist() == alone != css(tokens_BNC, 7).tolist()
+
+
+def test_css_with_spread_in_padded_batches_with_ties_and_with_copies():
+    counts, keeps = [24, 7, 3, 15], [5, 4, 6, 2]
+    tokens_BNC, apart_BNA = drawn(2, 4, 24, 10), drawn(12, 4, 24, 5)
+    mask_BN = torch.arange(24) < torch.tensor(counts)[:, None]
+    tokens_BNC[~mask_BN], apart_BNA[~mask_BN] = torch.nan, torch.inf
+    found = css(tokens_BNC, keeps, mask_BN, spread=1, apart=apart_BNA)
+    for row, count, keep, X, Y in zip(found.tolist(), counts, keeps, tokens_BNC, apart_BNA, strict=True):
+        alone = css(X[None, :count], keep, spread=1, apart=Y[None, :count])[0].tolist()
+        assert row == alone + [-1] * (6 - len(alone))
+    assert css(torch.full((1, 8, 4), 123.4), 3, spread=1).tolist() == [[0, 1, 2]]
+    # Two kinds of `apart`: after one of each nothing is at a distance, and the lowest index stays.
+    two = torch.eye(2)[[0, 1, 0, 1, 0, 1]][None]
+    picks = css(drawn(13, 1, 6, 4), 4, spread=2, apart=two)[0].tolist()
+    assert len({*picks}) == 4
+    assert {0, 1} <= {*picks}
+
+
+def test_what_spread_cannot_be():
+    tokens_BNC = drawn(7, 3, 6, 4)
+    for spread in (-1, math.nan, math.inf, True, "1"):
+        with pytest.raises(BadInput, match="a number of at least 0 is needed"):
+            css(tokens_BNC, 2, spread=spread)
+    with pytest.raises(BadInput, match="apart is given, but spread is 0"):
+        css(tokens_BNC, 2, apart=tokens_BNC)
+    with pytest.raises(BadInput, match=r"apart \[3, 5, 4\] of tokens \[3, 6, 4\]"):
+        css(tokens_BNC, 2, spread=1, apart=tokens_BNC[:, :5])
+    bad = tokens_BNC.clone()
+    bad[1, 2, 3] = torch.nan
+    with pytest.raises(BadInput, match="image 1 of the batch hold NaN"):
+        css(tokens_BNC, 2, spread=1, apart=bad)
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -207,3 +258,19 @@ def test_prototype_error_is_the_distance_to_the_nearest():
     X = drawn(45, 1, 7, 4)
     expected = (1 - cosines(X[0])[:, [2, 6]].max(1).values).mean()
     torch.testing.assert_close(prototype_error(X, torch.tensor([[2, 6]]))[0], expected)
+
+
+@pytest.mark.parametrize("choose", [*CHOICES.values(), partial(css, spread=1.0)])
+def test_the_same_choice_twice_has_one_key(choose, monkeypatch):
+    """By which a recorded CUDA graph is found again."""
+    keys = []
+
+    def noted(key, function, *tensors):
+        keys.append(key)
+        return function(*tensors)
+
+    monkeypatch.setattr(greedy, "_REPLAYS", noted)
+    for _ in range(2):
+        choose(drawn(9, 2, 6, 4), 3)
+    assert keys[0] == keys[1]
+    assert hash(keys[0]) == hash(keys[1])
