@@ -98,7 +98,7 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
         assert prefill["fastv"] == pytest.approx(prefill["css"], rel=0.1), (
             "half of the tokens, in the mean of its layers"
         )
-        assert prefill["fastv"] < 0.7 * prefill["vanilla"]
+        assert prefill["fastv"] < 0.9 * prefill["vanilla"]
         assert rows["css"]["kept"] == table["tokens"] // 2
 
 
