@@ -20,7 +20,7 @@ from cluster import ClusterError, CorruptResult, Task, drop, is_published, set_a
 from cluster.driver.plan import fault_of
 from cluster.store import verdicts
 from cluster.store.publish import About
-from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
+from ocvtp.tokens.manifest import DTYPES, Shard, ShardManifest, layer_listing
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.grid import token_sets, tokens_listing
 from pipelines.params.model import SAMPLED
@@ -33,6 +33,8 @@ from pipelines.tasks.tokens import tokens
 log = logging.getLogger(__name__)
 LAYER = "layer_"
 """A pass has a folder for each layer, named so."""
+LARGE = 10**8
+"""Bytes of tokens from which on a dry run says how much room they take."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def work(run: Stage) -> None:
 
 def plan(run: Stage) -> Plan:
     """What it would extract, and what it would publish from passes that are there."""
-    tasks, ready, passes = list[Task](), set[str](), list[str]()
-    for part in (part for some in _all_parts(run).values() for part in some):
+    tasks, ready, passes, room = list[Task](), set[str](), list[str](), 0
+    for (vlm, _), part in ((place, part) for place, some in _all_parts(run).items() for part in some):
         tasks += part.layers.values()
         missing = [layer for layer, task in part.layers.items() if not fault_of(task.out)[1]]
         task = part.whole if fault_of(part.whole.out)[1] else _pass(run, part, missing)
@@ -76,9 +78,16 @@ def plan(run: Stage) -> Plan:
             ready.update(part.layers[layer].key for layer in missing)
         elif missing:
             passes.append(f"  {task.name}")
+            room += len(missing) * len(part.whole.spec["images"]) * _image_bytes(run, resolve(vlm))
     last = [f"{len(passes)} passes, each over the images from the first one named:"] if passes else []
     last += [*passes, f"{len(ready)} shards are published from passes that are there"] if ready else passes
+    last += [f"their tokens take {room / 1e9:.3g} GB of the store"] if room >= LARGE else []
     return Plan(tasks, frozenset(ready), _of_layer, last)
+
+
+def _image_bytes(run: Stage, vlm: CatalogEntry) -> int:
+    """Of one layer's tokens of an image; 0 where images have different numbers of them."""
+    return (vlm.tokens or 0) * vlm.width * DTYPES[run.params.extract.dtype].itemsize
 
 
 def _of_layer(about: About) -> dict[str, Any]:

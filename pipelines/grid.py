@@ -17,7 +17,7 @@ from ocvtp.methods import Entry as MethodEntry
 from ocvtp.methods.budget import Budget
 from pipelines.params import ablate
 from pipelines.params.ablate import ON, Change, Changes
-from pipelines.params.fitting import tokens_kept
+from pipelines.params.fitting import slots_of, tokens_kept
 from pipelines.params.model import SAMPLED, Params
 
 VANILLA = "vanilla"
@@ -172,8 +172,9 @@ def pruner_cells(params: Params) -> list[PrunerCell]:
     found = [
         PrunerCell(vlm, layer, loss, slots, seed, part.training + _trained_on(on))
         for part in (grid, *map(grid.changed, concerned))
-        for vlm, on, layer, loss, slots, seed in product(
-            params.vlm, part.on, part.layer, part.loss, part.slots, params.seed
+        for vlm in params.vlm
+        for on, layer, loss, slots, seed in product(
+            part.on, part.layer, part.loss, slots_of(part.slots, vlm), params.seed
         )
     ]
     return list(dict.fromkeys(found))
@@ -251,7 +252,7 @@ def _concerns(change: Change, method: MethodEntry, params: Params) -> bool:
 def _of_method(params: Params, method: MethodEntry, part: _Part, *, vlm: str, whole: int | None) -> Iterator[Cell]:
     """Budgets outermost, seeds innermost."""
     seeds = params.seed if method.random or method.trained else (None,)
-    trained = list(product(part.on, part.loss, part.slots)) if method.trained else [None]
+    trained = list(product(part.on, part.loss, slots_of(part.slots, vlm))) if method.trained else [None]
     top_ks = part.top_k if "top_k" in method.options else (None,)
     given = dict(params.evaluate.options.get(method.name, {}))
     start = f"{ablate.OPTIONS}{method.name}."

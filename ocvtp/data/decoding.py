@@ -107,14 +107,23 @@ def open_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS, name
         BadImage: not there, not an image of the `FORMATS`, truncated, too large or too narrow.
     """
     if isinstance(source, bytes):
-        name, data = name or "image in memory", source
-    else:
-        name = name or str(source)
-        data = read_image_file(source)
+        return _opened(source, name or "image in memory", max_pixels)
+    return _opened(read_image_file(source), name or str(source), max_pixels)
+
+
+def check_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """`BadImage` where `open_image` would raise it, in less than half of the time for a JPEG.
+
+    All of its data is decoded, but into an eighth of its pixels a side.
+    """
+    _opened(data, name, max_pixels, small=True)
+
+
+def _opened(data: bytes, name: str, max_pixels: int, *, small: bool = False) -> Image.Image:
     if not data:
         raise BadImage(name, "the file is empty (0 bytes)")
     try:
-        return _decode(data, max_pixels)
+        return _decode(data, max_pixels, small=small)
     except _Refused as error:
         raise BadImage(name, str(error)) from None
     except UnidentifiedImageError as error:
@@ -132,13 +141,15 @@ class _Refused(Exception):
     pass
 
 
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, max_pixels: int, *, small: bool) -> Image.Image:
     with _strict(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise _Refused(f"{width} x {height} pixels, more than the {max_pixels} that are decoded")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise _Refused(f"{width} x {height} pixels: one side is over {MAX_ASPECT} times the other")
+        if small:
+            image.draft(None, (1, 1))  # of a JPEG; others stay as they are
         image.load()
         return _plain(_to_rgb(ImageOps.exif_transpose(image)))
 

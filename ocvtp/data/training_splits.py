@@ -14,7 +14,7 @@ import numpy as np
 
 from ocvtp.data.album import Album
 from ocvtp.data.coco import Rejected, TooManyRejects, draw
-from ocvtp.data.decoding import BadImage, open_image
+from ocvtp.data.decoding import BadImage, check_image
 from ocvtp.data.overlaps import Fingerprint
 from ocvtp.data.question_sets import MAKERS
 from ocvtp.data.scenes import PLAIN, Scene, Split, Style, save_scenes
@@ -115,7 +115,7 @@ def write_official_images(
             break
         content = _bytes(data[rows[name]], about.hub)
         try:
-            open_image(content, name=name)
+            check_image(content, name=name)
         except BadImage as error:
             rejects.append(Rejected(name, name, error.reason))
             if len(rejects) > max_reject_rate * (wanted + len(rejects)):

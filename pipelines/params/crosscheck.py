@@ -19,7 +19,7 @@ from ocvtp.methods import REGISTRY, entry_of
 from ocvtp.vlms import CatalogEntry, resolve
 from ocvtp.vlms.hidden_states import resolve_layer
 from pipelines.params.ablate import AXES, ON, OPTIONS, TRAIN, Ablate, Change
-from pipelines.params.fitting import lacking, tokens_kept
+from pipelines.params.fitting import lacking, slots_of, tokens_kept
 from pipelines.params.model import SAMPLED, Params, SceneStyle, Train
 
 log = logging.getLogger(__name__)
@@ -261,6 +261,10 @@ def _budgets(params: Params, entry: CatalogEntry, problems: Problems) -> None:
             problems.add(where, f"{show(keep.written)} and {counts[count]} are both {count} tokens of {entry.name}")
         elif count is not None:
             counts[count] = show(keep.written)
+    try:
+        slots_of(params.slots, entry.name)
+    except BadInput as error:
+        problems.add("slots", str(error))
     for where, slots in _values(params, "slots"):
         if whole is not None and max(slots) > whole:
             problems.add(where, f"{max(slots)} slots, but an image of {entry.name} has {whole} tokens")

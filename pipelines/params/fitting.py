@@ -8,10 +8,25 @@ from ocvtp.methods import Entry as Method
 from ocvtp.methods import inside_tower
 from ocvtp.methods.budget import Budget
 from ocvtp.vlms import CatalogEntry
+from ocvtp.vlms.catalogue import catalog
 from ocvtp.vlms.families import family_class
 
 MANY = 1000
 """Tokens of an image so large that rounding does not matter."""
+
+
+def slots_of(slots: tuple[tuple[int, ...], ...], vlm: str) -> tuple[tuple[int, ...], ...]:
+    """The values of the axis `slots` for a VLM: as given, or of `slots: own` those of the catalogue.
+
+    Raises:
+        BadInput: the catalogue has none for it.
+    """
+    if slots:
+        return slots
+    found: list[int] = catalog().get(vlm, {}).get("slots", [])
+    if not found:
+        raise BadInput(f"the catalogue has no slot counts of {vlm}: give a list, such as [16, 32, 48]")
+    return (tuple(found),)
 
 
 def lacking(method: Method, vlm: CatalogEntry, options: Mapping[str, Any]) -> str | None:

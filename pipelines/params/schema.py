@@ -48,15 +48,19 @@ def _ascending(counts: tuple[int, ...]) -> tuple[int, ...]:
     return counts
 
 
+OWN = "own"
+"""Value of `slots`: what the catalogue has for each VLM."""
 Slots = Annotated[Many[Positive], AfterValidator(_ascending)]
 """Slot counts drawn in training."""
 _SLOTS: TypeAdapter[tuple[int, ...]] = TypeAdapter(Slots, config=ConfigDict(strict=True))
 
 
 def _slots_axis(value: Any, check: Callable[[Any], tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
-    """[16, 32] is one value, [[16, 32], [64]] is a grid of two."""
+    """[16, 32] is one value, [[16, 32], [64]] is a grid of two, and `own` is none: those of each VLM."""
+    if value in (OWN, ()):
+        return ()
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{show(value)} is not a list of slot counts, such as [16, 32, 48]")
+        raise ValueError(f"{show(value)} is not a list of slot counts, such as [16, 32, 48], and not {OWN}")
     if any(isinstance(item, list | tuple) for item in value):
         return check(value)
     return (_SLOTS.validate_python(value),)

@@ -98,7 +98,7 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
         assert prefill["fastv"] == pytest.approx(prefill["css"], rel=0.1), (
             "half of the tokens, in the mean of its layers"
         )
-        assert prefill["fastv"] < 0.7 * prefill["vanilla"]
+        assert prefill["fastv"] < 0.9 * prefill["vanilla"]
         assert rows["css"]["kept"] == table["tokens"] // 2
 
 
@@ -117,3 +117,31 @@ def test_evaluation() -> None:
     assert all(row["questions"] == row["equal"] == 8 and row["seconds"] > 0 for row in found["all"])
     first, *_, theirs = found["all"]
     assert first["times_one_by_one"] == theirs["times_lmms_eval"] == 1
+
+
+def test_the_file_for_coco_at_full_size_is_one_of_coco(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import coco
+
+    try:
+        coco.write_annotations(tmp_path / "instances.json", 40, 300)
+        data = json.loads((tmp_path / "instances.json").read_bytes())
+        assert (len(data["images"]), len(data["annotations"])) == (40, 300)
+        per_annotation = sum(len(outline) for one in data["annotations"] for outline in one["segmentation"]) / 300
+        assert 40 < per_annotation < 52, "as long as COCO's"
+        found = coco.part_load(tmp_path, 0)
+        assert found["images"] == len(set(found["first"])) == 40
+        size = coco.write_pictures(tmp_path / "train2017", found["first"][:6])
+        assert size > 50_000
+        assert coco.part_select(tmp_path, 6) == {"images": 6, "rejects": 0}
+    finally:
+        for name in ("coco", "machine"):
+            sys.modules.pop(name)
+
+
+@pytest.mark.nightly
+def test_coco_at_full_size() -> None:
+    found = run("coco.py")
+    assert (found["listed"], found["annotations"], found["drawn"]) == (500, 2000, 64)
+    assert all(found[part]["cpu_seconds"] > 0 < found[part]["peak_bytes"] for part in ("load", "select", "stage"))
+    assert found["plan"]["room"] == f"{1000 * 576 * 1024 * 2 / 1e9:.3g} GB of the store"

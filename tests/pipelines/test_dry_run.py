@@ -80,12 +80,17 @@ def test_before_anything_has_run(work: Workspace) -> None:
     assert [path.name for path in work.root.iterdir()] == ["params.yaml"]
 
 
-def test_extract_names_what_it_would_extract(work: Workspace) -> None:
+def test_extract_names_what_it_would_extract(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert work.run(sample) == 0
     assert work.dry(sample) == "scenes: 1 published, 0 would run\nquestions: 1 published, 0 would run\n"
     said = work.dry(extract)
     assert "tokens: 0 published, 2 would run\n  2 of them: nothing like it is published\n" in said
     assert "  tiny-llava 0, layer 9\n  tiny-llava 16, layer 9\n" in said
+    assert "their tokens" not in said
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "LARGE", 0)
+        two = work.dry(extract, layer=[9, 10])
+    assert two.endswith(f"their tokens take {2 * 20 * 144 * 96 * 2 / 1e9:.3g} GB of the store\n")
     assert work.run(extract, layer=[5, 9]) == 0
     assert work.dry(extract) == "tokens: 2 published, 0 would run\n"
     said = work.dry(extract, layer=[9, -2])

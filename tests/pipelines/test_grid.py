@@ -254,3 +254,15 @@ def test_tokens_are_extracted_of_the_images_that_pruners_are_trained_on_alone(sh
     (path,) = {one.folder for one in pruner_cells(ablated) if one.on == "vizwiz" and one.seed == 0}
     assert path == "tiny-llava/layer_9-aw_mse-slots_16_32_48-on_vizwiz-seed_0"
     assert all(one.changes == (("train.on", "vizwiz"),) for one in pruner_cells(ablated) if one.on == "vizwiz")
+
+
+def test_slots_of_its_own_are_what_the_catalogue_has_for_each_vlm(shipped: Params) -> None:
+    params = shipped.model_copy(update={"slots": (), "vlm": ("tiny-llava", "tiny-qwen")})
+    assert {(one.vlm, one.slots) for one in pruner_cells(params)} == {
+        ("tiny-llava", (16, 32, 48)), ("tiny-qwen", (8, 16, 32)),
+    }  # fmt: skip
+    assert pruner_cells(params)[:3] == pruner_cells(shipped)
+    cells = settings(params, REGISTRY, {"tiny-llava": 144, "tiny-qwen": None})
+    assert {one.pruner for one in cells if one.pruner} == set(pruner_cells(params))
+    more = with_ablate(params, ("slots", (4, 8)))
+    assert {one.slots for one in pruner_cells(more)} == {(16, 32, 48), (8, 16, 32), (4, 8)}

@@ -160,6 +160,8 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
          "sample__annotations": "a", "sample__image_folder": "b"},
         ["sample.training.vqav2: is missing: lmms-lab-encoder/VQAv2 has no training split"],
     ),
+    ({"slots": "ownn"}, ["slots: 'ownn' is not a list of slot counts, such as [16, 32, 48], and not own"]),
+    ({"slots": []}, ["slots: "]),
     ({"mlflow__uri": ""}, ["mlflow.uri: '' should have at least 1 character"]),
 ]  # fmt: skip
 

@@ -41,7 +41,7 @@ def read(folder: Path, settings_: Sequence[str]) -> Params:
 
 
 def of_grid(params: Params) -> list[Cell]:
-    return [one for one in settings(params, REGISTRY, {"tiny-llava": 144}) if one.method == "oc-vtp"]
+    return [one for one in settings(params, REGISTRY, {"tiny-llava": 144, "tiny-qwen": None}) if one.method == "oc-vtp"]
 
 
 EXPECTED: dict[str, Any] = {
@@ -50,6 +50,7 @@ EXPECTED: dict[str, Any] = {
     "dvc exp run -S '+ablate.evaluate.options.oc-vtp.fill=[none]'": (3, 1, 30),
     "dvc exp run -S 'keep=[48,32,16]' -S '+ablate.top_k=[2,3,6]'": (3, 1, 36),
     "dvc exp run -S 'slots=[[16,32,48],[8,16,24],[16]]'": (9, 1, 45),
+    "dvc exp run -S 'vlm=[tiny-llava,tiny-qwen]' -S 'keep=[0.222,0.111]' -S slots=own": (6, 1, 12),
     "dvc exp run -S 'keep=[48,16]' -S 'slots=[[16,32,48],[16]]' -S 'top_k=[1,2,4]'": (6, 1, 36),
     "dvc exp run -S 'layer=[9,10,-2]'": (9, 3, 45),
     "dvc exp run -S 'loss=[aw_mse,mse,span]'": (9, 1, 45),

@@ -4,8 +4,10 @@ It is what `vllm serve` runs; that command itself is broken in the wheel for CPU
 """
 
 import base64
+import contextlib
 import io
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -43,9 +45,7 @@ class Engine:
     """One server on a free port of this machine; within a `with`."""
 
     def __init__(self, model: Path, overrides: Mapping[str, Any], log: Path, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.log = log
         self.command = [
             str(ENVIRONMENT / "bin/python"), "-m", "vllm.entrypoints.openai.api_server",
@@ -121,6 +121,15 @@ class Engine:
         """Answers in the order of the questions, so many asked at the same time."""
         with ThreadPoolExecutor(together) as pool:
             return list(pool.map(lambda asked: self.ask(asked, **more), questions))
+
+
+def free_port() -> int:
+    """One that no outgoing connection is given (those have 32768 and above), as minutes pass until vLLM takes it."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port from 20000 on is free")
 
 
 def url_of(image: Image.Image) -> str:

@@ -5,12 +5,14 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from ocvtp.data.decoding import BadImage, UnsafePath, open_image, safe_join
+from ocvtp.data.decoding import BadImage, UnsafePath, check_image, open_image, safe_join
+from ocvtp.data.scenes import make_scene
 from ocvtp.errors import BadInput
 
 
@@ -229,3 +231,49 @@ def test_the_first_frame_of_an_animation_counts_and_no_metadata_stays() -> None:
     image = open_image(encode(red, "GIF", save_all=True, append_images=[blue], comment=b"hello"))
     assert image.getpixel((4, 4)) == (255, 0, 0)
     assert image.info == {}
+
+
+def encodings() -> dict[str, bytes]:
+    """One picture in every format, and as JPEG of every kind that cameras and scanners write."""
+    image = Image.fromarray(make_scene(0, "train", 0).pixels_HW3)
+    turned = Image.Exif()
+    turned[274] = 6
+    kinds: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+        "baseline": (image, "JPEG", {}),
+        "progressive": (image, "JPEG", {"progressive": True}),
+        "grey": (image.convert("L"), "JPEG", {}),
+        "cmyk": (image.convert("CMYK"), "JPEG", {}),
+        "turned": (image, "JPEG", {"exif": turned}),
+        "restarts": (image, "JPEG", {"restart_marker_blocks": 4}),
+        "png": (image.convert("RGBA"), "PNG", {}),
+        "palette": (image.quantize(16), "GIF", {}),
+        "webp": (image, "WEBP", {}),
+    }
+    found = {}
+    for name, (picture, kind, options) in kinds.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        found[name] = buffer.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("kind", encodings())
+def test_to_check_an_image_says_what_to_open_it_would(kind: str) -> None:
+    """Also of one that is cut off anywhere, or that has any byte changed."""
+    data = encodings()[kind]
+    draws = np.random.default_rng(0)
+    variants = [data, b"", *(data[: int(len(data) * share)] for share in np.linspace(0.02, 0.999, 25))]
+    for place in draws.integers(0, len(data), 60):
+        variants.append(data[:place] + bytes([data[place] ^ int(draws.integers(1, 256))]) + data[place + 1 :])
+
+    def verdict(look: Any, one: bytes) -> str:
+        try:
+            look(one, name="x", max_pixels=20_000)
+        except BadImage as error:
+            return error.reason
+        return "sound"
+
+    expected = [verdict(open_image, one) for one in variants]
+    assert [verdict(check_image, one) for one in variants] == expected
+    assert expected[0] == "sound"
+    assert len(set(expected)) > 2

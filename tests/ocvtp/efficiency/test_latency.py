@@ -98,18 +98,18 @@ def test_phases_add_up_to_the_whole(model, inputs) -> None:
     @contextmanager
     def slow() -> Iterator[None]:
         parts = [model.model.vision_tower, model.model.multi_modal_projector, model.get_decoder(), model.lm_head]
-        hooks = [part.register_forward_pre_hook(lambda *_: time.sleep(PAUSE)) for part in parts]
+        hooks = [part.register_forward_pre_hook(lambda *_: time.sleep(2 * PAUSE)) for part in parts]
         with ocvtp.prune(model, "css", 4, layer=1):
             yield
         for hook in hooks:
             hook.remove()
 
-    found = measure(model, inputs, {"slow": slow}, new_tokens=1, repeats=5, warmup=1)["slow"]
+    found = measure(model, inputs, {"slow": slow}, new_tokens=1, repeats=5, warmup=0)["slow"]
     assert found.accounted == pytest.approx(1, abs=0.05)
     assert found.accounted == found.as_dict()["accounted"]
-    assert {name for name, took in found.phases.items() if took.median > 1000 * PAUSE} == {
+    assert {name for name, took in found.phases.items() if took.median > 2000 * PAUSE} == {
         "tower", "projector", "prefill", "other"}  # fmt: skip
-    assert 0 < found.phases["method"].median < 1000 * PAUSE
+    assert 0 < found.phases["method"].median < 2000 * PAUSE
 
 
 def test_a_case_that_fails_is_noted_and_the_others_go_on(model, inputs) -> None:
