@@ -18,6 +18,12 @@ class Options(TypedDict, total=False):
     inside_tower: bool
     """The tower's blocks after the layer that chooses see the kept tokens alone (`ocvtp.methods.inside_tower`)."""
 
+    # css
+    spread: float
+    """What a pick gains is multiplied by its distance from the nearest one to this power; 0: is not."""
+    spread_layer: int
+    """In which distances are taken."""
+
     # oc-vtp, oc-vtp-untrained
     slots: int
     top_k: int

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -128,23 +129,27 @@ def test_stopped_and_resumed_ends_in_the_same_bytes(tmp_path, options):
     assert len(done.asked) == 1
 
 
-def test_killed_for_real(tmp_path):
-    """SIGKILL of a process between two checkpoints; another one goes on."""
+def train_to_be_killed(place):
+    """Train, and be killed between two checkpoints."""
 
     def kill(done, total, note):
         if done == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
     config = TrainConfig(**FAST, checkpoint_every=2)
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # threads of the parent are not there
-        train(PRUNER, config, Source(), tmp_path / "out", resume=tmp_path / "resume", progress=kill)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    train(PRUNER, config, Source(), place / "out", resume=place / "resume", progress=kill)
+
+
+def test_killed_for_real(tmp_path):
+    """SIGKILL of a process between two checkpoints; another one goes on."""
+    # No fork: autograd refuses to run in one if a test before has started its threads.
+    child = multiprocessing.get_context("spawn").Process(target=train_to_be_killed, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "resume/step-00000002.json").exists()
-    train(PRUNER, config, Source(), tmp_path / "out", resume=tmp_path / "resume")
+    train(PRUNER, TrainConfig(**FAST, checkpoint_every=2), Source(), tmp_path / "out", resume=tmp_path / "resume")
     assert files(tmp_path / "out") == run(tmp_path, "whole")[1]
 
 
