@@ -27,6 +27,18 @@ def _pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("L"), dtype=float)
 
 
+def test_kept_tokens_are_framed_over_the_slots() -> None:
+    slots_KN = np.eye(4)[[0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]].T
+    plain = Panel(_white(), None, (4, 4), slots=slots_KN)
+    framed_HW = _pixels(figures.kept_tokens([[replace(plain, kept=[5])]]))
+    changed = np.argwhere(framed_HW != _pixels(figures.kept_tokens([[plain]])))
+    height, width = framed_HW.shape
+    assert len(changed) > 20
+    (top, left), (bottom, right) = changed.min(0), changed.max(0)
+    assert 0.2 * width < left < right < 0.55 * width, "token 5 stands in the second row and column"
+    assert bottom - top < 0.35 * height
+
+
 def test_dropped_tokens_are_dark_and_kept_ones_are_not() -> None:
     kept = [0, 4, 8]
     pixels = _pixels(figures.kept_tokens([[Panel(_white(), kept, (3, 3))]], width=3.0))
