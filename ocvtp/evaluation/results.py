@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 _HOW = ("prompt_template", "image_backend", "attn_implementation")
 _COMPARED = ("vlm", "revision", "weights", "dtype", "max_new_tokens", "benchmark", "data", "limit", "protocol", *_HOW)
 """What a result shares with the unpruned model's that it is a percentage of."""
+_ORDER = {"vlm": True, "method": True, "kept": False, "seed": True, "benchmark": True, "path": True}
+"""By what rows are sorted, and whether from the least on."""
 Where = Mapping[str, Any]
 
 
 def results(place: Path | str | None = None, where: Where | None = None, *, intervals: bool = False) -> "pd.DataFrame":
-    """Every result below a folder, a row each.
+    """Every result below a folder, a row each: by VLM and method, the largest budget first, then by seed.
 
     Columns: the setting (`vlm`, `revision`, `weights`, `method`, `keep`, `tokens`, `seed`, `fingerprint` of the pruner,
     `max_new_tokens`, each option as `option.NAME`), `benchmark`, `score` and its `scale`, `relative` (percent of the
@@ -52,7 +54,7 @@ def results(place: Path | str | None = None, where: Where | None = None, *, inte
     rows = [_row(path) for path in _found(folder)]
     if not rows:
         raise BadInput(f"{folder} holds no results: run `python pipelines/eval.py` or `ocvtp eval` first")
-    frame = pd.DataFrame(_with_relative(rows))
+    frame = pd.DataFrame(_with_relative(rows)).sort_values(list(_ORDER), ascending=list(_ORDER.values()))
     for column, wanted in (where or {}).items():
         if column not in frame:
             raise BadInput(f"there is no column {column!r}; there are: {', '.join(frame)}")

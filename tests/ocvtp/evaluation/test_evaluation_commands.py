@@ -102,6 +102,19 @@ def test_results_are_percentages_of_the_one_unpruned_result_made_alike(place: Pa
     assert relative() is None
 
 
+def test_results_stand_in_order_whatever_their_folders_are_called(place: Path, tmp_path: Path) -> None:
+    (source,) = ocvtp.results(place, {"method": "random", "benchmark": "gqa"})["path"]
+    written = json.loads((Path(source) / "score.json").read_text())
+    for name, kept, seed, method in (
+        ("a", 8, 1, "random"), ("b", 16, 2, "random"), ("c", 16, 1, "random"), ("d", 4, None, "css"),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        setting = {**written["setting"], "seed": seed, "method": method}
+        tokens = {**written["tokens_kept"], "mean": kept}
+        (tmp_path / name / "score.json").write_text(json.dumps({**written, "setting": setting, "tokens_kept": tokens}))
+    assert [Path(path).name for path in ocvtp.results(tmp_path)["path"]] == ["d", "c", "b", "a"]
+
+
 @pytest.mark.parametrize("wanted", [1234568, 1234568.0, "1234568", "1234568.0"])
 def test_numbers_are_compared_as_numbers(place: Path, tmp_path: Path, wanted: Any) -> None:
     (source,) = ocvtp.results(place, {"method": "random", "benchmark": "gqa"})["path"]
