@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_pruner_train import PRUNER, Source, files, run
+from pruner_training import PRUNER, Source, files, run
 
 from ocvtp.errors import BadInput
 from ocvtp.pruner import OCPruner, PrunerConfig

@@ -2,19 +2,16 @@
 
 import json
 import math
-import multiprocessing
-import os
-import signal
 from dataclasses import replace
 from itertools import chain, pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pruner_training import FAST, PRUNER, Source, files, run
 from safetensors.torch import load_file
 
-from ocvtp.errors import BadInput, Corrupt, Incompatible
+from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
 from ocvtp.pruner.rebuilding import rebuilding
 from ocvtp.pruner.training import run as run_module
@@ -22,45 +19,6 @@ from ocvtp.pruner.training.data import Order, with_room
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.run import NotFinite, TrainConfig, train
 from ocvtp.selection import css, prototype_error, span_error
-
-PRUNER = PrunerConfig(token_dim=16, grid=(4, 4), slot_dim=16, decoder_layers=2)
-FAST = {"slots": [2, 4], "batch_size": 4, "steps": 6, "warmup_steps": 2, "eval_every": 2, "validation_share": 0.2}
-
-
-class Source:
-    """Images of four flat regions: a token is its region's kind, its position's code and noise of variance 0.01."""
-
-    def __init__(self, images: int = 20, count: int = 16, bad: tuple[int, ...] = ()) -> None:
-        generator = torch.Generator().manual_seed(0)
-        kinds, places = torch.randn(5, 16, generator=generator), torch.randn(count, 16, generator=generator)
-        region = torch.randint(5, (images, count // 4), generator=generator).repeat_interleave(4, 1)
-        noise = 0.1 * torch.randn(images, count, 16, generator=generator)
-        self.tokens = (kinds[region] + places + noise).half()
-        for image in bad:
-            self.tokens[image, 0, 0] = torch.nan
-        self.image_ids = [f"image-{i}" for i in range(images)]
-        self.asked: list[list[int]] = []
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def batch(self, indices):
-        self.asked.append(list(indices))
-        return self.tokens[list(indices)], None, [(4, 4)] * len(indices)
-
-    def split(self, validation_share, seed):
-        count = int(len(self) * validation_share)
-        return list(range(count, len(self))), list(range(count))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
-
-
-def run(tmp_path, name, source=None, pruner=PRUNER, **options):
-    config = TrainConfig(**{**FAST, **options})
-    metrics = train(pruner, config, source or Source(), tmp_path / name, resume=tmp_path / f"{name}-resume")
-    return metrics, files(tmp_path / name)
 
 
 @pytest.mark.parametrize("loss", ["mse", "aw_mse"])
@@ -87,97 +45,6 @@ def test_it_learns(tmp_path, loss):
     assert best.fingerprint == metrics["fingerprint"]
     assert best.trained_for.slots == (4, 6)
     assert best.trained_for.loss == loss
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"ema": 0.9},
-        {"behaviour": "reference", "epochs": 2, "steps": None, "eval_every": None, "eval_slots": [4]},
-    ],
-    ids=["default", "ema", "reference"],
-)
-def test_stopped_and_resumed_ends_in_the_same_bytes(tmp_path, options):
-    pruner = PrunerConfig(**{**PRUNER.to_dict(), "ffn_dropout": 0.1})
-    whole, expected = run(tmp_path, "whole", pruner=pruner, **options)
-    repeated = run(tmp_path, "again", pruner=pruner, **options)[1]
-    assert repeated == expected
-
-    class Killed(BaseException):
-        pass
-
-    def kill(done, total, note):
-        if done == 3:
-            raise Killed
-
-    config = TrainConfig(**{**FAST, **options, "checkpoint_every": 3})
-    resume = tmp_path / "resume"
-    with pytest.raises(Killed):
-        train(pruner, config, Source(), tmp_path / "cut", resume=resume, progress=kill)
-    assert not (tmp_path / "cut").exists()
-    source = Source()
-    metrics = train(pruner, config, source, tmp_path / "cut", resume=resume)
-    assert metrics == whole
-    assert files(tmp_path / "cut") == expected
-    assert metrics["steps"] >= 6
-
-    # Once finished, nothing is computed again.
-    done = Source()
-    assert train(pruner, config, done, tmp_path / "more", resume=resume) == whole
-    assert files(tmp_path / "more") == expected
-    assert len(done.asked) == 1
-
-
-def train_to_be_killed(place):
-    """Train, and be killed between two checkpoints."""
-
-    def kill(done, total, note):
-        if done == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    config = TrainConfig(**FAST, checkpoint_every=2)
-    train(PRUNER, config, Source(), place / "out", resume=place / "resume", progress=kill)
-
-
-def test_killed_for_real(tmp_path):
-    """SIGKILL of a process between two checkpoints; another one goes on."""
-    # No fork: autograd refuses to run in one if a test before has started its threads.
-    child = multiprocessing.get_context("spawn").Process(target=train_to_be_killed, args=(tmp_path,))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / "resume/step-00000002.json").exists()
-    train(PRUNER, TrainConfig(**FAST, checkpoint_every=2), Source(), tmp_path / "out", resume=tmp_path / "resume")
-    assert files(tmp_path / "out") == run(tmp_path, "whole")[1]
-
-
-def test_damaged_checkpoints(tmp_path):
-    config = TrainConfig(**FAST, checkpoint_every=2)
-    resume = tmp_path / "resume"
-    expected = train(PRUNER, config, Source(), tmp_path / "a", resume=resume)
-    names = sorted(p.name for p in resume.iterdir())
-    assert names == [f"step-0000000{n}.{kind}" for n in (4, 6) for kind in ("json", "safetensors")]
-
-    last = resume / "step-00000006.safetensors"
-    data = bytearray(last.read_bytes())
-    data[len(data) // 2] ^= 1  # one flipped bit: back to the one before
-    last.write_bytes(data)
-    assert train(PRUNER, config, Source(), tmp_path / "b", resume=resume) == expected
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-
-    for path in resume.glob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(Corrupt, match="every checkpoint"):
-        train(PRUNER, config, Source(), tmp_path / "c", resume=resume)
-    assert not (tmp_path / "c").exists()
-
-
-def test_checkpoints_of_another_training_are_refused(tmp_path):
-    train(PRUNER, TrainConfig(**FAST), Source(), tmp_path / "a", resume=tmp_path / "resume")
-    with pytest.raises(Incompatible, match="another training"):
-        train(PRUNER, TrainConfig(**FAST, seed=1), Source(), tmp_path / "b", resume=tmp_path / "resume")
 
 
 def test_seeds_and_options_matter(tmp_path):
@@ -384,27 +251,6 @@ def test_separate_gaussians_train(tmp_path):
     pruner = PrunerConfig(**{**PRUNER.to_dict(), "queries": "separate_gaussian", "max_slots": 4})
     metrics, _ = run(tmp_path, "a", pruner=pruner, slots=[4])
     assert math.isfinite(metrics["val_loss"])
-
-
-@pytest.mark.parametrize("moment", [1, 4, 5])
-def test_stopped_where_it_says_how_far_it_is_it_goes_on_from_that_very_step(tmp_path, moment):
-    """As by Ctrl-C, or by a cluster that wants its machine back: between two checkpoints, too."""
-    said = []
-
-    def progress(done, total, note):
-        said.append(done)
-        if len(said) == moment:
-            raise KeyboardInterrupt
-
-    _, expected = run(tmp_path, "calm", checkpoint_every=3)
-    config = TrainConfig(**{**FAST, "checkpoint_every": 3})
-    for attempt in range(2):
-        try:
-            train(PRUNER, config, Source(), tmp_path / "out", resume=tmp_path / "resume", progress=progress)
-        except KeyboardInterrupt:
-            assert attempt == 0
-    assert said == list(range(1, 7))  # every step once
-    assert files(tmp_path / "out") == expected
 
 
 @pytest.mark.nightly
