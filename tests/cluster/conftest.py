@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import ClusterConfig, Store
+from cluster.store import layout
 
 # The calls of the tests are a module of their own: workers import it by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,3 +26,9 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def config(store: Store) -> ClusterConfig:
     return ClusterConfig(store=store.root, workers=2)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back-off without the waiting."""
+    monkeypatch.setattr(layout, "PAUSES", (0.0, 0.0, 0.0, 0.0))
