@@ -20,7 +20,10 @@ from pipelines.spool import Spool, curves
 from pipelines.stage.context import ROOT, Stage
 
 
-def test_a_run_says_what_the_record_says(stage: Stage, home: Path) -> None:
+def test_a_run_says_what_the_record_says(
+    stage: Stage, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     tracking.track(stage, [PRUNER, SETTING])
     found = runs(home, stage.params.mlflow.experiment)
     assert set(found) == {PRUNER.fingerprint, SETTING.fingerprint}
@@ -31,7 +34,7 @@ def test_a_run_says_what_the_record_says(stage: Stage, home: Path) -> None:
     assert len(run["history"]) == 2 + 3
     assert (run["status"], run["name"], run["tags"]["pruner"]) == ("FINISHED", PRUNER.name, "feed")
     assert Spool(home).waiting == []
-    assert not (Path.cwd() / "mlruns").exists()
+    assert list(tmp_path.iterdir()) == [], "mlflow writes where the store is"
 
 
 def test_the_same_again_makes_no_second_run_and_does_not_import_mlflow(
