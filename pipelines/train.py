@@ -28,6 +28,7 @@ from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
 from pipelines.stage.dry_run import Plan
 from pipelines.tasks.pruners import pruner
+from pipelines.tasks.segmented import segmented
 from pipelines.tasks.taught import taught
 
 LEFT_IN_STORE = "last.safetensors"
@@ -100,6 +101,10 @@ def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any], handed_on: M
         call = taught
         answers, more = _answers(run, cell, config)
         spec, inputs = {**spec, "answers": answers}, {**inputs, **more}
+    elif cell.loss == "masks":
+        call = segmented
+        objects, more = _objects(run, cell)
+        spec, inputs = {**spec, "objects": objects}, {**inputs, **more}
     return run.task("pruners", cell.folder, call, spec, run.params.cluster.resources.train, inputs)
 
 
@@ -129,6 +134,23 @@ def _answers(run: Stage, cell: PrunerCell, config: TrainConfig) -> tuple[dict[st
     }
     found = None if prompts is None else str(Path(prompts).resolve())
     return answers, {"images": [image["path"] for image in images], "prompts": found}
+
+
+def _objects(run: Stage, cell: PrunerCell) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where the segmented objects of the training images are: entries of the spec, and the file."""
+    scenes = SceneSet.of_sample(read_json(run.input(f"{outputs.SAMPLE}/sample.json", "sample")))
+    if scenes is not None:
+        return {"scenes": scenes.to_dict()}, {}
+    own = run.params.sample.training.get(cell.on)
+    given = run.params.sample.annotations if cell.on == SAMPLED else own.annotations if own else None
+    if given is None:
+        raise BadInput(f"loss is masks, but of {cell.on}'s training images no segmented objects are known: "
+                       f"sample.training.{cell.on}.annotations may name a file of COCO with them")  # fmt: skip
+    path = Path(given).resolve()
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    images = [image["id"] for image in run.sampled_images(cell.on)]
+    return {"scenes": None, "coco": sha256, "images": images}, {"segmentations": str(path)}
 
 
 def _output(run: Stage, task: Task, folder: Path) -> dict[str, Any]:

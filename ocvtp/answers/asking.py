@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from ocvtp.data.questions import KINDS, POST_PROMPT, ask
-from ocvtp.data.scenes import SceneSet, Split, file_name, make_scene
-from ocvtp.data.training_splits import TRAINED_ON, split_of
+from ocvtp.data.scenes import SceneSet
+from ocvtp.data.training_splits import TRAINING_SPLITS, training_scene
 from ocvtp.errors import BadInput
 from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 
 _DRAWS = 3
 """Of the generator of these questions: those of benchmarks are drawn from another, about scenes of another split."""
-_SPLITS: tuple[Split, ...] = ("train", *map(split_of, TRAINED_ON))
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,12 @@ def scene_questions(scenes: SceneSet, number: int) -> Prompts:
 
     @cache
     def of(image: str) -> tuple[Prompt, ...]:
-        split, _, number_of = image.rpartition("-")
-        if split not in _SPLITS or not number_of.isdecimal():
+        found_scene = training_scene(scenes, image)
+        if found_scene is None:
             return ()
-        index = int(number_of)
-        if Path(file_name(split, index)).stem != image:
-            return ()
-        scene = make_scene(scenes.seed, split, index, scenes.style)
-        own = () if split == "train" else (_SPLITS.index(split),)
-        draws = np.random.default_rng([scenes.seed, _DRAWS, index, *own])
+        split, scene = found_scene
+        own = () if split == "train" else (TRAINING_SPLITS.index(split),)
+        draws = np.random.default_rng([scenes.seed, _DRAWS, scene.index, *own])
         found: list[Prompt] = []
         while len(found) < number:
             question = ask(scene, KINDS[int(draws.integers(len(KINDS)))], draws)

@@ -22,8 +22,10 @@ def add(subparsers: Any) -> None:
                         "goes to the LLM: validation then tells how well what is kept stands for it")  # fmt: skip
     parser.add_argument("--store", type=Path, default=Path(".ocvtp/store"), help="where the listed shards are "
                         "(default: .ocvtp/store)")  # fmt: skip
-    parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="for loss=answers: the output of "
-                        "stage sample, which names the training images (default: data/sample)")  # fmt: skip
+    parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="the output of stage sample, for "
+                        "loss=answers, and for loss=masks of scenes (default: data/sample)")  # fmt: skip
+    parser.add_argument("--objects", type=Path, default=None, metavar="JSON", help="for loss=masks of photographs: "
+                        "their segmented objects, such as COCO's instances_train2017.json")  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                         help="options of TrainConfig, or of PrunerConfig after `pruner.`: steps=400 loss=mse "
                         "slots=[16,32] pruner.decoder=mlp")  # fmt: skip
@@ -57,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         first = ranks.Ranks.current().first
         teacher = _teacher(config, meta, args.sample, args.store, device) if config.loss == "answers" else None
-        metrics = _train(pruner_config, config, dataset, args.out, device, about, teacher, handed_on, shown=first)
+        objects = None
+        if config.loss == "masks":
+            objects = _objects(dataset, args.objects, args.sample)
+        elif args.objects is not None:
+            raise BadInput(f"--objects is of use with loss=masks only, loss is {config.loss}")
+        more = {"teacher": teacher, "handed_on": handed_on, "objects": objects}
+        metrics = _train(pruner_config, config, dataset, args.out, device, about, more, shown=first)
     finally:
         ranks.end()
     if first:
@@ -87,17 +95,27 @@ def _teacher(config: Any, meta: Any, sample: Path, store: Path, device: Any) -> 
     return teacher_of(vlm, config, records, scenes=scenes, preprocessing=meta.preprocessing)
 
 
+def _objects(dataset: Any, given: Path | None, sample: Path) -> Any:
+    """The segmented objects of the images whose tokens these are."""
+    from ocvtp.data.scenes import SceneSet
+    from ocvtp.tokens.object_masks import ObjectMasks
+
+    fit, grid = dataset.meta.preprocessing, dataset.meta.grid
+    if given is not None:
+        return ObjectMasks.of_coco(given, dataset.image_ids, fit, grid)
+    try:
+        scenes = SceneSet.of_sample(read_json(sample / "sample.json"))
+    except (OSError, Corrupt, KeyError, TypeError) as error:
+        raise BadInput(
+            f"loss=masks needs segmented objects: --objects JSON, or, of scenes, --sample: {error}"
+        ) from error
+    if scenes is None:
+        raise BadInput("loss=masks needs the segmented objects of the images, which are no scenes: --objects JSON")
+    return ObjectMasks.of_scenes(scenes, fit, grid)
+
+
 def _train(
-    pruner: Any,
-    config: Any,
-    dataset: Any,
-    out: Path,
-    device: Any,
-    about: Any,
-    teacher: Any,
-    handed_on: Any,
-    *,
-    shown: bool,
+    pruner: Any, config: Any, dataset: Any, out: Path, device: Any, about: Any, more: dict[str, Any], *, shown: bool
 ) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -126,8 +144,7 @@ def _train(
             progress=progress,
             device=device,
             trained_for=about,
-            teacher=teacher,
-            handed_on=handed_on,
+            **more,
         )
 
 

@@ -17,7 +17,7 @@ from ocvtp.data.coco import Rejected, TooManyRejects, draw
 from ocvtp.data.decoding import BadImage, check_image
 from ocvtp.data.overlaps import Fingerprint
 from ocvtp.data.question_sets import MAKERS
-from ocvtp.data.scenes import PLAIN, Scene, Split, Style, save_scenes
+from ocvtp.data.scenes import PLAIN, Scene, SceneSet, Split, Style, file_name, make_scene, save_scenes
 from ocvtp.errors import BadInput, NotAvailable
 
 ROUND = 1_000_000
@@ -60,6 +60,21 @@ TRAINED_ON: Mapping[str, Official] = {
 def split_of(benchmark: str) -> Split:
     """The split of scenes that stand for a benchmark's training images."""
     return cast(Split, f"{benchmark}-train")
+
+
+TRAINING_SPLITS: tuple[Split, ...] = ("train", *map(split_of, TRAINED_ON))
+"""Of scenes: those of `sample.images`, and of benchmarks of their own."""
+
+
+def training_scene(scenes: SceneSet, image: str) -> tuple[Split, Scene] | None:
+    """The scene that a training image is, by its id in `images.json`, and its split; None if it is none."""
+    split, _, number = image.rpartition("-")
+    if split not in TRAINING_SPLITS or not number.isdecimal():
+        return None
+    index = int(number)
+    if Path(file_name(split, index)).stem != image:
+        return None
+    return split, make_scene(scenes.seed, split, index, scenes.style)
 
 
 def write_training_scenes(

@@ -16,11 +16,12 @@ from PIL import Image
 from ocvtp.data.coverage import Covered
 from ocvtp.data.decoding import open_image
 from ocvtp.errors import BadInput
-from ocvtp.inspection.segments import Picture, objects
+from ocvtp.inspection.segments import Picture
 from ocvtp.methods import Budget, Encoded, Method, entry_of, options_of
 from ocvtp.pruner.seeding import derive
 from ocvtp.pruning.choosing import encode_groups
 from ocvtp.selection import prototype_error, span_error
+from ocvtp.tokens.object_masks import objects
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Map
 
@@ -174,7 +175,9 @@ def measure(
         images = subject.images(opened)
         vision = family.encode(images, layers)
         hit = [
-            objects(picture, image.size, subject.fit, subject.maps(images, number)) if picture.segments else None
+            objects(picture.segments, image.size, subject.fit, subject.maps(images, number))
+            if picture.segments
+            else None
             for number, (picture, image) in enumerate(zip(some, opened, strict=True))
         ]
         names = [picture.path.name for picture in some]

@@ -18,6 +18,7 @@ from ocvtp.errors import BadInput, Incompatible
 from ocvtp.methods.base import Encoded, Entry, Kept, Method, no_pruner, whole
 from ocvtp.methods.inside_tower import OPTION, within
 from ocvtp.pruner import OCPruner, PrunerConfig, checks
+from ocvtp.pruner.config import check_number
 from ocvtp.pruner.select import Selection
 from ocvtp.vlms.catalogue import weights_of
 from ocvtp.vlms.family import Family
@@ -26,7 +27,8 @@ from ocvtp.vlms.images import Facts
 log = logging.getLogger(__name__)
 
 _COMMIT = 40  # letters of a commit on the hub
-_SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surplus": None, "precision": None}
+_SELECTION = {"slots": None, "top_k": 1, "fill": None, "assignment": None, "surplus": None, "precision": None,
+              "mass_power": None}  # fmt: skip
 """Options of `OCPruner.select`; None leaves them to the pruner's config."""
 
 
@@ -37,13 +39,16 @@ class OCVTP(Method):
 
     def __init__(self, pruner: OCPruner, layer: int, facts: Facts, selection: Mapping[str, Any]) -> None:
         """`layer` is an index into `hidden_states`."""
-        self.pruner, self._layer, self._selection = pruner, layer, selection
+        self.pruner, self._layer, self._selection, self.facts = pruner, layer, selection, facts
         # The authors fill gaps by the attention that tokens receive in the block whose output goes to the LLM.
         self._fill_block = facts.feature_layer - 1
         self._fills = (selection["fill"] or pruner.config.fill) == "attention"
+        by_residual = (selection["assignment"] or pruner.config.assignment) not in ("shared", "distinct")
+        self._judged = by_residual and pruner.config.residual_of == "handed_on"
 
     def layers(self) -> Collection[int]:  # noqa: D102 - as in Method
-        return {self._layer, self._fill_block} if self._fills else {self._layer}
+        judged = {self.facts.feature_layer} if self._judged else set()
+        return {self._layer, *judged, *({self._fill_block} if self._fills else ())}
 
     def choose(self, encoded: Encoded) -> Kept:  # noqa: D102
         return Kept(self._select(encoded).indices_BS)
@@ -57,8 +62,9 @@ class OCVTP(Method):
             self.pruner.to(tokens_GNC.device)
         scores_GN = encoded.received(self._fill_block) if self._fills else None
         options = {name: value for name, value in self._selection.items() if value is not None}
+        judged_GNV = encoded.tokens(self.facts.feature_layer) if self._judged else None
         return self.pruner.select_details(
-            tokens_GNC, encoded.keep, seeds=encoded.seeds, fill_scores=scores_GN, **options
+            tokens_GNC, encoded.keep, seeds=encoded.seeds, fill_scores=scores_GN, handed_on=judged_GNV, **options
         )
 
 
@@ -85,6 +91,8 @@ def _selection(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         whole(name, options, option, 1)
     checks.options(**{o: options[o] for o in ("fill", "assignment", "surplus") if options[o] is not None})
     checks.precision(options["precision"])
+    if options["mass_power"] is not None:
+        check_number("mass_power", options["mass_power"], 0)
     return {option: options[option] for option in _SELECTION}
 
 

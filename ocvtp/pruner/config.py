@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, TypeVar
 
+from torch import Tensor
+
 from ocvtp.errors import BadInput
 
 C = TypeVar("C")
@@ -29,7 +31,8 @@ CHOICES: Final[Mapping[str, tuple[Any, ...]]] = {
     "decoder": (*DECODERS, None),
     "positions": ("grid", "table"),
     "eval_visible": ("share", "all"),
-    "assignment": ("shared", "distinct", "residual", "gain"),
+    "assignment": ("shared", "distinct", "residual", "gain", "mass"),
+    "residual_of": ("own", "handed_on"),
     "fill": FILLS,
     "surplus": ("attention", "hash"),
 }
@@ -79,8 +82,12 @@ class PrunerConfig:
         eval_visible: what it sees outside training, `share` (as `visible` says, always the same) or `all`.
         extra_slot: selection uses one slot more than tokens to keep; the authors' code for towers with a CLS token.
         assignment: `shared` (slots may pick the same token, then `fill`), `distinct` (each gets its own), `residual`
-            (the same, and those that earlier picks leave most of come first), or `gain` (those that lower the residual
-            of all tokens most): `ocvtp.selection.proposals`.
+            (the same, and those that earlier picks leave most of come first), `gain` (those that lower the residual
+            of all tokens most), or `mass` (as `gain`, times the slot mass of the token to the power `mass_power`):
+            `ocvtp.selection.proposals`.
+        residual_of: of the last three: of the tokens that slots are gathered from, or of those of the layer that goes
+            to the LLM; the loss `span` follows.
+        mass_power: of `mass`: 0 is greedy column subset selection, much of it leaves the choice to the slots.
         fill: which tokens make up for picks that coincide: `slot_mass`, `attention` (scores given by the caller),
             `next_best`, `random` or `none` (fewer tokens).
         surplus: which pick goes if there are too many: the least attended, or by Python's `hash` order.
@@ -111,6 +118,8 @@ class PrunerConfig:
     eval_visible: str = AUTO
     extra_slot: bool = AUTO
     assignment: str = "shared"
+    residual_of: str = "own"
+    mass_power: float = 0.1
     fill: str = AUTO
     surplus: str = AUTO
 
@@ -145,6 +154,27 @@ class PrunerConfig:
         """The inverse of `to_dict`; `BadInput` names keys that are no options or are missing."""
         return from_dict(cls, data, "the config of a pruner")
 
+    def judged(self, tokens: Tensor, handed_on: Tensor | None, assignment: str | None = None) -> Tensor:
+        """Of which tokens an assignment looks at what picks leave: [B, N, C] or [B, N, V].
+
+        Args:
+            tokens: those that slots are gathered from, [B, N, C].
+            handed_on: the same in the layer that goes to the LLM, [B, N, V].
+            assignment: None for the config's.
+
+        Raises:
+            BadInput: they are needed and not there, or of other images.
+        """
+        if self.residual_of == "own" or (assignment or self.assignment) in ("shared", "distinct"):
+            return tokens
+        if handed_on is None:
+            raise BadInput("residual_of is handed_on: the same tokens in the layer that goes to the LLM are needed, "
+                           "as handed_on")  # fmt: skip
+        if handed_on.ndim != 3 or handed_on.shape[:2] != tokens.shape[:2]:
+            raise BadInput(f"handed_on {list(handed_on.shape)} of tokens {list(tokens.shape)}: "
+                           f"{list(tokens.shape[:2])} and a width are needed")  # fmt: skip
+        return handed_on
+
     def _sizes(self) -> dict[str, int]:
         """Sizes that follow from the width of the tokens: those of the paper's pruner at width 1024."""
         slot_dim = max(64, self.token_dim // 2) if self.slot_dim == AUTO else self.slot_dim
@@ -170,6 +200,7 @@ class PrunerConfig:
             check_whole("a side of grid", side, 1)
         for name in ("visible", "random_visible", "ffn_dropout"):
             check_share(name, getattr(self, name))
+        check_number("mass_power", self.mass_power, 0)
         for name in ("equal_layers", "extra_slot"):
             if not isinstance(getattr(self, name), bool):
                 raise BadInput(f"{name} is {getattr(self, name)!r}: true or false is needed")

@@ -12,9 +12,10 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 
 _TINY: Final = 1e-8
-LOSSES: Final = ("aw_mse", "mse", "span", "answers")
-"""Names of losses; the last two take no rebuilt tokens: `ocvtp.pruner.span`, `ocvtp.pruner.training.answers`."""
-WITHOUT_DECODER: Final = ("span", "answers")
+WITHOUT_DECODER: Final = ("span", "answers", "masks")
+LOSSES: Final = ("aw_mse", "mse", *WITHOUT_DECODER)
+"""Names of losses. Those without a decoder take no rebuilt tokens: `ocvtp.pruner.span`, and, of
+`ocvtp.pruner.training`, `answers` and `coverage_loss`."""
 
 
 def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ocvtp.errors import BadInput
 from ocvtp.pruner import checks, pretrained, reference
-from ocvtp.pruner.config import PrunerConfig, check_whole
+from ocvtp.pruner.config import PrunerConfig, check_number, check_whole
 from ocvtp.pruner.decoder import DECODER_MODULES, MODES, Decoder
 from ocvtp.pruner.layout import Grid, TokenLayout, layout
 from ocvtp.pruner.provenance import TrainedFor
@@ -153,6 +153,8 @@ class OCPruner(nn.Module):
         surplus: str | None = None,
         precision: str | None = None,
         check_values: bool | None = None,
+        mass_power: float | None = None,
+        handed_on: Tensor | None = None,
     ) -> Selection:
         """Eq. 7-8: the tokens that slots attend to most, and how they came about.
 
@@ -175,6 +177,8 @@ class OCPruner(nn.Module):
             precision: `bf16` computes matrix products in bfloat16: three times faster where the hardware has it; a
                 pick in a hundred is another.
             check_values: look for NaN and infinity.
+            mass_power: of `mass`; the config's value unless given.
+            handed_on: [B, N, V], the same tokens in the layer that goes to the LLM, for `residual_of="handed_on"`.
 
         Raises:
             BadInput: as `forward`; keep, slots or top_k below 1, more slots than tokens, unknown options, scores that
@@ -183,10 +187,13 @@ class OCPruner(nn.Module):
         fill, assignment = fill or self.config.fill, assignment or self.config.assignment
         surplus = surplus or self.config.surplus
         checks.options(assignment=assignment, fill=fill, surplus=surplus)
+        mass_power = self.config.mass_power if mass_power is None else mass_power
+        check_number("mass_power", mass_power, 0)
         bf16 = checks.precision(precision)
         check_whole("top_k", top_k, 1)
         tokens_BNC, mask_BN = self._tokens(tokens, mask, check_values)
         batch, count = tokens_BNC.shape[:2]
+        judged_BNX = self.config.judged(tokens_BNC, handed_on, assignment)
         keeps = checks.numbers("keep", keep, batch)
         checks.fill_scores(fill, fill_scores, tokens_BNC)
         if min(keeps) >= count:
@@ -210,7 +217,8 @@ class OCPruner(nn.Module):
             surplus=surplus,
             mask_BN=mask_BN,
             slot_mask_BK=slot_mask_BK,
-            tokens_BNC=tokens_BNC,
+            tokens_BNC=judged_BNX,
+            mass_power=mass_power,
         )
 
     def save_pretrained(self, folder: Path | str, *, include_decoder: bool = True) -> None:

@@ -79,7 +79,7 @@ def rebuilding(
     """
     if keep >= tokens.shape[1]:
         raise BadInput(f"keep is {keep} of {tokens.shape[1]} tokens: nothing is dropped")
-    chosen = pruner.select_details(tokens, keep, mask=mask, seeds=seeds, **options)
+    chosen = pruner.select_details(tokens, keep, mask=mask, seeds=seeds, handed_on=handed_on, **options)
     random_BS = _random(chosen.indices_BS, chosen.counts_B, tokens.shape[:2], mask, seed)
 
     def means(error: Any, of: Tensor) -> tuple[float, float]:

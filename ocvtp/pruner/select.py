@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ocvtp.selection.proposals import propose
+from ocvtp.selection.proposals import propose, slot_mass
 from ocvtp.selection.ranking import ranked
 
 _ROUNDS: Final = 8
@@ -52,6 +52,7 @@ def choose(
     slot_mask_BK: Tensor | None = None,
     tokens_BNC: Tensor | None = None,
     given_BKk: Tensor | None = None,
+    mass_power: float = 0.0,
 ) -> Selection:
     """The tokens that slots attend to most, brought to the number asked for.
 
@@ -60,14 +61,15 @@ def choose(
         keep_B1: tokens to keep of each image, at most as many as it has; [B, 1] or [1, 1].
         width: S, the largest of them.
         top_k: tokens that each slot picks.
-        assignment: `shared`, `distinct`, `residual` or `gain`.
+        assignment: `shared`, `distinct`, `residual`, `gain` or `mass`.
         fill: `slot_mass`, `attention`, `next_best`, `random` or `none`.
         fill_scores_BN: scores for `attention` and `random`; the highest come first.
         surplus: `attention` or `hash`.
         mask_BN: True where there is a token.
         slot_mask_BK: True where there is a slot.
-        tokens_BNC: what slots were gathered from; `residual` and `gain` need it.
+        tokens_BNC: what slots were gathered from; `residual`, `gain` and `mass` need it.
         given_BKk: picks of the slots, in place of those that `assignment` finds.
+        mass_power: of `mass`.
     """
     batch, _, tokens = attention_BKN.shape
     scores_BKN = attention_BKN if mask_BN is None else attention_BKN.masked_fill(~mask_BN[:, None], -1.0)
@@ -75,7 +77,7 @@ def choose(
         scores_BKN = scores_BKN.masked_fill(~slot_mask_BK[:, :, None], -1.0)
     picks_BKk = given_BKk
     if picks_BKk is None:
-        picks_BKk = picks(scores_BKN, assignment, top_k, mask_BN, slot_mask_BK, tokens_BNC)
+        picks_BKk = picks(scores_BKN, assignment, top_k, mask_BN, slot_mask_BK, tokens_BNC, mass_power)
     if slot_mask_BK is not None:
         picks_BKk = picks_BKk.masked_fill(~slot_mask_BK[:, :, None], tokens)
     picks_BX = picks_BKk.flatten(1)
@@ -113,6 +115,7 @@ def picks(
     mask_BN: Tensor | None = None,
     slot_mask_BK: Tensor | None = None,
     tokens_BNC: Tensor | None = None,
+    mass_power: float = 0.0,
 ) -> Tensor:
     """The tokens of each slot, [B, K, k], from its attention, which is negative where there is no token or slot."""
     if assignment == "distinct":
@@ -123,7 +126,8 @@ def picks(
     exists_BN = torch.ones_like(tokens_BNC[:, :, 0], dtype=torch.bool) if mask_BN is None else mask_BN
     slots_BK = torch.ones_like(scores_BKN[:, :, 0], dtype=torch.bool) if slot_mask_BK is None else slot_mask_BK
     wish_BXN = scores_BKN.repeat_interleave(top_k, 1)
-    picks_BX = propose(wish_BXN, tokens_BNC, exists_BN, slots_BK.repeat_interleave(top_k, 1), assignment)
+    slots_BX = slots_BK.repeat_interleave(top_k, 1)
+    picks_BX = propose(wish_BXN, tokens_BNC, exists_BN, slots_BX, assignment, mass_power)
     return picks_BX.view(len(picks_BX), -1, top_k)
 
 
@@ -173,9 +177,7 @@ def _fill(
         return fill_scores_BN
     if fill == "next_best":
         return _next_best(scores_BKN, picks_BK, slot_mask_BK)
-    # Slot mass: how much of what the slots take in comes from each token.
-    share_BKN = scores_BKN.clamp(min=0)
-    return (share_BKN / share_BKN.sum(2, keepdim=True).clamp(min=1e-12)).sum(1)
+    return slot_mass(scores_BKN)
 
 
 def _next_best(scores_BKN: Tensor, picks_BK: Tensor, slot_mask_BK: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     top_k: int
     fill: Literal["slot_mass", "attention", "next_best", "random", "none"]
     assignment: str
+    mass_power: float
     surplus: str
     precision: str
     queries: Any

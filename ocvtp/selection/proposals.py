@@ -16,28 +16,57 @@ from ocvtp.selection.qr import begin as begin_qr
 RULES: Final[Mapping[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Step]]]] = {
     "residual": begin_qr,
     "gain": begin_css,
+    "mass": begin_css,
 }
 """What decides: the squared length of what the picks so far leave of a token, as in pivoted QR; or by how much it
 lowers the squared residual of all tokens, as in greedy column subset selection."""
 
 
+def slot_mass(attention: Tensor) -> Tensor:
+    """How much of what the slots take in comes from each token, [B, N].
+
+    That is how often the token is drawn where each slot draws one, by its attention as a distribution over tokens.
+
+    Args:
+        attention: [B, K, N]; what is not above 0 is none.
+    """
+    share_BKN = attention.clamp(min=0)
+    return (share_BKN / share_BKN.sum(2, keepdim=True).clamp(min=1e-12)).sum(1)
+
+
+def _wishes(attention_BKN: Tensor, rule: str, mass_power: float) -> Tensor:
+    """How much each slot wants each token, at most 1, [B, K, N]. Under `mass` all slots want the same."""
+    tiny = torch.finfo(torch.float32).tiny
+    if rule == "mass":
+        wish_BN = slot_mass(attention_BKN.float()).clamp(min=tiny) ** mass_power
+        wish_BKN = wish_BN[:, None].expand_as(attention_BKN).clamp(min=tiny)
+    else:
+        wish_BKN = attention_BKN.float().clamp(min=tiny)
+    return wish_BKN / wish_BKN.amax(2, keepdim=True)
+
+
 @torch.no_grad()
 def propose(
-    attention_BKN: Tensor, tokens_BNC: Tensor, exists_BN: Tensor, slot_exists_BK: Tensor, rule: str = "residual"
+    attention_BKN: Tensor,
+    tokens_BNC: Tensor,
+    exists_BN: Tensor,
+    slot_exists_BK: Tensor,
+    rule: str = "residual",
+    mass_power: float = 0.0,
 ) -> Tensor:
     """The token of each slot, [B, K]; no two slots have the same, as long as there are tokens. N where there is none.
 
     K times, of all pairs of a slot and a token that are still free, the one with the largest product of (1) the slot's
     attention for the token, relative to its largest, and (2) what the rule says of the token. Where attention is even
     this is the choice that the rule is named after, and where it is sharp each slot has its own favourite. Of equals
-    the token with the lower index, then the slot.
+    the token with the lower index, then the slot. With the rule `mass` (1) is the same for all slots: `slot_mass`
+    to the power `mass_power`.
     """
     batch, slots, count = attention_BKN.shape
     device = attention_BKN.device
     place_N, number_K = torch.arange(count, device=device), torch.arange(slots, device=device)
     with torch.autocast(device.type, enabled=False):
-        wish_BKN = attention_BKN.float().clamp(min=torch.finfo(torch.float32).tiny)
-        wish_BKN = wish_BKN / wish_BKN.amax(2, keepdim=True)
+        wish_BKN = _wishes(attention_BKN, rule, mass_power)
         left_BN, step = RULES[rule](tokens_BNC.float().masked_fill(~exists_BN[:, :, None], 0), exists_BN, slots)
         token_free_BN, slot_free_BK = exists_BN.clone(), slot_exists_BK.clone()
         picks_BK = torch.full((batch, slots), count, device=device)
@@ -67,6 +96,7 @@ def sample(
     noise_BKN: Tensor,
     assignment: str = "residual",
     temperature: float = 1.0,
+    mass_power: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Picks [B, K] drawn around those of `propose`, and the logarithm of their probability, [B], with gradients.
 
@@ -81,6 +111,7 @@ def sample(
         assignment: a rule; `distinct` without one: slots in their order, none with a token of an earlier one; or
             `shared`, where slots pick on their own.
         temperature: above 0.
+        mass_power: of the rule `mass`.
 
     Returns:
         Picks, N where an image has no token left, and the logarithm of the probability of each image's.
@@ -88,8 +119,7 @@ def sample(
     batch, slots, count = attention_BKN.shape
     device, tiny = attention_BKN.device, torch.finfo(torch.float32).tiny
     with torch.autocast(device.type, enabled=False):
-        wish_BKN = attention_BKN.float().clamp(min=tiny)
-        wish_BKN = wish_BKN / wish_BKN.amax(2, keepdim=True)
+        wish_BKN = _wishes(attention_BKN, assignment, mass_power)
         free_BN, slot_free_BK = exists_BN.clone(), torch.ones(batch, slots, dtype=torch.bool, device=device)
         left_BN, step = None, None
         if assignment in RULES:

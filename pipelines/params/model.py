@@ -25,7 +25,7 @@ from pipelines.params.schema import Axis, Dtype, Keep, Layer, Loss, Natural, Pos
 READS: Mapping[str, tuple[str, ...]] = {
     "sample": ("ablate", "sample", "train.on"),
     "extract": ("vlm", "layer", "ablate", "extract", "train.on"),
-    "train": ("vlm", "layer", "loss", "slots", "seed", "ablate", "train"),
+    "train": ("vlm", "layer", "loss", "slots", "seed", "ablate", "train", "sample.annotations", "sample.training"),
     "evaluate": (
         "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
         "train.on",

@@ -47,7 +47,7 @@ BENCHMARKS = {
     "mmmu": "MMMU",
     "seedbench": "SEED",
 }
-LOSSES = {"mse": "MSE", "aw_mse": "AW-MSE", "span": "span"}
+LOSSES = {"mse": "MSE", "aw_mse": "AW-MSE", "span": "span", "answers": "answers", "masks": "masks"}
 CURVES = {
     "loss": "training loss",
     "val_loss": "validation loss",
@@ -59,6 +59,8 @@ CURVES = {
     "span_error": "share of variance left unexplained by kept tokens",
     "handed_on_to_random": "the same of the layer that goes to the LLM",
     "prototype_error": "cosine distance to the nearest kept token",
+    "kl": "divergence of answers",
+    "cover": "objects with a kept token",
 }
 RATIOS = {
     "kept_to_random": ("span_error", "random_span_error"),

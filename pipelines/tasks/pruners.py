@@ -7,6 +7,7 @@ from cluster import progress
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.pruner.provenance import TrainedFor
 from ocvtp.pruner.training.answers import Teacher
+from ocvtp.pruner.training.coverage_loss import Segmentations
 from ocvtp.pruner.training.run import TrainConfig, train
 from ocvtp.tokens.loader import TokenDataset
 from ocvtp.tokens.manifest import ShardMeta
@@ -18,8 +19,15 @@ def pruner(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     trained(spec, folder, inputs)
 
 
-def trained(spec: dict[str, Any], folder: Path, inputs: dict[str, Any], teacher: Teacher | None = None) -> None:
-    """The same, taught by a VLM where there is one."""
+def trained(
+    spec: dict[str, Any],
+    folder: Path,
+    inputs: dict[str, Any],
+    *,
+    teacher: Teacher | None = None,
+    objects: Segmentations | None = None,
+) -> None:
+    """The same, taught by a VLM, or by segmented objects, where there are some."""
     meta = ShardMeta.from_dict(spec["tokens"]["meta"], "the spec of the task")
     train(
         PrunerConfig.from_dict(spec["pruner"]),
@@ -31,6 +39,7 @@ def trained(spec: dict[str, Any], folder: Path, inputs: dict[str, Any], teacher:
         device=device(),
         trained_for=trained_for(meta),
         teacher=teacher,
+        objects=objects,
         handed_on=_dataset(spec["handed_on"], inputs["handed_on"], folder) if "handed_on" in spec else None,
     )
 

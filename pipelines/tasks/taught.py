@@ -34,7 +34,7 @@ def taught(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
         preprocessing=spec["tokens"]["meta"]["preprocessing"],
         prompts_file=_prompts(about["prompts"], inputs["prompts"]),
     )
-    trained(spec, folder, inputs, teacher)
+    trained(spec, folder, inputs, teacher=teacher)
 
 
 def _prompts(sha256: str | None, path: str | None) -> Path | None:

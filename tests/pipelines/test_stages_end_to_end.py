@@ -284,6 +284,30 @@ def test_a_vlm_teaches_by_its_answers(work: Workspace, tmp_path: Path, capsys: p
     assert (tmp_path / "by_hand/model.safetensors").read_bytes() == weights.read_bytes()
 
 
+def test_segmented_objects_teach(work: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of scenes they follow from the spec; `ocvtp train` on the same comes to the same weights, in a word or a file."""
+    options = {"slots": [16], "train": {**SMALL["train"], "steps": 2, "eval_every": 1}}
+    assert work.run(train, loss="masks", **options) == 0
+    (task,) = work.ran
+    assert task.spec["objects"]["scenes"]["seed"] == 0
+    metrics = work.json("models/tiny-llava/layer_9-masks-slots_16-seed_0/metrics.json")
+    assert 0 < metrics["cover"] <= 1
+    assert work.run(train, loss="masks", **options) == 0
+    assert work.ran == []
+
+    call = ["train", str(work.root / "data/tokens/tiny-llava/layer_9.json"), str(tmp_path / "by_hand"),
+            "--store", str(work.store), "--set", "loss=masks", "slots=[16]", "steps=2", "eval_every=1",
+            "batch_size=8"]  # fmt: skip
+    assert cli.main([*call, "--sample", str(tmp_path)]) == 2
+    assert "loss=masks needs segmented objects: --objects JSON, or, of scenes, --sample" in capsys.readouterr().err
+    assert cli.main([*call, "--sample", str(work.root / "data/sample")]) == 0
+    weights = task.out / "model.safetensors"
+    assert (tmp_path / "by_hand/model.safetensors").read_bytes() == weights.read_bytes()
+    call[-5] = "loss=mse"
+    assert cli.main([*call, "--objects", str(tmp_path / "some.json")]) == 2
+    assert "--objects is of use with loss=masks only, loss is mse" in capsys.readouterr().err
+
+
 def test_evaluate_scores_every_setting(work: Workspace) -> None:
     assert work.run(train) == 0  # puts out the default grid again
     assert work.run(evaluate) == 0

@@ -90,7 +90,8 @@ def kept(
     fill = "slot_mass" if pruner_config.fill in ("attention", "random") else pruner_config.fill
     return choose(attention_BKN.detach().float(), exist_B1.clamp(max=slots), min(slots, count),
                   assignment=pruner_config.assignment, fill=fill, mask_BN=mask_BN, tokens_BNC=tokens_BNC,
-                  given_BKk=None if given_BK is None else given_BK[:, :, None])  # fmt: skip
+                  given_BKk=None if given_BK is None else given_BK[:, :, None],
+                  mass_power=pruner_config.mass_power)  # fmt: skip
 
 
 def sampled_loss(
@@ -118,7 +119,7 @@ def sampled_loss(
     errors, logarithms = list[Tensor](), list[Tensor]()
     for noise_BKN in noise_MBKN:
         picks_BK, logarithm_B = sample(attention_BKN, tokens_BNC, exists_BN, noise_BKN, pruner_config.assignment,
-                                       temperature)  # fmt: skip
+                                       temperature, pruner_config.mass_power)  # fmt: skip
         with torch.no_grad():
             selection = kept(pruner_config, attention_BKN, tokens_BNC, mask_BN, picks_BK)
             hard_BSN = torch.nn.functional.one_hot(selection.indices_BS.clamp(min=0), count).float()

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from ocvtp.errors import BadInput
 from ocvtp.pruner.layout import Grid
 from ocvtp.pruner.seeding import generator
+from ocvtp.pruner.training.coverage_loss import Segmentations
 from ocvtp.tokens.read_ahead import read_ahead
 
 _AHEAD = 2
@@ -34,7 +35,8 @@ class TokenSource(Protocol):
 class Batch(NamedTuple):
     """Tokens of some images, in single precision, on the device.
 
-    `names` are their ids, if the source has some; `handed_on_BNV` the same tokens in the layer that goes to the LLM.
+    `names` are their ids, if the source has some; `handed_on_BNV` the same tokens in the layer that goes to the LLM;
+    `touched_BSN` which tokens lie on each of an image's objects, if they are known.
     """
 
     indices: list[int]
@@ -43,6 +45,7 @@ class Batch(NamedTuple):
     grids: list[Grid]
     names: list[str] | None = None
     handed_on_BNV: Tensor | None = None
+    touched_BSN: Tensor | None = None
 
 
 class WithRoom:
@@ -66,6 +69,20 @@ class WithRoom:
         return pad(tokens_BNC, (0, 0, 0, missing)), pad(there_BN, (0, missing)), grids
 
 
+class WithMore:
+    """A source of whose images more is known: segmented objects, tokens in the layer that goes to the LLM."""
+
+    def __init__(
+        self, source: TokenSource, objects: Segmentations | None = None, handed_on: TokenSource | None = None
+    ) -> None:
+        self.source, self.objects, self.handed_on = source, objects, handed_on
+        self.image_ids: Sequence[str] | None = getattr(source, "image_ids", None)
+        self.split, self.batch = source.split, source.batch
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
 def with_room(source: TokenSource, slots: int) -> TokenSource:
     """The source itself where all images of the VLM have as many tokens, else one with room for so many slots.
 
@@ -82,7 +99,14 @@ def fetch(source: TokenSource, indices: Sequence[int], device: torch.device) -> 
     tokens_BNC = tokens_BNC.to(device, non_blocking=True).float()
     ids: Sequence[str] | None = getattr(source, "image_ids", None)
     names = None if ids is None else [ids[index] for index in indices]
-    return Batch(list(indices), tokens_BNC, mask_BN, [(height, width) for height, width in grids], names)
+    handed_on_BNV, touched_BSN = None, None
+    if isinstance(source, WithMore):
+        if source.handed_on is not None:
+            handed_on_BNV = fetch(source.handed_on, indices, device).tokens_BNC
+        if source.objects is not None and names is not None:
+            touched_BSN = source.objects.touched(names, grids, tokens_BNC.shape[1]).to(device, non_blocking=True)
+    sides = [(height, width) for height, width in grids]
+    return Batch(list(indices), tokens_BNC, mask_BN, sides, names, handed_on_BNV, touched_BSN)
 
 
 class Order:

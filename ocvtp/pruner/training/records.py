@@ -14,7 +14,7 @@ from ocvtp.pruner.training.state import State
 
 COLUMNS: Final = (
     "step", "lr", "loss", "grad_norm", "val_loss", "val_mse", "distinct_picks", "span_error",
-    "random_span_error", "prototype_error", "kl", "handed_on_span_error", "random_handed_on_span_error",
+    "random_span_error", "prototype_error", "kl", "cover", "handed_on_span_error", "random_handed_on_span_error",
 )  # fmt: skip
 CURVES: Final = "curves.csv"
 METRICS: Final = "metrics.json"

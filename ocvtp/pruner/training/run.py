@@ -22,9 +22,10 @@ from ocvtp.pruner.loss import WITHOUT_DECODER
 from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.provenance import TrainedFor
 from ocvtp.pruner.seeding import derive, generator
-from ocvtp.pruner.training import answers, records, state
+from ocvtp.pruner.training import answers, coverage_loss, records, state
 from ocvtp.pruner.training.answers import Teacher
-from ocvtp.pruner.training.data import Batch, Order, TokenSource, with_room
+from ocvtp.pruner.training.coverage_loss import Segmentations
+from ocvtp.pruner.training.data import Batch, Order, TokenSource, WithMore, with_room
 from ocvtp.pruner.training.optimiser import learning_rate, make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
 from ocvtp.pruner.training.train_config import TrainConfig
@@ -55,6 +56,7 @@ def train(
     trained_for: TrainedFor | None = None,
     teacher: Teacher | None = None,
     handed_on: TokenSource | None = None,
+    objects: Segmentations | None = None,
 ) -> dict[str, Any]:
     """Train, and write the result into `folder`.
 
@@ -65,8 +67,8 @@ def train(
     validates and writes.
 
     Args:
-        pruner_config: of the pruner; it needs a decoder, but with the losses `span` and `answers`, which make it one
-            without.
+        pruner_config: of the pruner; it needs a decoder, but with the losses `span`, `answers` and `masks`, which make
+            it one without.
         train_config: how.
         dataset: the tokens.
         folder: where the result goes.
@@ -75,15 +77,17 @@ def train(
         device: where to compute.
         trained_for: what the tokens are of; loss, slots and seed are filled in.
         teacher: the VLM that teaches, for loss `answers`; it is asked about images by `dataset.image_ids`.
-        handed_on: the same images in the layer that goes to the LLM, for validation: how well what is kept of that
-            layer stands for all of it.
+        handed_on: the same images in the layer that goes to the LLM: for validation (how well what is kept of that
+            layer stands for all of it), and for `residual_of="handed_on"`.
+        objects: of the images, for loss `masks`, by `dataset.image_ids`.
 
     Returns:
         What is in `metrics.json`.
 
     Raises:
         BadInput: a config without a decoder; more slots than tokens; loss `answers` without a teacher, or one without
-            prompts for the images; a teacher with another loss.
+            prompts for the images; loss `masks` without `objects`, or with images that it does not know; either of
+            them with another loss.
         Incompatible: tokens of another width than the pruner's; `handed_on` of other images; checkpoints of another
             training; a teacher of another VLM than the tokens.
         Corrupt: no checkpoint in `resume` is whole.
@@ -91,8 +95,9 @@ def train(
             stays, `bad_batches.jsonl` names the images.
     """
     run = _Run(
-        pruner_config, train_config, dataset, torch.device(device), trained_for or TrainedFor(), teacher, handed_on
-    )
+        pruner_config, train_config, dataset, torch.device(device), trained_for or TrainedFor(), teacher, handed_on,
+        objects,
+    )  # fmt: skip
     run.resume(resume)
     if not run.state.stopped:
         run.steps(resume, folder, progress)
@@ -124,21 +129,28 @@ class _Run:
         trained_for: TrainedFor,
         teacher: Teacher | None,
         handed_on: TokenSource | None,
+        objects: Segmentations | None,
     ) -> None:
         if config.loss in WITHOUT_DECODER:
             pruner_config = replace(pruner_config, decoder=None)
         elif pruner_config.decoder is None:
             raise BadInput(
-                "a pruner without decoder is trained with loss=span or answers only: or decoder=random_ar, mlp or ar"
+                "a pruner without decoder is trained with loss=span, answers or masks only: or decoder=random_ar, mlp "
+                "or ar"
             )
         self.config, self.device = config, device
         self.most = max(*config.slots, *config.validation_slots)
-        self.dataset = dataset = with_room(dataset, self.most)
-        self.handed_on = None if handed_on is None else with_room(handed_on, self.most)
+        self.dataset: TokenSource = with_room(dataset, self.most)
+        handed_on = None if handed_on is None else with_room(handed_on, self.most)
         self.ranks = Ranks.current()
-        images, self.held_out = dataset.split(config.validation_share, config.seed)
-        self._check_tokens(pruner_config, images)
+        images, self.held_out = self.dataset.split(config.validation_share, config.seed)
+        self._check_tokens(pruner_config, images, handed_on)
         self.teacher = self._taught_by(teacher, pruner_config, trained_for)
+        self.objects = self._segmented(objects)
+        self.judged = WithMore(self.dataset, self.objects, handed_on)
+        """What validation sees: the layer that goes to the LLM in any case, if it is there."""
+        seen = handed_on if pruner_config.residual_of == "handed_on" else None
+        self.dataset = WithMore(self.dataset, self.objects, seen)
         self.ranks.check(config, len(images))
         self.order = Order(images, config.batch_size, drop_last=config.drop_last, seed=config.seed)
         self.total = config.steps or (config.epochs or 0) * self.order.steps_per_epoch
@@ -217,8 +229,9 @@ class _Run:
             "last_val_loss": last.get("val_loss"),
             "train_loss": self.state.last_loss,
             **{key: best.get(key) for key in ("distinct_picks", *REBUILDING)},
-            **({key: best.get(key) for key in HANDED_ON} if self.handed_on else {}),
+            **({key: best.get(key) for key in HANDED_ON} if self.judged.handed_on else {}),
             **({"kl": best.get("kl")} if self.teacher else {}),
+            **({"cover": best.get("cover")} if self.objects else {}),
             "bad_steps": self.state.bad_steps,
             "images": len(self.order.images),
             "validation_images": len(self.held_out),
@@ -278,9 +291,7 @@ class _Run:
 
     def _judge(self, batch: Batch | None) -> None:
         if self.config.validate_on == "held_out" or batch is None:
-            row = validate(
-                self.kept, self.config, self.dataset, self.held_out, self.device, self.teacher, self.handed_on
-            )
+            row = validate(self.kept, self.config, self.judged, self.held_out, self.device, self.teacher)
         else:
             # As the authors' code: as often as there are batches of held-out images, each time with fresh noise.
             times = max(1, -(-len(self.held_out) // self.config.batch_size))
@@ -322,13 +333,16 @@ class _Run:
     def _eval_every(self) -> int:
         return self.config.eval_every or self.order.steps_per_epoch
 
-    def _check_tokens(self, pruner_config: PrunerConfig, images: list[int]) -> None:
+    def _check_tokens(self, pruner_config: PrunerConfig, images: list[int], handed_on: TokenSource | None) -> None:
         tokens_BNC, _, _ = self.dataset.batch(images[:1])
         count, width = tokens_BNC.shape[1:]
-        if self.handed_on is not None:
-            ids = [getattr(source, "image_ids", len(source)) for source in (self.dataset, self.handed_on)]
+        if handed_on is not None:
+            ids = [getattr(source, "image_ids", len(source)) for source in (self.dataset, handed_on)]
             if ids[0] != ids[1]:
                 raise Incompatible("handed_on has other images than the tokens to train on, or in another order")
+        elif pruner_config.residual_of == "handed_on":
+            raise BadInput("residual_of is handed_on, but the tokens of the layer that goes to the LLM are not there: "
+                           "extract them, too (layer: [9, -2])")  # fmt: skip
         if width != pruner_config.token_dim:
             raise Incompatible(f"the tokens are {width} wide, the pruner's token_dim is {pruner_config.token_dim}")
         if self.most > count:
@@ -344,10 +358,25 @@ class _Run:
             if teacher is not None:
                 raise BadInput(f"a VLM that teaches is of use with loss=answers only, loss is {self.config.loss}")
             return None
+        return answers.check(teacher, pruner_config, trained_for, self._image_ids())
+
+    def _segmented(self, objects: Segmentations | None) -> Segmentations | None:
+        """The objects of the images, once they are known to be needed and to be there."""
+        if self.config.loss != "masks":
+            if objects is not None:
+                raise BadInput(f"segmented objects are of use with loss=masks only, loss is {self.config.loss}")
+            return None
+        if objects is None:
+            raise BadInput(f"{coverage_loss.NEEDS}: none are given")
+        objects.check(self._image_ids())
+        return objects
+
+    def _image_ids(self) -> list[str]:
         names = getattr(self.dataset, "image_ids", None)
         if names is None:
-            raise BadInput("loss is answers, but the tokens do not say of which images they are: image_ids is missing")
-        return answers.check(teacher, pruner_config, trained_for, list(names))
+            raise BadInput(f"loss is {self.config.loss}, but the tokens do not say of which images they are: "
+                           "image_ids is missing")  # fmt: skip
+        return list(names)
 
     def _spec(self, images: list[int]) -> str:
         """Digest of all that determines the training, but for the tokens themselves."""
@@ -359,5 +388,6 @@ class _Run:
             "images": images,
             "held_out": self.held_out,
             **({"teacher": self.teacher.identity} if self.teacher else {}),
+            **({"objects": self.objects.identity} if self.objects else {}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

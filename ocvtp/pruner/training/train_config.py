@@ -62,15 +62,15 @@ class TrainConfig:
         behaviour: `default` or `reference` (the authors' code), for all that is "auto".
         loss: `aw_mse` or `mse`, of what a decoder rebuilds from slots; or `span`, of what least squares rebuild from
             the picked tokens, without a decoder; or `answers`, of what a frozen VLM answers with the picked tokens,
-            against what it answers with all.
+            against what it answers with all; or `masks`, of the segmented objects of an image that no slot picks.
         loss_power, loss_cap, loss_normalise, ignore_empty: of `aw_mse`.
         answers_gradient: of `answers`: `sampled` draws kept sets around the pruner's and weighs the logarithm of their
             probability by how much worse each answers than the others (a score function, unbiased); `straight_through`
             takes the gradient at the picks, as that of the slots' soft weights over tokens in embeddings.
         answers_samples: kept sets of an image and step of `sampled`, two at least.
         answers_temperature: of `sampled`: how widely they are drawn.
-        span_temperature: of `span` and `straight_through`: of a slot's attention as weights of tokens in the one that
-            it picks.
+        span_temperature: of `span`, `masks` and `straight_through`: of a slot's attention as weights of tokens in the
+            one that it picks.
         prototype_weight: of `span` (`ocvtp.pruner.span.span_loss`).
         span_weight: of `answers`: of the loss `span`, which is added.
         prompts: of `answers`: `questions` (those that come with the training images: of synthetic scenes), a list of
@@ -102,7 +102,7 @@ class TrainConfig:
         validate_on: `held_out` images, or the `last_batch` of training.
         best_by: which validation is the best: that of the least `val_mse` (plain squared error of the decoder),
             `val_loss`, or `span` (`span_error`, what kept tokens leave unexplained). With loss `span` always `span`
-            unless given, and with `answers` `val_loss`.
+            unless given, and with `answers` and `masks` `val_loss`.
         patience: validations in a row without a better one after which training stops; None for never.
         max_bad_steps: steps with a loss or gradient that is not finite that are left out before training stops.
         checkpoint_every: steps between checkpoints.

@@ -4,7 +4,7 @@ Letters: B images, N tokens, K slots.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ocvtp.pruner.rebuilding import rebuilding
 from ocvtp.pruner.seeding import generator
 from ocvtp.pruner.select import picks
 from ocvtp.pruner.span import span_loss
-from ocvtp.pruner.training import answers
+from ocvtp.pruner.training import answers, coverage_loss
 from ocvtp.pruner.training.answers import Teacher
 from ocvtp.pruner.training.data import Batch, TokenSource, fetch
 from ocvtp.pruner.training.train_config import TrainConfig
@@ -36,7 +36,7 @@ def training_loss(
     teacher: Teacher | None = None,
     draw: int | None = None,
 ) -> Tensor:
-    """The loss of a batch: eq. 10-12, for `span` eq. 4-5, for `answers` eq. 2-3.
+    """The loss of a batch: eq. 10-12, for `span` eq. 4-5, for `answers` eq. 2-3, for `masks` that of objects missed.
 
     Args:
         config: of the training.
@@ -48,6 +48,10 @@ def training_loss(
     """
     if config.loss == "span":
         return _span(config, pruner, out, batch)
+    if config.loss == "masks":
+        if batch.touched_BSN is None:
+            raise BadInput(coverage_loss.NEEDS)
+        return coverage_loss.missed(out.attention, batch.touched_BSN, temperature=config.span_temperature)
     if config.loss == "answers":
         loss = answers_loss(config, pruner, out, batch, teacher, draw)
         return loss + config.span_weight * _span(config, pruner, out, batch) if config.span_weight else loss
@@ -66,9 +70,11 @@ def _span(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch
     scores_BKN = out.attention.detach()
     if batch.mask_BN is not None:
         scores_BKN = scores_BKN.masked_fill(~batch.mask_BN[:, None], -1.0)
-    picks_BKk = picks(scores_BKN, pruner.config.assignment, mask_BN=batch.mask_BN, tokens_BNC=batch.tokens_BNC)
+    judged_BNX = pruner.config.judged(batch.tokens_BNC, batch.handed_on_BNV)
+    picks_BKk = picks(scores_BKN, pruner.config.assignment, mask_BN=batch.mask_BN, tokens_BNC=judged_BNX,
+                      mass_power=pruner.config.mass_power)  # fmt: skip
     picks_BK = picks_BKk[:, :, 0].clamp(max=scores_BKN.shape[2] - 1)  # padding, which is zero, where none is left
-    return span_loss(batch.tokens_BNC, out.attention, picks_BK, batch.mask_BN,
+    return span_loss(judged_BNX, out.attention, picks_BK, batch.mask_BN,
                      temperature=config.span_temperature, prototype_weight=config.prototype_weight)  # fmt: skip
 
 
@@ -78,11 +84,12 @@ def answers_loss(
     """Mean over images of the divergence of a VLM's answers (eq. 2-3); without a `draw`, of what the pruner keeps."""
     if teacher is None or batch.names is None:
         raise BadInput(answers.NEEDS)
+    judged_BNX = pruner.config.judged(batch.tokens_BNC, batch.handed_on_BNV)
     if config.answers_gradient == "sampled" and draw is not None:
-        return answers.sampled_loss(pruner.config, out.attention, batch.tokens_BNC, batch.mask_BN, teacher, batch.names,
+        return answers.sampled_loss(pruner.config, out.attention, judged_BNX, batch.mask_BN, teacher, batch.names,
                                     draw, samples=config.answers_samples,
                                     temperature=config.answers_temperature)  # fmt: skip
-    selection = answers.kept(pruner.config, out.attention, batch.tokens_BNC, batch.mask_BN)
+    selection = answers.kept(pruner.config, out.attention, judged_BNX, batch.mask_BN)
     weights_BSN = answers.soft_weights(out.attention, selection, config.span_temperature)
     return teacher.divergence(batch.names, selection.indices_BS, weights_BSN, draw).mean()
 
@@ -95,25 +102,18 @@ def validate(
     images: Sequence[int],
     device: torch.device,
     teacher: Teacher | None = None,
-    handed_on: TokenSource | None = None,
 ) -> Row:
     """Losses, picks, and how well kept tokens stand for all, over held-out images.
 
     Returns:
         `val_loss`, `val_mse` (the plain error of the decoder, if there is one), `kl` (of `answers`, over all prompts
-        of an image), `distinct_picks` and `REBUILDING`, and given `handed_on`, the same images in the layer that goes
-        to the LLM, `HANDED_ON` (with as many tokens kept as there are slots): means over images and over
-        `validation_slots`.
+        of an image), `cover` (of `masks`: `covered` by what is kept), `distinct_picks` and
+        `REBUILDING`, and where the source has the layer that goes to the LLM, `HANDED_ON` (with as many tokens kept as
+        there are slots): means over images and over `validation_slots`.
     """
     slots, size = config.validation_slots, config.batch_size
     parts = [images[start : start + size] for start in range(0, len(images), size)]
-    batches = (
-        fetch(source, part, device)._replace(
-            handed_on_BNV=None if handed_on is None else fetch(handed_on, part, device).tokens_BNC
-        )
-        for part in parts
-    )
-    return evaluate(pruner, config, batches, slots, teacher)
+    return evaluate(pruner, config, (fetch(source, part, device) for part in parts), slots, teacher)
 
 
 @torch.no_grad()
@@ -140,6 +140,10 @@ def evaluate(
             if out.reconstruction is not None:
                 row["val_mse"] = float(mse(out.reconstruction, batch.tokens_BNC, batch.mask_BN))
             row |= {"distinct_picks": _distinct(out.attention), **_rebuilding(pruner, batch, one)}
+            if batch.touched_BSN is not None:
+                kept_BS = pruner.select(batch.tokens_BNC, one, mask=batch.mask_BN, handed_on=batch.handed_on_BNV,
+                                        **_selecting(pruner, batch))  # fmt: skip
+                row["cover"] = float(coverage_loss.covered(kept_BS, batch.touched_BSN).mean())
             sums = {name: sums.get(name, 0.0) + value * len(batch.indices) for name, value in row.items()}
         count += len(batch.indices) * len(slots)
     pruner.train(training)
@@ -164,11 +168,16 @@ def _rebuilding(pruner: OCPruner, batch: Batch, keep: int) -> Row:
     wanted = REBUILDING if batch.handed_on_BNV is None else (*REBUILDING, *HANDED_ON)
     if keep >= batch.tokens_BNC.shape[1]:
         return dict.fromkeys(wanted, 0.0)
-    seeds = range(len(batch.indices)) if _fresh(pruner) else None
-    fill = "slot_mass" if pruner.config.fill == "attention" else None  # there is no attention of a tower here
-    found = rebuilding(pruner, batch.tokens_BNC, keep, handed_on=batch.handed_on_BNV, mask=batch.mask_BN, seeds=seeds,
-                       check_values=False, fill=fill)  # fmt: skip
+    found = rebuilding(pruner, batch.tokens_BNC, keep, handed_on=batch.handed_on_BNV, mask=batch.mask_BN,
+                       **_selecting(pruner, batch))  # fmt: skip
     return {name: getattr(found, name) for name in wanted}
+
+
+def _selecting(pruner: OCPruner, batch: Batch) -> dict[str, Any]:
+    """How tokens are chosen in validation: there is no attention of a tower here."""
+    seeds = range(len(batch.indices)) if _fresh(pruner) else None
+    fill = "slot_mass" if pruner.config.fill == "attention" else None
+    return {"seeds": seeds, "check_values": False, "fill": fill}
 
 
 def _distinct(attention_BKN: Tensor) -> float:

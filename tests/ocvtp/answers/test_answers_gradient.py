@@ -127,4 +127,4 @@ def test_what_is_drawn_of_an_image_is_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(both[1:], sets(slice(1, 2), ["b"], 5))
     assert not torch.equal(both, sets(slice(0, 2), ["a", "b"], 6))
     assert len({tuple(row) for row in both[0].tolist()}) > 1
-    assert set(RULES) == {"residual", "gain"}
+    assert set(RULES) == {"residual", "gain", "mass"}

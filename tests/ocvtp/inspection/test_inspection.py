@@ -23,8 +23,9 @@ from ocvtp.data.scenes import write_scenes
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.inspection import towers
 from ocvtp.inspection.measure import Asked, Subject, measure, summary
-from ocvtp.inspection.segments import Picture, mask_of, objects, pictures
+from ocvtp.inspection.segments import Picture, pictures
 from ocvtp.selection import CHOICES, css, prototype_error, qr, span_error
+from ocvtp.tokens.object_masks import mask_of, objects
 from ocvtp.vlms import family_of
 from ocvtp.vlms.images import Map
 
@@ -69,7 +70,7 @@ def test_objects_of_padded_scenes_are_those_of_evaluation(scenes: Path) -> None:
     assert len(found) == 6
     for picture in found:
         size = Image.open(picture.path).size
-        assert objects(picture, size, "pad", [Map(numbers, 1.0)]) == expected[picture.path.name]
+        assert objects(picture.segments, size, "pad", [Map(numbers, 1.0)]) == expected[picture.path.name]
 
 
 def test_objects_by_hand() -> None:
@@ -81,14 +82,18 @@ def test_objects_by_hand() -> None:
     np.testing.assert_array_equal(mask_of(codes[1], (8, 4)), dot)
     picture = Picture(Path("a.png"), codes)
     grid = [Map(torch.arange(4).view(2, 2))]
-    assert objects(picture, (8, 4), "squash", grid) == Objects((frozenset({0, 2}), frozenset({1})), (True, True))
+    assert objects(picture.segments, (8, 4), "squash", grid) == Objects(
+        (frozenset({0, 2}), frozenset({1})), (True, True)
+    )
     padded = [Map(torch.arange(16).view(4, 4), 1.0)]  # two rows of padding above and below
-    assert objects(picture, (8, 4), "pad", padded) == Objects((frozenset({4, 8}), frozenset({6})), (False, True))
+    assert objects(picture.segments, (8, 4), "pad", padded) == Objects(
+        (frozenset({4, 8}), frozenset({6})), (False, True)
+    )
     # The middle square is columns 2 to 5: the bar is not in it.
-    assert objects(picture, (8, 4), "crop", grid) == Objects((frozenset({1}),), (True,))
+    assert objects(picture.segments, (8, 4), "crop", grid) == Objects((frozenset({1}),), (True,))
     # Two maps, as of LLaVA-NeXT: a token of either will do.
     two = [grid[0], Map(4 + torch.arange(2).view(1, 2))]
-    assert objects(picture, (8, 4), "squash", two).tokens == (frozenset({0, 2, 4}), frozenset({1, 5}))
+    assert objects(picture.segments, (8, 4), "squash", two).tokens == (frozenset({0, 2, 4}), frozenset({1, 5}))
 
 
 def test_segmentations_that_are_read() -> None:
@@ -143,7 +148,7 @@ def test_a_tower_that_stands_alone(kind: str, scenes: Path, tmp_path: Path) -> N
     assert row.tokens == row.distinct == 5
     assert row.milliseconds > 0
     assert rows[3].span_on <= rows[2].span_on + 1e-6 or kind == "clip"  # css of the last layer is made for it
-    hits = [objects(p, Image.open(p.path).size, "crop", family.maps(images, n)).covered_by(chosen[n].tolist())
+    hits = [objects(p.segments, Image.open(p.path).size, "crop", family.maps(images, n)).covered_by(chosen[n].tolist())
             for n, p in enumerate(found)]  # fmt: skip
     assert row.cover == sum(hit.covered for hit in hits) / sum(hit.objects for hit in hits)
     assert rows[0].span != rows[1].span

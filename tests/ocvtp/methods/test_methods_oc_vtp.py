@@ -14,6 +14,7 @@ import ocvtp
 from ocvtp.errors import BadInput, Incompatible, NotAvailable
 from ocvtp.methods import describe, entry_of
 from ocvtp.pruner import OCPruner, PrunerConfig, TrainedFor
+from ocvtp.pruner.slots import SharedGaussian
 
 Picture = Callable[..., Image.Image]
 
@@ -24,8 +25,9 @@ def pruner(layer: int | None = 3, tower_layer: int | None = None, width: int = 3
         PrunerConfig(width, grid=(4, 4), decoder=None, **options),
         TrainedFor(vlm="tiny", layer=layer, tower_layer=tower_layer, weights="abc"),
     ).eval()
-    with torch.no_grad():  # so that slots differ
-        made.queries.log_std.fill_(1.0)
+    if isinstance(made.queries, SharedGaussian):
+        with torch.no_grad():  # so that slots differ
+            made.queries.log_std.fill_(1.0)
     return made
 
 
@@ -69,6 +71,23 @@ def test_indices_follow_from_the_hidden_states_of_transformers(
             ranking_N = (attention_KN / attention_KN.sum(1, keepdim=True)).sum(0)
             expected = slowly(made, tokens_NC, 6, 6, seeds[0][image], ranking_N)
         assert handle.last_kept[image] == expected
+
+
+@torch.no_grad()
+def test_what_picks_leave_is_that_of_the_layer_that_goes_on(make_vlm: Callable[..., Any], picture_of: Picture) -> None:
+    """Slots read layer 3, residuals are those of the layer that the LLM is fed from; `mass_power` is an option."""
+    llava = make_vlm("llava")
+    made = pruner(assignment="mass", residual_of="handed_on", queries="fps")
+    inputs = llava.prompt([[picture_of(i)] for i in range(3)])
+    states = llava.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    layer = llava.model.config.vision_feature_layer
+    for power in (None, 0, 2.0):
+        with ocvtp.prune(llava.model, "oc-vtp", 6, made, mass_power=power) as handle:
+            llava.model(**inputs)
+        expected = made.select(states[3][:, 1:], 6, handed_on=states[layer][:, 1:], mass_power=power)
+        assert handle.last_kept == expected.tolist()
+    with pytest.raises(BadInput, match="mass_power is -1"):
+        ocvtp.prune(llava.model, "oc-vtp", 6, made, mass_power=-1)
 
 
 @torch.no_grad()

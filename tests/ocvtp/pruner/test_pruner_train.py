@@ -32,7 +32,7 @@ def test_it_learns(tmp_path, loss):
     rows = [line.split(",") for line in found["curves.csv"].decode().splitlines()]
     header, first = rows[0], dict(zip(rows[0], rows[1], strict=True))
     assert header == ["step", "lr", "loss", "grad_norm", "val_loss", "val_mse", "distinct_picks", "span_error",
-                      "random_span_error", "prototype_error", "kl", "handed_on_span_error",
+                      "random_span_error", "prototype_error", "kl", "cover", "handed_on_span_error",
                       "random_handed_on_span_error"]  # fmt: skip
     assert first["step"] == "0"
     assert metrics["val_mse"] < 0.25 < 0.5 * float(first["val_mse"])
