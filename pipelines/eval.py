@@ -31,6 +31,7 @@ from pipelines import tracking
 from pipelines.grid import Cell, PrunerCell, budget_name, vlm_folder
 from pipelines.inputs import Input, method_code, pruners, questions, wanted_settings, weights
 from pipelines.params import ablate
+from pipelines.params.ablate import ON
 from pipelines.shards import Published, Speeds, count_of
 from pipelines.spool import Dataset, Record, Series
 from pipelines.stage import command, outputs
@@ -243,6 +244,7 @@ def _records(
         on = {key: name for name in found for key in (name, f"{name}_relative", f"{budget}/{name}")}
         values |= {f"{name}_relative": value for name, value in relative.items()}
         axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
+        axes |= {ON: None if setting.pruner is None else setting.pruner.on}
         axes |= {f"option.{name}": value for name, value in setting.options.items() if name not in axes}
         alike = {"setting": {k: v for k, v in shared.items() if k != "keep"}, "code": task.code}
         yield Record(
@@ -270,8 +272,8 @@ def _series(setting: Cell, task: Task, axes: Mapping[str, Any], alike: str) -> S
     pruner = setting.pruner
     if pruner is not None:
         params = {"vlm": pruner.vlm, "layer": pruner.layer, "loss": pruner.loss, "slots": list(pruner.slots)}
-        key = Path(task.inputs["pruner"]).name
-        return Series(key, "pruner", pruner.folder, {**params, "seed": pruner.seed, "method": setting.method})
+        params |= {"seed": pruner.seed, ON: pruner.on, "method": setting.method}
+        return Series(Path(task.inputs["pruner"]).name, "pruner", pruner.folder, params)
     params = {key: value for key, value in axes.items() if key not in ("keep", "tokens", "share") and value is not None}
     name = f"{vlm_folder(setting.vlm)}/{replace(setting, keep=None).name}"
     return Series(hashlib.sha256(alike.encode()).hexdigest()[:24], "method", name, params)
