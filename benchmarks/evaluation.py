@@ -7,8 +7,9 @@
 A VLM of LLaVA's family, unpruned, is asked the same questions about scenes by all of them, in turns within one run; of
 several rounds the fastest counts. Each round decodes the images and prepares the prompts anew. lmms-eval's class
 (`lmms_eval.models.chat.llava_hf`) takes one question at a time. `equal`: answers that are, letter by letter, those of
-ocvtp one by one. Needs ocvtp with lmms-eval, whose class imports `decord` to read videos, of which there are none here:
-where that is not installed an empty module stands in for it.
+ocvtp one by one. `x least`: how many times as long as its matrix products alone (tower, projector, prefill; closed
+form) take at the rate of a large one, which is measured in the same run. Needs ocvtp with lmms-eval, whose class
+imports `decord` to read videos, of which there are none here: where that is not installed an empty module stands in.
 """
 
 import argparse
@@ -25,6 +26,9 @@ import torch
 from machine import add_output, heading, machine, say
 
 from ocvtp.data.question_sets import write_benchmarks
+from ocvtp.efficiency.flops import prefill_flops
+from ocvtp.efficiency.roofline import Ceilings
+from ocvtp.efficiency.shapes import shape_of
 from ocvtp.evaluation.ask import answers_to
 from ocvtp.evaluation.benchmarks import benchmark, benchmarks
 from ocvtp.evaluation.generate import Answerer, finish
@@ -74,12 +78,26 @@ def theirs(folder: Path, device: str) -> Ask:
     return ask
 
 
-def measured(name: str, data: Path, askers: Mapping[str, Ask], rounds: int, device: str) -> list[dict[str, Any]]:
+def operations(vlm: Any, questions: Questions, rows: Sequence[int]) -> int:
+    """Of the matrix products of all prefills, one token of each answer included."""
+    shape, tokens, total = shape_of(vlm.model.config), vlm.entry.tokens, 0
+    for row in rows:
+        batch = Answerer(vlm).prepare([questions.messages(row)])
+        of_images = tokens * batch.images[0]
+        text = int(batch.inputs["attention_mask"].sum()) - of_images
+        total += prefill_flops(shape, image_tokens=of_images, text_tokens=text, causal=True).total
+    return total
+
+
+def measured(
+    vlm: Any, name: str, data: Path, askers: Mapping[str, Ask], rounds: int, device: str, rate: float
+) -> list[dict[str, Any]]:
     """Seconds of each for all questions of a benchmark."""
     with opened(benchmark(name), data) as questions:
         rows = range(len(questions))
         seconds: dict[str, list[float]] = {who: [] for who in askers}
         said: dict[str, list[str]] = {}
+        least = operations(vlm, questions, rows) / rate
         for ask in askers.values():
             ask(questions, rows[:32])  # what only the first call costs
         for _ in range(rounds):
@@ -91,7 +109,7 @@ def measured(name: str, data: Path, askers: Mapping[str, Ask], rounds: int, devi
                 seconds[who].append(time.perf_counter() - start)
     first = next(iter(said.values()))
     return [
-        {"benchmark": name, "who": who, "questions": len(rows), "seconds": min(taken),
+        {"benchmark": name, "who": who, "questions": len(rows), "seconds": min(taken), "least": least,
          "equal": sum(a == b for a, b in zip(said[who], first, strict=True))}
         for who, taken in seconds.items()
     ]  # fmt: skip
@@ -102,8 +120,9 @@ def summed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for who in dict.fromkeys(row["who"] for row in rows):
         of_it = [row for row in rows if row["who"] == who]
-        total = {key: sum(row[key] for row in of_it) for key in ("questions", "seconds", "equal")}
-        found.append({"who": who, **total, "per_second": total["questions"] / total["seconds"]})
+        total = {key: sum(row[key] for row in of_it) for key in ("questions", "seconds", "least", "equal")}
+        per_second, times_least = total["questions"] / total["seconds"], total["seconds"] / total["least"]
+        found.append({"who": who, **total, "per_second": per_second, "times_least": times_least})
     for row in found:
         row["times_one_by_one"] = row["per_second"] / found[0]["per_second"]
         row["times_lmms_eval"] = row["per_second"] / found[-1]["per_second"]
@@ -111,10 +130,11 @@ def summed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    columns = ("", "questions/s", "x one by one", "x lmms-eval's", "equal answers")
-    lines = [heading(found["machine"]), "", f"| {' | '.join(columns)} |", "|:--|--:|--:|--:|--:|"]
+    columns = ("", "questions/s", "x one by one", "x lmms-eval's", "x least", "equal answers")
+    lines = [heading(found["machine"]), "", f"| {' | '.join(columns)} |", "|:--|--:|--:|--:|--:|--:|"]
     for row in found["all"]:
-        speeds = f"{row['per_second']:.1f} | {row['times_one_by_one']:.2f} | {row['times_lmms_eval']:.2f}"
+        times = [row[f"times_{rival}"] for rival in ("one_by_one", "lmms_eval", "least")]
+        speeds = " | ".join([f"{row['per_second']:.1f}", *(f"{time:.2f}" for time in times)])
         lines.append(f"| {row['who']} | {speeds} | {row['equal']} of {row['questions']} |")
     whos = [row["who"] for row in found["all"]]
     lines += ["", f"| questions/s | {' | '.join(whos)} |", f"|:--|{'--:|' * len(whos)}"]
@@ -145,12 +165,14 @@ def main() -> None:
     vlm = load(arguments.vlm, device=arguments.device, dtype="float32")
     askers = {f"ocvtp, batches of {size}": ours(vlm, size) for size in BATCHES}
     askers[THEIRS] = theirs(resolve(arguments.vlm).folder, arguments.device)
+    ceilings = Ceilings.measured(arguments.device, torch.float32)
     rows = []
     with tempfile.TemporaryDirectory(prefix="ocvtp-benchmark-") as folder:
         write_benchmarks(Path(folder), count, seed=0)
         for name in names:
-            rows += measured(name, Path(folder) / f"{name}.parquet", askers, rounds, arguments.device)
-    about = {"vlm": arguments.vlm, "dtype": "float32", "rounds": rounds}
+            data = Path(folder) / f"{name}.parquet"
+            rows += measured(vlm, name, data, askers, rounds, arguments.device, ceilings.flops)
+    about = {"vlm": arguments.vlm, "dtype": "float32", "rounds": rounds, "ceilings": ceilings.as_dict()}
     say({"machine": machine(arguments.device), **about, "rows": rows, "all": summed(rows)}, table, arguments)
 
 

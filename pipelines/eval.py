@@ -22,6 +22,7 @@ from cluster import Report, Task, is_published
 from cluster.driver.plan import fault_of
 from cluster.fingerprint import fingerprint
 from cluster.task import canonical
+from ocvtp.errors import BadInput
 from ocvtp.evaluation.benchmarks import NATIVE, benchmark
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
@@ -30,7 +31,8 @@ from pipelines import tracking
 from pipelines.grid import Cell, PrunerCell, budget_name, vlm_folder
 from pipelines.inputs import Input, method_code, pruners, questions, wanted_settings, weights
 from pipelines.params import ablate
-from pipelines.shards import Speeds, begun, count_of
+from pipelines.params.ablate import ON
+from pipelines.shards import Published, Speeds, count_of
 from pipelines.spool import Dataset, Record, Series
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
@@ -59,8 +61,8 @@ def work(run: Stage) -> None:
     missing = [one for one in everything.values() if not is_published(one.score.out)]
     # One benchmark after the other: a worker then knows its images, and what the tower makes of them.
     missing.sort(key=lambda one: run.params.benchmark.index(one.asking["benchmark"]))
-    speeds = _speeds(run)
-    shards = [_shards(run, one, speeds) for one in missing]
+    speeds, there = _speeds(run), _published(run)
+    shards = [_shards(run, one, speeds, there) for one in missing]
     with run.workers() if missing else nullcontext() as workers:
         asked_ = run.run([task for some in shards for task in some], workers) if missing else Report()
         sizes = {
@@ -83,9 +85,9 @@ def work(run: Stage) -> None:
 
 def plan(run: Stage) -> Plan:
     """What it would evaluate."""
-    works, speeds = _works(run)[1].values(), _speeds(run)
+    works, speeds, there = _works(run)[1].values(), _speeds(run), _published(run)
     lacking = [one for one in works if not fault_of(one.score.out)[1]]
-    asked_ = [task for one in lacking for task in _shards(run, one, speeds)]
+    asked_ = [task for one in lacking for task in _shards(run, one, speeds, there)]
     return Plan([*asked_, *(one.score for one in works)])
 
 
@@ -140,17 +142,26 @@ def _work(
     return Work(run.task("scores", f"{path}, score", scores, spec, demand, inputs), asking, inputs, count)
 
 
-def _shards(run: Stage, work: Work, speeds: Speeds) -> list[Task]:
+def _shards(run: Stage, work: Work, speeds: Speeds, there: Published) -> list[Task]:
     """The tasks whose answers a score is made of; the score is told where these will be."""
-    evaluate = run.params.evaluate
-    count = count_of(work.questions, speeds.of(work.asking), evaluate.minutes_per_task)
-    there = run.store.root / "answers"
-    published = frozenset(path.name for path in there.iterdir()) if there.is_dir() else frozenset[str]()
-    if published:
-        count = begun(work.questions, lambda size, one: _shard(run, work, one, size).out.name in published) or count
+
+    def key_of(number: int, count: int) -> str:
+        return _shard(run, work, number, count).out.name
+
+    # What is answered is never asked again for the sake of another cut.
+    count = there.cut(key_of, whole=True) or _given(run, work) or there.cut(key_of, whole=False)
+    count = count or count_of(work.questions, speeds.of(work.asking), run.params.evaluate.minutes_per_task)
     tasks = [_shard(run, work, number, count) for number in range(count)]
     work.score.inputs["answers"] = [run.in_store(task.out) for task in tasks]
     return tasks
+
+
+def _given(run: Stage, work: Work) -> int | None:
+    """Into how many tasks the params say to cut the questions, if they do."""
+    count = run.params.evaluate.shards
+    if count is not None and count > work.questions:
+        raise BadInput(f"evaluate.shards: {count} tasks of {work.questions} questions of {work.asking['benchmark']}")
+    return count
 
 
 def _shard(run: Stage, work: Work, number: int, count: int) -> Task:
@@ -161,6 +172,10 @@ def _shard(run: Stage, work: Work, number: int, count: int) -> Task:
 
 def _speeds(run: Stage) -> Speeds:
     return Speeds(run.store.logs, run.config.executor)
+
+
+def _published(run: Stage) -> Published:
+    return Published(run.store.root / "answers")
 
 
 def _of_setting(run: Stage, setting: Cell, vlm: CatalogEntry, pruner: Input | None) -> dict[str, Any]:
@@ -229,6 +244,7 @@ def _records(
         on = {key: name for name in found for key in (name, f"{name}_relative", f"{budget}/{name}")}
         values |= {f"{name}_relative": value for name, value in relative.items()}
         axes = {**setting.axes, "keep": setting.tokens or setting.share, "seed": setting.seed}
+        axes |= {ON: None if setting.pruner is None else setting.pruner.on}
         axes |= {f"option.{name}": value for name, value in setting.options.items() if name not in axes}
         alike = {"setting": {k: v for k, v in shared.items() if k != "keep"}, "code": task.code}
         yield Record(
@@ -256,8 +272,8 @@ def _series(setting: Cell, task: Task, axes: Mapping[str, Any], alike: str) -> S
     pruner = setting.pruner
     if pruner is not None:
         params = {"vlm": pruner.vlm, "layer": pruner.layer, "loss": pruner.loss, "slots": list(pruner.slots)}
-        key = Path(task.inputs["pruner"]).name
-        return Series(key, "pruner", pruner.folder, {**params, "seed": pruner.seed, "method": setting.method})
+        params |= {"seed": pruner.seed, ON: pruner.on, "method": setting.method}
+        return Series(Path(task.inputs["pruner"]).name, "pruner", pruner.folder, params)
     params = {key: value for key, value in axes.items() if key not in ("keep", "tokens", "share") and value is not None}
     name = f"{vlm_folder(setting.vlm)}/{replace(setting, keep=None).name}"
     return Series(hashlib.sha256(alike.encode()).hexdigest()[:24], "method", name, params)

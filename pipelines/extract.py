@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from cluster import ClusterError, CorruptResult, Task, drop, is_published, set_a
 from cluster.driver.plan import fault_of
 from cluster.store import verdicts
 from cluster.store.publish import About
-from ocvtp.tokens.manifest import DTYPES, Shard, ShardManifest, layer_listing
+from ocvtp.tokens.manifest import Shard, ShardManifest, layer_listing
 from ocvtp.vlms import CatalogEntry, resolve
 from pipelines.grid import token_sets, tokens_listing
 from pipelines.params.model import SAMPLED
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.costs import costs, image_bytes
 from pipelines.stage.dry_run import Plan
 from pipelines.stage.parts import adopt, remember_linked
 from pipelines.tasks.tokens import tokens
@@ -78,16 +80,11 @@ def plan(run: Stage) -> Plan:
             ready.update(part.layers[layer].key for layer in missing)
         elif missing:
             passes.append(f"  {task.name}")
-            room += len(missing) * len(part.whole.spec["images"]) * _image_bytes(run, resolve(vlm))
+            room += len(missing) * len(part.whole.spec["images"]) * image_bytes(resolve(vlm), run.params.extract)
     last = [f"{len(passes)} passes, each over the images from the first one named:"] if passes else []
     last += [*passes, f"{len(ready)} shards are published from passes that are there"] if ready else passes
     last += [f"their tokens take {room / 1e9:.3g} GB of the store"] if room >= LARGE else []
     return Plan(tasks, frozenset(ready), _of_layer, last)
-
-
-def _image_bytes(run: Stage, vlm: CatalogEntry) -> int:
-    """Of one layer's tokens of an image; 0 where images have different numbers of them."""
-    return (vlm.tokens or 0) * vlm.width * DTYPES[run.params.extract.dtype].itemsize
 
 
 def _of_layer(about: About) -> dict[str, Any]:
@@ -176,7 +173,7 @@ def _shard(folder: Path) -> Shard:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("extract", __doc__ or "", work, plan, arguments)
+    return command.main("extract", __doc__ or "", work, plan, arguments, partial(costs, training=False))
 
 
 if __name__ == "__main__":

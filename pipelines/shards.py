@@ -3,39 +3,67 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cluster import Task
+from cluster import CorruptResult, Manifest, Task, is_published
 from cluster.driver.board import Outcome
 from cluster.store.layout import ATTEMPTS
 from ocvtp.json_files import read_json
+from pipelines.params.model import MOST_SHARDS
 from pipelines.stage import outputs
 
 log = logging.getLogger(__name__)
 ASSUMED = 2.0
 """Questions a second, until some were answered."""
-MOST = 1024
-"""Tasks of one benchmark and setting."""
 
 
 def count_of(questions: int, speed: float, minutes: float) -> int:
     """Tasks of at most so many minutes each: 1, 2, 4, ..., so that a speed that is a little other changes nothing."""
     tasks = 1
-    while 2 * tasks <= min(MOST, questions) and questions / tasks > 60 * minutes * speed:
+    while 2 * tasks <= min(MOST_SHARDS, questions) and questions / tasks > 60 * minutes * speed:
         tasks *= 2
     return tasks
 
 
-def begun(questions: int, is_there: Callable[[int, int], bool]) -> int | None:
-    """Of how many tasks a cut is of which any task is done, so that it can be gone on with; None if there is none.
+class Published:
+    """Answers that a store has, and into how many tasks their questions were cut.
 
     Args:
-        questions: to be cut.
-        is_there: of so many tasks, whether the one with this number is done.
+        folder: of the store, with a result for each task.
     """
-    sizes = (2**power for power in range(MOST.bit_length()) if 2**power <= questions)
-    return next((size for size in sizes if any(is_there(size, number) for number in range(size))), None)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def cut(self, key_of: Callable[[int, int], str], *, whole: bool) -> int | None:
+        """Of how many tasks the smallest cut is of which all tasks are there, or any; None if there is none.
+
+        Args:
+            key_of: of a task, by its number and by how many there are.
+            whole: all of them are there; else any, so that it can be gone on with.
+        """
+        enough = all if whole else any
+        for count in self._cuts:
+            if enough(key_of(number, count) in self._keys for number in range(count)):
+                return count
+        return None
+
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        there = self._folder.iterdir() if self._folder.is_dir() else ()
+        return frozenset(path.name for path in there if not path.name.startswith(".") and is_published(path))
+
+    @cached_property
+    def _cuts(self) -> list[int]:
+        found = set()
+        for key in self._keys:
+            try:
+                found.add(int(Manifest.read(self._folder / key).about.spec["shard"][1]))
+            except CorruptResult as error:  # it is answered anew
+                log.warning("%s", error)
+        return sorted(found)
 
 
 def _seconds(attempts: Path) -> Iterator[tuple[str, float]]:

@@ -6,6 +6,7 @@
 import hashlib
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipelines.params.model import SAMPLED
 from pipelines.spool import Dataset, Record, curves
 from pipelines.stage import command, outputs
 from pipelines.stage.context import Stage
+from pipelines.stage.costs import costs
 from pipelines.stage.dry_run import Plan
 from pipelines.tasks.pruners import pruner
 from pipelines.tasks.segmented import segmented
@@ -192,7 +194,7 @@ def _record(run: Stage, cell: PrunerCell, task: Task) -> Record:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return command.main("train", __doc__ or "", work, plan, arguments)
+    return command.main("train", __doc__ or "", work, plan, arguments, partial(costs, training=True))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ WHERE_AND_HOW = ("cluster", "mlflow")
 PRUNER = "pruner."
 SAMPLED = "sample"
 """Value of `train.on`: the images of `sample.source`."""
+MOST_SHARDS = 1024
+"""Tasks that answer one benchmark's questions in one setting."""
 OR_NULL = BeforeValidator(lambda value: {} if value is None else value)
 
 
@@ -189,6 +191,7 @@ class Evaluate(Section):
     max_new_tokens: Positive = 16
     bootstrap: int = Field(default=2000, ge=100)
     minutes_per_task: float = Field(default=30.0, gt=0)
+    shards: int | None = Field(default=None, ge=1, le=MOST_SHARDS)
     limit: Positive | None = None
     options: dict[str, dict[str, Any]] = Field(default={"qr": {"layer": -2}, "css": {"layer": -2}})
 

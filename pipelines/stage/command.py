@@ -16,7 +16,9 @@ from rich.console import Console
 
 from cluster import ClusterError, CorruptResult, Interrupted, TasksFailed
 from ocvtp.errors import Corrupt, NotAvailable, OcvtpError
-from pipelines.stage.context import ROOT, Stage, open_stage
+from pipelines.params.load import load
+from pipelines.params.model import Params
+from pipelines.stage.context import PARAMS, ROOT, Stage, open_stage
 from pipelines.stage.dry_run import Plan, say
 
 log = logging.getLogger("pipelines")
@@ -38,18 +40,30 @@ def main(
     work: Callable[[Stage], None],
     plan: Callable[[Stage], Plan],
     arguments: Sequence[str] | None = None,
+    costs: Callable[[Params], Iterable[str]] | None = None,
 ) -> int:
-    """The command line of a stage; returns the exit code."""
+    """The command line of a stage; returns the exit code. `costs` says what `--costs` prints, where there is such."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--params", type=Path, metavar="FILE", help="params to use instead of params.yaml")
     parser.add_argument("--fail-fast", action="store_true", help="stop at the first task that fails for good")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and change nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="say what would run and why, and change nothing")
+    if costs is not None:
+        instead.add_argument(
+            "--costs",
+            action="store_true",
+            help="say what room and time it takes at the size of the params: a few passes over random numbers of the "
+            "same shapes on this device; needs no data, and changes nothing",
+        )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, format="%(message)s")
     for chatty in ("httpx", "urllib3", "alembic", "matplotlib", "PIL", "filelock", "git"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
+        if costs is not None and options.costs:
+            show(costs(load(options.params or PARAMS)))
+            return 0
         run = open_stage(name, options.params, fail_fast=options.fail_fast, dry=options.dry_run)
         if options.dry_run:
             show(say(run, plan, options.params))

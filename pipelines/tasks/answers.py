@@ -9,7 +9,9 @@ from cluster import progress
 from ocvtp.evaluation.answered import Shard
 from ocvtp.evaluation.ask import ask
 from ocvtp.evaluation.benchmarks import Protocol, benchmark
+from ocvtp.evaluation.preflight import locate
 from ocvtp.evaluation.setting import EvaluationSetting, ready
+from pipelines.tasks.checked import check_file
 from pipelines.tasks.places import check_same, device, in_store
 
 
@@ -17,17 +19,22 @@ def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`answers.jsonl` and `asked.json`. An attempt that dies leaves what it was told already to the next one."""
     protocol = spec["protocol"]
     check_same(spec["benchmark"], asked(spec["benchmark"], protocol), {key: spec[key] for key in ("task", "lmms_eval")})
+    pruner, data = (None if inputs[name] is None else in_store(folder, inputs[name]) for name in ("pruner", "data"))
+    if pruner is not None:
+        for name, sha256 in spec["pruner"].items():
+            check_file(pruner / name, sha256)
+    if data is not None:
+        check_file(locate(benchmark(spec["benchmark"], protocol), data), spec["data"])
     with ready(
         EvaluationSetting(spec["vlm"], dtype=spec["dtype"]), device()
     ) as unpruned:  # stays loaded for what follows
         check_same(spec["vlm"], unpruned.vlm.entry.identity, spec["model"])
-    pruner, data = inputs["pruner"], inputs["data"]
     setting = EvaluationSetting(
         vlm=spec["vlm"],
         method=spec["method"],
         keep=spec["keep"],
         seed=spec["seed"],
-        pruner=None if pruner is None else in_store(folder, pruner),
+        pruner=pruner,
         options=spec["options"],
         dtype=spec["dtype"],
         batch_size=spec["batch_size"],
@@ -37,7 +44,7 @@ def answers(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     found = ask(
         setting,
         spec["benchmark"],
-        None if data is None else in_store(folder, data),
+        data,
         shard=Shard(*spec["shard"]),
         limit=spec["limit"],
         device=device(),

@@ -1,15 +1,14 @@
 """The task of stage `measure`: what one method keeps of some images, without a language model."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from cluster import progress
-from ocvtp.errors import Incompatible
 from ocvtp.evaluation.setting import EvaluationSetting, ready
 from ocvtp.inspection.measure import Asked, Subject, measure
 from ocvtp.inspection.segments import Picture, pictures
+from pipelines.tasks.checked import check_file
 from pipelines.tasks.places import check_same, device, in_store
 
 MEASURES = "measures.json"
@@ -21,8 +20,7 @@ def measures(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None
     """`measures.json`: a row for each budget and seed, as `ocvtp.inspection.measure.Row`, without times."""
     found = [Picture(in_store(folder, path)) for path in inputs["images"]]
     for picture, sha256 in zip(found, spec["images"], strict=True):
-        if hashlib.sha256(picture.path.read_bytes()).hexdigest() != sha256:
-            raise Incompatible(f"{picture.path} is not the image that the task was planned for (SHA-256 differs)")
+        check_file(picture.path, sha256)
     if inputs["masks"] is not None:
         known = {one.path.name: one.segments for one in pictures(in_store(folder, inputs["masks"]))}
         found = [Picture(picture.path, known[picture.path.name]) for picture in found]

@@ -9,7 +9,10 @@ from typing import Any
 from ocvtp.evaluation import listing
 from ocvtp.evaluation.answered import Answers
 from ocvtp.evaluation.benchmarks import Protocol, benchmark
+from ocvtp.evaluation.objects import MASKS
+from ocvtp.evaluation.preflight import locate
 from ocvtp.evaluation.score import score
+from pipelines.tasks.checked import check_file
 from pipelines.tasks.places import check_same, in_store
 
 
@@ -17,9 +20,13 @@ def scores(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
     """`score.json` and `samples.jsonl`: the same whatever shards the answers came in."""
     name, protocol = spec["answers"]["benchmark"], spec["answers"]["protocol"]
     check_same(name, scored(name, protocol), {key: spec[key] for key in ("task", "lmms_eval")})
-    data = inputs["data"]
+    data = None if inputs["data"] is None else in_store(folder, inputs["data"])
+    if data is not None:
+        questions = locate(benchmark(name, protocol), data)
+        check_file(questions, spec["answers"]["data"])
+        check_file(questions.with_name(MASKS), spec["masks"])
     shards = [Answers.read(in_store(folder, path)) for path in inputs["answers"]]
-    result, samples = score(shards, None if data is None else in_store(folder, data))
+    result, samples = score(shards, data)
     listing.write(folder, result, samples)
 
 

@@ -3,16 +3,15 @@
 A task of its own: the keys of other losses hold no code of VLMs and of pruning them.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from ocvtp.answers.teacher import teacher_of
 from ocvtp.data.scenes import SceneSet, Style
-from ocvtp.errors import Incompatible
 from ocvtp.pruner.training.train_config import TrainConfig
 from ocvtp.tokens.extract import ImageRecord
 from ocvtp.vlms.loading import load
+from pipelines.tasks.checked import check_file
 from pipelines.tasks.places import check_same, device, in_store
 from pipelines.tasks.pruners import trained
 
@@ -39,8 +38,4 @@ def taught(spec: dict[str, Any], folder: Path, inputs: dict[str, Any]) -> None:
 
 def _prompts(sha256: str | None, path: str | None) -> Path | None:
     """The file of prompts, if it is the one that the task was planned for."""
-    if path is None:
-        return None
-    if hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
-        raise Incompatible(f"{path} has changed since the task was planned (SHA-256 differs): run the stage again")
-    return Path(path)
+    return None if path is None else check_file(Path(path), sha256)

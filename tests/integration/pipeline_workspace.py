@@ -36,15 +36,20 @@ class Workspace:
             if name and (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
-        params = yaml.safe_load((folder / "params.yaml").read_text())
-        for key, value in changes.items():
-            params[key] = {**params[key], **value} if isinstance(value, dict) else value
-        (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        self.change(**changes)
         (folder / "dvc.lock").unlink(missing_ok=True)
         for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "workspace"]):
             subprocess.run(
                 ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", *command], cwd=folder, check=True
             )
+
+    def change(self, **changes: object) -> None:
+        """Change entries of params.yaml; those of a section are merged into it."""
+        path = self.folder / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        for key, value in changes.items():
+            params[key] = {**params[key], **value} if isinstance(value, dict) else value
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
 
     @property
     def environment(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from pipeline_workspace import ROOT, SMALL, Workspace
+from pipeline_workspace import ROOT, Workspace
 
 if TYPE_CHECKING:
     from ray_cluster import ServerInfo as Ray
@@ -32,29 +32,37 @@ def of(server: "Ray | Slurm", name: str, monkeypatch: pytest.MonkeyPatch) -> dic
     return {"cluster": {"profile": str(server.profile), "resources": RESOURCES}}
 
 
-IN_SHARDS = {"evaluate": {**SMALL["evaluate"], "minutes_per_task": 0.06}}
-"""Cuts a benchmark's 24 questions into four tasks, at the speed that is assumed before any were answered."""
+def answers(workspace: Workspace, methods: list[str]) -> dict[str, bytes]:
+    """Of each setting and benchmark all answers, whatever the tasks that they came in."""
+    found: dict[str, dict[int, bytes]] = {}
+    for path in (workspace.folder / ".ocvtp/store/answers").iterdir():
+        spec = json.loads((path / "manifest.json").read_text())["spec"]
+        if spec["method"] in methods:
+            name = f"{spec['method']} {spec['keep']} {spec['benchmark']}"
+            found.setdefault(name, {})[spec["shard"][0]] = (path / "answers.jsonl").read_bytes()
+    return {name: b"".join(text for _, text in sorted(shards.items())) for name, shards in found.items()}
 
 
 def evaluate_in_shards(workspace: Workspace, finished: Workspace) -> None:
-    """Evaluate anew what the finished run evaluated in one task a benchmark: in four each, to the same bytes."""
+    """Evaluate anew what the finished run evaluated in one task a benchmark: in 1, 3 and 7 each, to the same bytes."""
     for made in ("data", "models", ".ocvtp/store"):
         shutil.copytree(finished.folder / made, workspace.folder / made)
-    for kind in ("answers", "scores", "logs"):
-        shutil.rmtree(workspace.folder / ".ocvtp/store" / kind)
-    workspace.run("python", "pipelines/eval.py")
-    there, whole = (len(list((one.folder / ".ocvtp/store/answers").iterdir())) for one in (workspace, finished))
-    assert there == 4 * whole
-    of_others = {"results/efficiency.json", "results/measures.json"}
-    ours, theirs = (
-        {
-            name: digest
-            for name, digest in one.results().items()
-            if name.startswith("results/") and name not in of_others
-        }
-        for one in (workspace, finished)
-    )
-    assert ours == theirs
+    store, methods = workspace.folder / ".ocvtp/store", ["vanilla", "random"]
+    keys = {path.name for path in (store / "scores").iterdir()}
+    for count in (1, 3, 7):
+        for kind in ("answers", "scores"):
+            shutil.rmtree(store / kind)
+        workspace.change(method=methods, evaluate={"shards": count})
+        workspace.run("python", "pipelines/eval.py")
+        assert len(list((store / "answers").iterdir())) == 6 * count
+        assert answers(workspace, methods) == answers(finished, methods)
+        assert {path.name for path in (store / "scores").iterdir()} < keys
+        ours, theirs = (
+            {name: digest for name, digest in one.results().items() if name.startswith("results/evaluate/")}
+            for one in (workspace, finished)
+        )
+        assert len(ours) == 12
+        assert ours.items() < theirs.items()
 
 
 def hurt(workspace: Workspace, finished: Workspace, how: Callable[[int], object]) -> list[str]:
@@ -113,18 +121,18 @@ def test_a_training_that_is_killed_ends_in_the_same_bytes_here(
 
 
 @pytest.mark.nightly
-def test_answers_in_shards_end_in_the_same_bytes_on_slurm(
+def test_answers_in_one_three_and_seven_shards_end_in_the_same_bytes_on_slurm(
     finished: Workspace, new_workspace: Callable[..., Workspace], slurm_server: "Slurm", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate_in_shards(new_workspace(**of(slurm_server, "slurm", monkeypatch), **IN_SHARDS), finished)
+    evaluate_in_shards(new_workspace(**of(slurm_server, "slurm", monkeypatch)), finished)
     assert slurm_server.jobs() == []
 
 
 @pytest.mark.nightly
-def test_answers_in_shards_end_in_the_same_bytes_on_ray(
+def test_answers_in_one_three_and_seven_shards_end_in_the_same_bytes_on_ray(
     finished: Workspace, new_workspace: Callable[..., Workspace], ray_server: "Ray", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate_in_shards(new_workspace(**of(ray_server, "ray", monkeypatch), **IN_SHARDS), finished)
+    evaluate_in_shards(new_workspace(**of(ray_server, "ray", monkeypatch)), finished)
 
 
 @pytest.mark.nightly

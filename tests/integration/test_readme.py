@@ -26,6 +26,7 @@ ELSEWHERE = {
     "dvc exp run -S 'keep=[72,16]'": "test_pipeline.py",
     "dvc exp run -S 'loss=[mse,aw_mse]'": "tests/pipelines: grids",
     "dvc exp run -S 'train.on=[sample,gqa,textvqa]'": "tests/pipelines/test_trained_on.py and test_variants.py",
+    "python pipelines/train.py --costs": "tests/pipelines/test_costs.py",
     EVAL: "tests/ocvtp/evaluation/test_evaluation_commands.py",
     TEN: "tests/pipelines/test_ten_benchmarks.py",
     TWO_FAMILIES: "tests/pipelines/test_two_families.py",

@@ -2,14 +2,17 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import Cause, Task
+from cluster import Cause, Manifest, Task
 from cluster.driver.board import Outcome
-from pipelines.shards import ASSUMED, Speeds, begun, count_of
+from cluster.store.layout import MANIFEST
+from cluster.store.publish import About
+from pipelines.shards import ASSUMED, Published, Speeds, count_of
 
 
 @pytest.mark.parametrize(
@@ -23,11 +26,50 @@ def test_tasks_take_half_an_hour_at_most(questions: int, speed: float, count: in
     assert count_of(questions, speed, 30) == count
 
 
-def test_a_cut_is_gone_on_with_whichever_of_its_tasks_is_done() -> None:
-    assert begun(320, lambda size, number: False) is None
-    assert begun(320, lambda size, number: (size, number) == (1, 0)) == 1
-    assert begun(320, lambda size, number: (size, number) == (4, 3)) == 4, "the first one has failed"
-    assert begun(3, lambda size, number: size == 4) is None, "more tasks than questions"
+@pytest.fixture
+def published(tmp_path: Path) -> Callable[..., Published]:
+    """Answers of tasks, each (number, count), of two settings; those of the other one are cut into five."""
+
+    def make(*tasks: tuple[int, int]) -> Published:
+        for key, shard in [*((f"{count}-{number}", [number, count]) for number, count in tasks), ("other", [0, 5])]:
+            (tmp_path / key).mkdir()
+            about = About(key, "answers", "module.answers", {"shard": shard}, "code")
+            (tmp_path / key / MANIFEST).write_text(Manifest(about, ()).to_text())
+        (tmp_path / ".3-0.tmp-abc").mkdir()  # of an attempt
+        return Published(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("tasks", "whole", "any_"),
+    [
+        ([], None, None),
+        ([(0, 1)], 1, 1),
+        ([(3, 4)], None, 4),  # the first one has failed
+        ([(1, 3), (0, 7)], None, 3),
+        ([(1, 2), (0, 3), (1, 3), (2, 3)], 3, 2),
+    ],
+)
+def test_a_cut_is_gone_on_with_whichever_of_its_tasks_is_done(
+    published: Callable[..., Published], tasks: list[tuple[int, int]], whole: int | None, any_: int | None
+) -> None:
+    there = published(*tasks)
+    assert there.cut(lambda number, count: f"{count}-{number}", whole=True) == whole
+    assert there.cut(lambda number, count: f"{count}-{number}", whole=False) == any_
+
+
+def test_a_store_without_answers_has_no_cut(tmp_path: Path) -> None:
+    assert Published(tmp_path / "answers").cut(lambda number, count: "", whole=False) is None
+
+
+def test_answers_without_a_sound_manifest_are_no_cut(
+    tmp_path: Path, published: Callable[..., Published], caplog: pytest.LogCaptureFixture
+) -> None:
+    there = published((0, 1))
+    (tmp_path / "1-0" / MANIFEST).write_text("{")
+    assert there.cut(lambda number, count: f"{count}-{number}", whole=False) is None
+    assert f"{tmp_path / '1-0' / MANIFEST} is not a manifest" in caplog.text
 
 
 def answers(spec: dict[str, Any], folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from small_params import SMALL, write_params
 
-from cluster import Store, Task, is_published
+from cluster import Manifest, Store, Task, is_published
 from ocvtp import cli
 from ocvtp.data.scenes import write_scenes
 from ocvtp.evaluation.benchmarks import benchmarks
@@ -46,6 +46,13 @@ class Workspace:
 
     def json(self, path: str) -> Any:
         return json.loads((self.root / path).read_text())
+
+    def answers(self) -> bytes:
+        """Those of the unpruned VLM to all questions, whatever the tasks that they came in."""
+        tasks = [Manifest.read(path).about for path in (self.store / "answers").iterdir()]
+        asked = {"method": "vanilla", "limit": None}.items()
+        keys = {about.spec["shard"][0]: about.key for about in tasks if about.spec.items() >= asked}
+        return b"".join((self.store / "answers" / keys[n] / "answers.jsonl").read_bytes() for n in range(len(keys)))
 
     @property
     def store(self) -> Path:
@@ -392,6 +399,39 @@ def test_if_a_task_fails_the_others_are_kept_and_shown(work: Workspace, capsys: 
     assert [row["benchmark"] for row in work.json("results/scores.json")] == ["pope"]
     (row,) = work.json("results/summary.json")
     assert (row["benchmarks"]["mme"]["score"], row["average"]["relative"]) == (None, None)
+
+
+def test_three_or_seven_tasks_end_in_the_bytes_of_one(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    changes: dict[str, Any] = {"method": "vanilla", "cluster": {"workers": 1}}
+    assert work.run(evaluate, **changes) == 0
+    before, keys, said = work.files("results"), set(in_use(Store(work.store), [work.root])), work.answers()
+    for count in (3, 7):
+        for kind in ("scores", "answers"):
+            shutil.rmtree(work.store / kind)
+        assert work.run(evaluate, **changes, evaluate={"shards": count}) == 0
+        shards = [task.spec["shard"] for task in work.ran if task.kind == "answers"]
+        assert shards == [[number, count] for number in range(count)]
+        assert (work.files("results"), work.answers()) == (before, said)
+    scores = {key for key in keys if key.startswith("scores/")}
+    assert {f"scores/{path.name}" for path in (work.store / "scores").iterdir()} == scores
+
+    def planned(count: int | None) -> str:
+        capsys.readouterr()
+        arguments = write_params(work.root, {**changes, "evaluate": {"shards": count}})
+        assert evaluate.main([*arguments, "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    shutil.rmtree(work.store / "scores")
+    for count in (3, 7, None):
+        assert "answers: 7 published, 0 would run" in planned(count), "what is answered is not asked again"
+    shutil.rmtree(next((work.store / "answers").iterdir()))
+    assert "answers: 6 published, 1 would run" in planned(None), "what is half answered is gone on with"
+    assert "answers: 0 published, 3 would run" in planned(3)
+    shutil.rmtree(work.store / "answers")
+    questions = len(said.splitlines())
+    assert work.run(evaluate, **changes, evaluate={"shards": questions + 1}) == 2
+    assert f"evaluate.shards: {questions + 1} tasks of {questions} questions of pope" in capsys.readouterr().err
+    assert work.ran == []
 
 
 @pytest.mark.nightly

@@ -1,5 +1,6 @@
 """Workers refuse what is not what the key of their task says; keys cover the data that tasks read."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from ocvtp.vlms import resolve
 from pipelines.stage.context import ROOT
 from pipelines.tasks import tokens as tokens_module
 from pipelines.tasks.answers import answers, asked
+from pipelines.tasks.scores import scored, scores
 from pipelines.tasks.tokens import tokens
 
 COMMON: dict[str, Any] = {"dtype": "float32", "compute_dtype": "float32", "batch_size": 2}
@@ -43,7 +45,7 @@ def test_answers_of_another_vlm_than_planned_are_refused(vlm: Path, tmp_path: Pa
             **asked("pope", "native")}  # fmt: skip
     edit(vlm)
     with pytest.raises(Incompatible, match=r"\(files.chat_template.jinja\)"):
-        answers(spec, tmp_path, {})
+        answers(spec, tmp_path, {"pruner": None, "data": None})
 
 
 def test_answers_to_another_benchmark_than_planned_are_refused(tmp_path: Path) -> None:
@@ -57,6 +59,40 @@ def test_answers_to_another_benchmark_than_planned_are_refused(tmp_path: Path) -
     assert json.loads(json.dumps(said)) == said
     with pytest.raises(Incompatible, match=r"pope here is not what the task was planned for \(task.split\)"):
         answers(spec, tmp_path, {})
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> dict[str, Any]:
+    """Answers to be scored in a store whose questions, masks and pruner are not those that were planned with."""
+    for name in ("questions/k/pope.parquet", "questions/k/scenes.json", "pruners/k/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("other")
+    there = hashlib.sha256(b"other").hexdigest()
+    asking = {"benchmark": "pope", "protocol": "native", **asked("pope", "native"), "data": there, "pruner": None}
+    return {"answers": asking, "masks": there, **scored("pope", "native")}
+
+
+INPUTS: dict[str, Any] = {"data": "questions/k", "pruner": None, "answers": []}
+
+
+def test_answers_to_questions_other_than_planned_are_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "answers/k/result"
+    with pytest.raises(Incompatible, match=r"pope.parquet has changed since the task was planned \(SHA-256 differs\)"):
+        answers({**changed["answers"], "data": "0" * 64}, folder, INPUTS)
+    with pytest.raises(Incompatible, match=r"config.json has changed since the task was planned"):
+        answers({**changed["answers"], "pruner": {"config.json": "0" * 64}}, folder, {**INPUTS, "pruner": "pruners/k"})
+    with pytest.raises(Incompatible, match=r"model.safetensors has changed since"):
+        answers(
+            {**changed["answers"], "pruner": {"model.safetensors": "0" * 64}}, folder, {**INPUTS, "pruner": "pruners/k"}
+        )
+
+
+def test_scores_on_questions_or_masks_other_than_planned_are_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "scores/k/result"
+    with pytest.raises(Incompatible, match=r"pope.parquet has changed since the task was planned"):
+        scores({**changed, "answers": {**changed["answers"], "data": "0" * 64}}, folder, INPUTS)
+    with pytest.raises(Incompatible, match=r"scenes.json has changed since the task was planned"):
+        scores({**changed, "masks": "0" * 64}, folder, INPUTS)
 
 
 def test_scores_know_nothing_of_how_answers_are_made_and_the_other_way_round() -> None:

@@ -74,6 +74,20 @@ def test_budgets_of_one_pruner_or_method_and_seed_are_one_series(tmp_path: Path)
     assert [(one.name, one.context) for one in css.datasets] == [(name, "evaluation") for name in BENCHMARKS]
 
 
+def test_settings_and_their_pruner_say_on_which_images_it_was_trained(tmp_path: Path) -> None:
+    train = load(ROOT / "params.yaml").train.model_copy(update={"on": ("sample", "gqa")})
+    found = told(tmp_path, train=train)
+    said = {
+        (cell.method, cell.pruner and cell.pruner.on, record.params.get("train.on"),
+         record.series and record.series.params.get("train.on"))
+        for cell, record in found.items()
+    }  # fmt: skip
+    assert said == {
+        ("vanilla", None, None, None), ("random", None, None, None), ("css", None, None, None),
+        ("oc-vtp", "sample", "sample", "sample"), ("oc-vtp", "gqa", "gqa", "gqa"),
+    }  # fmt: skip
+
+
 def test_the_papers_protocol_has_names_of_its_own(tmp_path: Path) -> None:
     pruned = [one for one in told(tmp_path, "paper").values() if one.series]
     assert {name.partition("/")[0] for one in pruned for name in one.series_metrics} == {

@@ -27,10 +27,11 @@ def scored(questions: Questions, answers: Sequence[Answer]) -> tuple[dict[str, A
     # Submission files and the like go to the temporary folder.
     task.args = argparse.Namespace(output_path=str(questions.folder), process_with_media=False, reasoning_tags=None)
     outcome = TaskOutput.from_taskdict(task.config.task, task)
-    random.seed(0)  # some tasks draw where an answer cannot be read: always the same
     logged = []
     for row, answer in enumerate(answers):
         doc = task.eval_docs_no_media[row]  # no image is decoded again
+        # Some tasks draw where an answer cannot be read: always the same, whatever is answered to other questions.
+        random.seed(str(row))
         try:
             values = task.process_results(doc, [answer.text])
         except RetryError as error:

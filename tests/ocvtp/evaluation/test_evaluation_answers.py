@@ -61,7 +61,7 @@ def test_shards_give_the_bytes_of_one(
     name: str, pruned: EvaluationSetting, question_sets: Path, tmp_path: Path
 ) -> None:
     whole = scored([ask(pruned, name, question_sets)], question_sets, tmp_path / "1")
-    for count in (3, 7):
+    for count in (3, 7, 13):  # of 13 one has no question
         shards = []
         for number in reversed(range(count)):  # in any order
             ask(pruned, name, question_sets, shard=Shard(number, count)).write(tmp_path / f"{count}-{number}")

@@ -116,6 +116,22 @@ def test_scores_of_mixed_answers_follow_from_the_lines(name: str, tmp_path: Path
     assert score_of(json.loads(json.dumps(found.samples)), name) == score_of(found.samples, name)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_vlm_that_says_nothing_is_scored(name: str, tmp_path: Path) -> None:
+    found, _ = run(name, MAKERS[name](12), [""] * 12, tmp_path)
+    assert found.primary == pytest.approx(score_of(found.samples, name), abs=1e-5)
+    # Where it can read no option MMMU's official function draws one.
+    assert found.primary == 0 if name != "mmmu" else 0 < found.primary < 1
+
+
+def test_what_is_drawn_for_a_question_does_not_depend_on_other_answers(tmp_path: Path) -> None:
+    rows = MAKERS["mmmu"](12)
+    nothing, _ = run("mmmu", rows, [""] * 12, tmp_path)
+    one_read, _ = run("mmmu", rows, [right_answers("mmmu", rows)[0], *[""] * 11], tmp_path)
+    assert one_read.samples[0]["score"] == 1
+    assert one_read.samples[1:] == nothing.samples[1:]
+
+
 def test_questions_are_asked_as_lmms_eval_does(tmp_path: Path) -> None:
     rows = mme(4)
     _, parrot = run("mme", rows, right_answers("mme", rows), tmp_path)
