@@ -119,7 +119,7 @@ def tabled(
         layers = REGISTRY[name].by_layer(whole, kept, shape.llm.layers, options.get(name, {}))
         row = {"method": name, "kept": kept, **_row(times[case], shape, ceilings, whole, layers, plan, name)}
         against = times.get(f"random, keep {keep}", times.get("vanilla", times[case]))
-        row["against_random"] = times[case].first_token.median / against.first_token.median
+        row["against_random"] = times[case].against(against)
         row["against_vanilla"] = (
             times[case].total.median / times["vanilla"].total.median if "vanilla" in times else None
         )

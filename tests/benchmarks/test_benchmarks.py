@@ -78,6 +78,7 @@ def test_methods() -> None:
     assert all(row["batch_2"]["ms"] > 0 for row in one["rows"])
     own = {row["method"]: row["batch_2"]["own"] for row in one["rows"]}
     assert own["random"] == 0 < own["medoids"]
+    assert {row["batch_2"]["ratio"] for row in one["rows"] if row["method"] == "random"} == {1}
     added = {row["method"]: row["added_flops"] for row in one["rows"] if "added_flops" in row}
     assert added["random"] == 0
     assert 0 < added["cdpruner-no-text"] < added["divprune"]
