@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -43,12 +43,12 @@ class Spread:
     def of_part(cls, seconds: list[float], wholes: list[float]) -> "Spread":
         """Of what is a part of something in each of several runs: what it makes up of the median whole.
 
-        Medians of parts do not add up to the median of their sums. So the mean of a part is taken, over the runs in the
-        middle half by their whole: all parts are of the same runs, and means add up. Quartiles are the part's own.
+        Medians of parts do not add up to the median of their sums. So it is the share that the part has on average in
+        the middle half of the runs, by their whole, and shares add up. Quartiles are the part's own.
         """
         quarter, order = len(wholes) // 4, sorted(range(len(wholes)), key=wholes.__getitem__)
-        middle = [seconds[run] for run in order[quarter : len(order) - quarter]]
-        return replace(cls.of(seconds), median=1000 * sum(middle) / len(middle))
+        share = mean(seconds[run] / wholes[run] for run in order[quarter : len(order) - quarter])
+        return replace(cls.of(seconds), median=1000 * share * median(wholes))
 
 
 @dataclass(frozen=True)

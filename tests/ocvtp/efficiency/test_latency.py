@@ -135,11 +135,12 @@ def test_phases_are_of_the_runs_whose_whole_is_measured(model, inputs) -> None:
 
 
 def test_parts_add_up_where_medians_do_not() -> None:
-    parts = [[1.0, 2.0, 9.0, 1.0, 1.0], [5.0, 1.0, 1.0, 1.0, 2.0]]
-    wholes = [sum(run) for run in zip(*parts, strict=True)]  # 6, 3, 10, 2, 3
+    parts = [[1.0, 2.0, 9.0, 1.0, 1.5], [5.0, 1.0, 1.0, 1.0, 2.5]]
+    wholes = [sum(run) for run in zip(*parts, strict=True)]  # 6, 3, 10, 2, 4: the third and the fourth do not count
     found = [Spread.of_part(part, wholes) for part in parts]
-    assert [each.median for each in found] == pytest.approx([4000 / 3, 8000 / 3])
-    assert sum(each.median for each in found) == pytest.approx(4000), "as the runs of 6, 3 and 3 took on average"
+    shares = [(1 / 6 + 2 / 3 + 1.5 / 4) / 3, (5 / 6 + 1 / 3 + 2.5 / 4) / 3]
+    assert [each.median for each in found] == pytest.approx([4000 * share for share in shares])
+    assert sum(each.median for each in found) == pytest.approx(4000), "the median whole"
     assert [each.low for each in found] == [1000, 1000]
 
 
