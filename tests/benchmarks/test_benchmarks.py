@@ -95,6 +95,9 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
         assert all(row["ms"]["tower"] > 0 and row["ms"]["prefill"] > 0 for row in rows.values())
         assert rows["vanilla"]["ms"]["method"] == 0 < rows["css"]["ms"]["method"]
         assert all(row["distance"]["first_token"] > 0 for row in rows.values())
+        (beside,) = table["side_stream"]
+        assert beside["case"] == "oc-vtp-untrained, keep 50%"
+        assert beside["ms"] > 0 < beside["ratio"]
         prefill = {name: row["least_ms"]["prefill"] for name, row in rows.items()}
         assert prefill["fastv"] == pytest.approx(prefill["css"], rel=0.1), (
             "half of the tokens, in the mean of its layers"
