@@ -84,6 +84,14 @@ def test_methods() -> None:
     assert 0 < added["cdpruner-no-text"] < added["divprune"]
 
 
+def test_precision() -> None:
+    found = run("precision.py")
+    rows = {row["method"]: row for row in found["rows"]}
+    assert all(0 <= row["vlm"]["images"] <= 1 and 0.8 < row["vlm"]["tokens"] <= 1 for row in rows.values())
+    assert {name for name, row in rows.items() if "products" in row} == {"oc-vtp-untrained"}
+    assert 0.95 < rows["oc-vtp-untrained"]["products"]["tokens"] <= 1
+
+
 def test_the_gpu_benchmark_on_a_cpu() -> None:
     arguments = ("--device", "cpu", "--skip-pruner", "--models", "llava-next-7b", "qwen2.5-vl-7b")
     found = run("gpu.py", *arguments)
