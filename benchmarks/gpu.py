@@ -9,12 +9,15 @@ torch and transformers.
 """
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -23,6 +26,7 @@ from methods import text_tower
 from pruner import Size, choosing, training
 
 import ocvtp
+from ocvtp import streams
 from ocvtp.efficiency import random_vlm
 from ocvtp.efficiency.flops import pruner_flops
 from ocvtp.efficiency.latency import Latency, measure
@@ -40,8 +44,11 @@ BUDGETS = {
 """Of the paper, the smallest first."""
 FEW = ("random", "css", "oc-vtp-untrained")
 """Methods that are measured at all budgets and with long answers; the others at the smallest budget."""
+ASIDE = ("fps", "medoids", "oc-vtp-untrained")
+"""Methods that choose by layer 9, also measured with the choice on a side stream (`ocvtp.streams`)."""
 SKIPPED = ("vanilla", "oc-vtp")
 """`oc-vtp` computes what `oc-vtp-untrained` does, with other weights."""
+BESIDE = ", beside the tower"
 TEXT, ANSWER = 32, 32
 KEYS = ("tower", "method", "projector", "prefill", "other", "first_token", "next_token")
 
@@ -108,23 +115,44 @@ def tabled(
                 (lambda n=name, k=keep: ocvtp.prune(model, n, k, **options.get(n, {}))),
                 (name, keep),
             )
+            if name in ASIDE:
+                cases[f"{case}{BESIDE}"] = lambda pruned=cases[case]: aside(pruned)
     failed: dict[str, str] = {}
     times = measure(model, inputs, cases, new_tokens=plan.new_tokens, repeats=repeats, warmup=1, failed=failed)
     clock.left_out += [f"{case}, batch {plan.batch}: {why}" for case, why in failed.items()]
     whole = family_of(model).counts(family_of(model).images(inputs))[0]  # type: ignore[arg-type]
     rows = []
-    for case in times:
-        name, keep = budgets[case]
+    for case, (name, keep) in budgets.items():
+        if case not in times:
+            continue
         kept = whole if name == "vanilla" else Budget.parse(keep).tokens(whole)
         layers = REGISTRY[name].by_layer(whole, kept, shape.llm.layers, options.get(name, {}))
         row = {"method": name, "kept": kept, **_row(times[case], shape, ceilings, whole, layers, plan, name)}
         against = times.get(f"random, keep {keep}", times.get("vanilla", times[case]))
-        row["against_random"] = times[case].first_token.median / against.first_token.median
+        row["against_random"] = times[case].against(against)
         row["against_vanilla"] = (
             times[case].total.median / times["vanilla"].total.median if "vanilla" in times else None
         )
         rows.append(row)
-    return {"batch": plan.batch, "new_tokens": plan.new_tokens, "tokens": whole, "rows": rows}
+    beside = [
+        {
+            "case": case,
+            "ms": times[case + BESIDE].first_token.median,
+            "ratio": times[case + BESIDE].against(times[case]),
+        }
+        for case in budgets
+        if case in times and case + BESIDE in times
+    ]
+    return {
+        "batch": plan.batch, "new_tokens": plan.new_tokens, "tokens": whole, "rows": rows, "side_stream": beside
+    }  # fmt: skip
+
+
+@contextmanager
+def aside(pruned: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """A model pruned with the choice on a side stream."""
+    with mock.patch.dict(os.environ, {streams.SWITCH: "1"}), pruned():
+        yield
 
 
 def _row(
@@ -239,6 +267,11 @@ def _table(found: dict[str, Any]) -> list[str]:
         whole = "-" if row["against_vanilla"] is None else f"{row['against_vanilla']:.3f}x"
         lines.append(f"| {row['method']} | {row['kept']} | {' | '.join(cells)} | {row['against_random']:.3f}x | "
                      f"{whole} | {peak} |")  # fmt: skip
+    for each in found["side_stream"]:
+        lines += [
+            "",
+            f"{each['case']}, chosen on a side stream: first token {each['ms']:.2f} ms, {each['ratio']:.3f}x.",
+        ]
     return lines
 
 

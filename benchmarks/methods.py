@@ -5,17 +5,19 @@
     python benchmarks/methods.py --quick         # tiny-llava alone, few runs, to see that it runs
 
 tiny-llava at the budgets of its default grid, and a random LLaVA with the token count of LLaVA-1.5 at 11.1 %. Methods
-inside the language model are compared with `vanilla`, which they shorten. `own` is what a method's choice takes, in
-percent of the rival's time: less noisy than the ratio of two whole times, and without what a longer or shorter prompt
-changes. Beside it stand the floating-point operations that choosing adds at 11.1 %, in percent of those of the unpruned
-model's first token, as PyTorch counts them (matrix products; eigenvalues and QR are not among them). All methods take
-turns within one run, so that what else the machine does meets all of them. The report's leaderboard reads the newest
-file of that name. Needs ocvtp, torch and transformers.
+inside the language model are compared with `vanilla`, which they shorten. `ratio` is the median of the ratios of each
+turn. `own` is what a method's choice takes, in percent of the rival's time: less noisy than the ratio of two whole
+times, and without what a longer or shorter prompt changes. Beside it stand the floating-point operations that choosing
+adds at 11.1 %, in percent of those of the unpruned model's first token, as PyTorch counts them (matrix products;
+eigenvalues and QR are not among them). All methods take turns within one run, so that what else the machine does meets
+all of them. The report's leaderboard reads the newest file of that name. Needs ocvtp, torch and transformers.
 """
 
 import argparse
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from operator import truediv
 from typing import Any
 
 import torch
@@ -122,11 +124,18 @@ def first_token(model: Any, given: Mapping[str, Any]) -> None:
     model.generate(**given, max_new_tokens=1, do_sample=False)
 
 
+@dataclass(frozen=True)
+class Took:
+    """Milliseconds to the first token in each turn, and the least that choosing took of them."""
+
+    turns_ms: list[float]
+    own_ms: float
+
+
 @torch.inference_mode()
 def measured(
     model: Any, given: Mapping[str, Any], made: Mapping[tuple[str, str], Any], repeats: int
-) -> dict[tuple[str, str], dict[str, float]]:
-    """Of each case the median milliseconds to the first token, and those of them that choosing takes."""
+) -> dict[tuple[str, str], Took]:
     device = next(model.parameters()).device
     runs: dict[tuple[str, str], list[Mapping[str, float]]] = {case: [] for case in made}
     first_token(model, given)
@@ -139,10 +148,9 @@ def measured(
                     first_token(model, given)
                 runs[case].append(phases)
     return {
-        case: {
-            "ms": 1000 * statistics.median(sum(run.values()) for run in each),
-            "own_ms": 1000 * min(run["method"] for run in each),
-        }
+        case: Took(
+            turns_ms=[1000 * sum(run.values()) for run in each], own_ms=1000 * min(run["method"] for run in each)
+        )
         for case, each in runs.items()
     }
 
@@ -160,11 +168,11 @@ def rows(model: Any, batches: list[int], repeats: int, made: Mapping[tuple[str, 
     for batch in batches:
         took = measured(model, inputs(model, batch), made, repeats)
         for case, row in found.items():
-            rival = (row["against"], "100%" if row["against"] == "vanilla" else row["keep"])
+            mine, its = took[case], took[row["against"], "100%" if row["against"] == "vanilla" else row["keep"]]
             row[f"batch_{batch}"] = {
-                "ms": took[case]["ms"],
-                "ratio": took[case]["ms"] / took[rival]["ms"],
-                "own": (took[case]["own_ms"] - took[rival]["own_ms"]) / took[rival]["ms"],
+                "ms": statistics.median(mine.turns_ms),
+                "ratio": statistics.median(map(truediv, mine.turns_ms, its.turns_ms)),
+                "own": (mine.own_ms - its.own_ms) / statistics.median(its.turns_ms),
             }
     return list(found.values())
 

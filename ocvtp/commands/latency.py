@@ -15,8 +15,9 @@ def add(subparsers: Any) -> None:
     parser = common.add(
         subparsers, "latency", run, "measure how fast a pruned VLM answers",
         "Methods take turns, so that a slow minute of the machine hits all; the whole model and random tokens are "
-        "always among them. Medians with quartiles; phases of a first token from runs in which the device is waited "
-        "for between them.",
+        "always among them, and ratios to these are taken turn by turn. Medians with quartiles; phases of a first "
+        "token add up to it, on a CPU in the same runs, elsewhere in runs in which the device is waited for between "
+        "them.",
     )  # fmt: skip
     add_arguments(parser)
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "layer=9 inside_tower=true")  # fmt: skip
     parser.add_argument("--random-weights", action="store_true", help="of a VLM of the catalogue: nothing is fetched, "
                         "and times are those of the real one; the image is noise")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, help="prompts at once, with --random-weights (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at once, of one image each (default: 1)")
     parser.add_argument("--image", type=Path, default=None, help="an image (default: a synthetic scene)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the answer (default: 16)")
     parser.add_argument("--repeats", type=int, default=10, help="measured runs of each method (default: 10)")
@@ -62,8 +63,8 @@ def tell(args: argparse.Namespace, found: "Measured") -> int:
 
 def measured(args: argparse.Namespace) -> "Measured":
     """Measure all cases; `BadInput` for what none of them could be measured with."""
-    if args.batch != 1 and not args.random_weights:
-        raise BadInput(f"--batch {args.batch} is of --random-weights: an image and a prompt are measured one at a time")
+    if args.batch < 1:
+        raise BadInput(f"--batch is {args.batch}: at least 1 is needed")
     if args.random_weights and args.image is not None:
         raise BadInput("--image says nothing to random weights: leave one of the two out")
     for option, path in (("--figure", args.figure), ("--bars", args.bars)):
@@ -153,7 +154,7 @@ class Measured:
         """Of two first tokens; None where the other one could not be measured."""
         if other not in self.times:
             return None
-        found: float = self.times[name].first_token.median / self.times[other].first_token.median
+        found: float = self.times[name].against(self.times[other])
         return found
 
     def _answers(self) -> Any:
@@ -282,7 +283,7 @@ def _loaded(args: argparse.Namespace, image: Any) -> tuple[Any, dict[str, Any], 
     from ocvtp import vlms
 
     vlm = vlms.load(args.vlm, device=pruned_vlm.device(args.device))
-    process = partial(pruned_vlm.inputs, vlm, image, args.prompt)
+    process = partial(pruned_vlm.inputs, vlm, image, args.prompt, args.batch)
     return vlm.model, dict(process()), process
 
 

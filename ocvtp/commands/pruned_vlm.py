@@ -50,11 +50,12 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
-def inputs(vlm: Any, image: Image.Image, prompt: str) -> Any:
-    """What the processor makes of one image and a prompt, on the model's device."""
+def inputs(vlm: Any, image: Image.Image, prompt: str, times: int = 1) -> Any:
+    """What the processor makes of one image and a prompt, as often as asked for, on the model's device."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return vlm.processor(text=[text], images=[image], return_tensors="pt").to(vlm.model.device)
+    images = [[image] if vlm.family.nested else image] * times
+    return vlm.processor(text=[text] * times, images=images, return_tensors="pt").to(vlm.model.device)
 
 
 def pruned(

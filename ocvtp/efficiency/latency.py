@@ -1,14 +1,15 @@
 """What pruning saves in time: first token, later tokens, and each phase before the first one, measured.
 
 Cases are measured in turns, one run of each after the other, so that a machine that slows down slows all of
-them. Medians are given with quartiles. Times are not deterministic: nothing here is part of the pipeline's
-results.
+them, and compared turn by turn. Medians are given with quartiles. Times are not deterministic: nothing here is part of
+the pipeline's results.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ class Spread:
         median, low, high = (1000 * quartiles).tolist()
         return cls(median, low, high)
 
+    @classmethod
+    def of_part(cls, seconds: list[float], wholes: list[float]) -> "Spread":
+        """Of what is a part of something in each of several runs: what it makes up of the median whole.
+
+        Medians of parts do not add up to the median of their sums. So it is the share that the part has on average in
+        the middle half of the runs, by their whole, and shares add up. Quartiles are the part's own.
+        """
+        quarter, order = len(wholes) // 4, sorted(range(len(wholes)), key=wholes.__getitem__)
+        share = mean(seconds[run] / wholes[run] for run in order[quarter : len(order) - quarter])
+        return replace(cls.of(seconds), median=1000 * share * median(wholes))
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -46,12 +58,14 @@ class Latency:
     Attributes:
         first_token: from the call of `generate` to the first token.
         vision: the part of it before the language model starts: tower, method, projector.
-        phases: each of `ocvtp.phases.PHASES` of a first token, from runs of their own: the device is waited for
-            between phases, so that their sum may exceed `first_token`.
+        phases: each of `ocvtp.phases.PHASES` of a first token, as parts that add up (`Spread.of_part`). On a CPU they
+            are of the same runs as `first_token`; elsewhere of runs of their own, in which the device is waited for
+            between phases, so that their sum may exceed it.
         next_token: each further token.
         total: the whole answer.
         peak_memory_bytes: during the whole answer: what was allocated of an accelerator, or what the process held on
             a CPU; None where the system does not tell.
+        turns: milliseconds of `first_token` in each turn.
         processing: what the processor makes of images and text before `generate` is called; None where nobody says how.
     """
 
@@ -64,12 +78,17 @@ class Latency:
     repeats: int
     device: str
     peak_memory_bytes: int | None
+    turns: list[float]
     processing: Spread | None = None
 
     @property
     def accounted(self) -> float:
-        """Of the time to the first token: what the phases make up, by medians."""
+        """Of the median time to the first token: what the phases make up."""
         return sum(spread.median for spread in self.phases.values()) / self.first_token.median
+
+    def against(self, other: "Latency") -> float:
+        """How many times another case's time to the first token: median of the ratios of each turn."""
+        return median(mine / its for mine, its in zip(self.turns, other.turns, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -147,16 +166,19 @@ class _Runs:
             if (new_tokens > 1)
             else []
         )
+        watched = [sum(run.values()) for run in self.phases]
+        vision = [sum(run[name] for name in ("tower", "method", "projector")) for run in self.phases]
         return Latency(
             first_token=Spread.of(self.first),
-            vision=Spread.of([sum(run[name] for name in ("tower", "method", "projector")) for run in self.phases]),
-            phases={name: Spread.of([run[name] for run in self.phases]) for name in PHASES},
+            vision=Spread.of_part(vision, watched),
+            phases={name: Spread.of_part([run[name] for run in self.phases], watched) for name in PHASES},
             next_token=Spread.of(steps) if steps else None,
             total=Spread.of(self.total),
             new_tokens=new_tokens,
             repeats=len(self.first),
             device=device,
             peak_memory_bytes=max(self.memory) if self.memory else None,
+            turns=[1000 * first for first in self.first],
             processing=Spread.of(self.processing) if self.processing else None,
         )
 
@@ -183,10 +205,11 @@ def _run(
         process()
         runs.processing.append(now(device) - start)
     counts = _count_memory(device)
-    runs.first.append(seconds(1))
     with timed(model, device) as phases:
-        _generate(model, inputs, 1)
+        watched = seconds(1)
     runs.phases.append(phases)
+    # To wait for a CPU costs nothing; elsewhere phases could overlap, and what that saves is in a run of its own.
+    runs.first.append(watched if device.type == "cpu" else seconds(1))
     runs.total.append(seconds(new_tokens) if new_tokens > 1 else runs.first[-1])
     if counts:
         runs.memory.append(_most_memory(device))
@@ -222,8 +245,8 @@ def _most_memory(device: torch.device) -> int:
 def timed(model: Any, device: torch.device) -> Iterator[Mapping[str, float]]:
     """Seconds of each of `PHASES` of what a model does within; complete when the context is left.
 
-    The device is waited for at both ends of a phase, so nothing overlaps: the sum may exceed what the same call takes
-    unwatched.
+    The device is waited for at both ends of a phase, so nothing overlaps: elsewhere than on a CPU the sum may exceed
+    what the same call takes unwatched.
 
     Raises:
         BadInput: a model of no supported family.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.json_files import read_json
-from ocvtp.vlms.family import Family, Vision, take
+from ocvtp.vlms.family import Early, Family, Vision, take
 from ocvtp.vlms.images import Facts, Grid, Images
 
 
@@ -139,11 +139,16 @@ class TowerFamily(Family):
     def spans(self, images: Images) -> NoReturn:  # noqa: D102
         raise Incompatible(_NO_PROMPTS)
 
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TowerVision:  # noqa: D102
+    def encode(
+        self, images: Images, layers: Collection[int], *, values: bool = True, ready: Early | None = None
+    ) -> TowerVision:
+        """In one go: nothing is ready before the tower is done."""
         model = self.model
         pixels = images.pixels.to(model.device, model.dtype)
-        found = model(pixel_values=pixels, output_hidden_states=True)
-        return TowerVision(self, found.hidden_states, len(images))
+        found = TowerVision(self, model(pixel_values=pixels, output_hidden_states=True).hidden_states, len(images))
+        if ready is not None:
+            ready(found)
+        return found
 
     def project(self, values: Sequence[Tensor]) -> NoReturn:  # noqa: D102
         raise Incompatible(_NO_PROMPTS)

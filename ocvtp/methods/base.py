@@ -99,6 +99,9 @@ class Method(ABC):
     """It reads the prompts, if it is given to `ocvtp.prune` itself; of one in the register its entry says so."""
     random: bool = False
     """It reads the seeds, likewise."""
+    by_states: bool = False
+    """It chooses by `layers` alone (`Encoded.tokens`, `received`), and hands on the tokens' own values, so that it need
+    not wait for the rest of the tower (`ocvtp.streams`)."""
 
     def layers(self) -> Collection[int]:
         """Indices into `hidden_states` of the layers that it looks at."""

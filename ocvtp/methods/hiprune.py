@@ -47,6 +47,7 @@ class HiPrune(Method):
     """Anchors, buffers and registers."""
 
     fewer: bool = True  # tiles="floor" and exclude="minus one" lose some
+    by_states = True
 
     def __init__(self, facts: Facts, shallow: int, options: Mapping[str, Any], merged: int = 1) -> None:
         """`shallow` is the number of the block that anchors come from, `merged` the queries that make one token."""

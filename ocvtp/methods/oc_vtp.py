@@ -36,6 +36,7 @@ class OCVTP(Method):
     """A pruner looks at one layer; the tokens that its slots attend to most are handed on from the last."""
 
     fewer: bool = True  # fill="none" leaves gaps
+    by_states = True
 
     def __init__(self, pruner: OCPruner, layer: int, facts: Facts, selection: Mapping[str, Any]) -> None:
         """`layer` is an index into `hidden_states`."""

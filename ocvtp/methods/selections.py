@@ -31,6 +31,8 @@ from ocvtp.vlms.images import Facts
 class Selection(Picking):
     """One of `ocvtp.selection.CHOICES` on one layer."""
 
+    by_states = True
+
     def __init__(self, name: str, facts: Facts, layer: int, tiles: str) -> None:
         """`layer` is an index into `hidden_states`."""
         super().__init__(name, facts, tiles)

@@ -174,8 +174,8 @@ class OCPruner(nn.Module):
             fill: what makes up for picks that coincide.
             fill_scores: [B, N], for `fill="attention"`: of the tokens that no slot picked, the highest are added.
             surplus: which pick goes if there are too many.
-            precision: `bf16` computes matrix products in bfloat16: three times faster where the hardware has it; a
-                pick in a hundred is another.
+            precision: `bf16` computes matrix products in bfloat16, but for those of slots and tokens: three times
+                faster where the hardware has it; one or two picks in a hundred are others.
             check_values: look for NaN and infinity.
             mass_power: of `mass`; the config's value unless given.
             handed_on: [B, N, V], the same tokens in the layer that goes to the LLM, for `residual_of="handed_on"`.
@@ -268,8 +268,9 @@ class OCPruner(nn.Module):
         return tokens.to(self.dtype), mask
 
     def _aggregate(
-        self, tokens_BNC: Tensor, mask_BN: Tensor | None, num_slots: int | Sequence[int], start: SlotStart
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, tokens_BNC: Tensor, mask_BN: Tensor | None, num_slots: int | Sequence[int], start: SlotStart,
+        *, exact: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Eq. 6: slots, attention, and which slots exist (None: all)."""
         slots, slot_mask_BK = self._existing(tokens_BNC, num_slots)
         batch, most = len(slots), max(slots)
@@ -278,7 +279,7 @@ class OCPruner(nn.Module):
             queries_BKD = self.queries(tokens_BNC, encoded_BND, slots, mask_BN)
         else:
             queries_BKD = self._queries(batch, most, start)
-        slots_BKD, attention_BKN = self.slot_attention(encoded_BND, queries_BKD, mask_BN, slot_mask_BK)
+        slots_BKD, attention_BKN = self.slot_attention(encoded_BND, queries_BKD, mask_BN, slot_mask_BK, exact=exact)
         return slots_BKD, attention_BKN, slot_mask_BK
 
     def _existing(self, tokens_BNC: Tensor, num_slots: int | Sequence[int]) -> tuple[list[int], Tensor | None]:
@@ -313,11 +314,12 @@ class OCPruner(nn.Module):
         of_tokens = start.queries is None and isinstance(self.queries, FromTokens)
         if self.training or mask_BN is not None or slot_mask_BK is not None or of_tokens:
             with precision():
-                return self._aggregate(tokens_BNC, mask_BN, num_slots, start)[1:]
+                return self._aggregate(tokens_BNC, mask_BN, num_slots, start, exact=bf16)[1:]
 
         def gathered(tokens_BNC: Tensor, queries_BKD: Tensor) -> Tensor:
             with precision():
-                attention_BKN: Tensor = self.slot_attention(self.project(tokens_BNC), queries_BKD, None, None)[1]
+                encoded_BND = self.project(tokens_BNC)
+                attention_BKN: Tensor = self.slot_attention(encoded_BND, queries_BKD, exact=bf16)[1]
             return attention_BKN
 
         with precision():

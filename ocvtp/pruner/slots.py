@@ -91,6 +91,8 @@ class SlotAttention(nn.Module):
         queries_BKD: Tensor,
         mask_BN: Tensor | None = None,
         slot_mask_BK: Tensor | None = None,
+        *,
+        exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Gather tokens into slots.
 
@@ -99,6 +101,8 @@ class SlotAttention(nn.Module):
             queries_BKD: initial slots.
             mask_BN: True where there is a token; None if everywhere.
             slot_mask_BK: True where there is a slot; None if everywhere.
+            exact: products of slots and tokens are in the type of the queries, too: a few percent of the work, which
+                decide between tokens that a slot attends to nearly alike.
 
         Returns:
             Slots [B, K, D], and the attention [B, K, N] of the last iteration: softmax over slots, not normalised over
@@ -106,15 +110,17 @@ class SlotAttention(nn.Module):
         """
         tokens_BND = self.norm_tokens(encoded_BND)
         k_BND, v_BND = self.to_k(tokens_BND), self.to_v(tokens_BND)
+        if exact:
+            k_BND, v_BND = k_BND.to(queries_BKD.dtype), v_BND.to(queries_BKD.dtype)
         slots_BKD = queries_BKD
         # With bi-level truncation no gradient comes back through any iteration but the last: they need no graph.
         with torch.no_grad() if self.bilevel else nullcontext():
             for _ in range(self.iterations - 1):
-                slots_BKD, _ = self._iterate(slots_BKD, k_BND, v_BND, mask_BN, slot_mask_BK)
+                slots_BKD, _ = self._iterate(slots_BKD, k_BND, v_BND, mask_BN, slot_mask_BK, exact=exact)
         if self.bilevel and self.iterations > 1:
             # Straight through: the value of the iterated slots, the gradient of the queries.
             slots_BKD = slots_BKD.detach() + (queries_BKD - queries_BKD.detach())
-        return self._iterate(slots_BKD, k_BND, v_BND, mask_BN, slot_mask_BK)
+        return self._iterate(slots_BKD, k_BND, v_BND, mask_BN, slot_mask_BK, exact=exact)
 
     def _iterate(
         self,
@@ -123,9 +129,15 @@ class SlotAttention(nn.Module):
         v_BND: Tensor,
         mask_BN: Tensor | None,
         slot_mask_BK: Tensor | None,
+        *,
+        exact: bool,
     ) -> tuple[Tensor, Tensor]:
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            with torch.autocast(left.device.type, enabled=False) if exact else nullcontext():
+                return (left.to(right.dtype) @ right if exact else left @ right).to(slots_BKD.dtype)
+
         q_BKD = self.to_q(self.norm_slots(slots_BKD)) * self.scale
-        logits_BKN = (q_BKD @ k_BND.transpose(1, 2)).to(slots_BKD.dtype)
+        logits_BKN = product(q_BKD, k_BND.transpose(1, 2))
         if slot_mask_BK is not None:
             logits_BKN = logits_BKN.masked_fill(~slot_mask_BK[:, :, None], -torch.inf)
         attention_BKN = logits_BKN.softmax(dim=1)
@@ -133,7 +145,7 @@ class SlotAttention(nn.Module):
             attention_BKN = attention_BKN * mask_BN[:, None, :]
         # A weighted mean: dividing K x D sums instead of K x N weights is the same and less work.
         mass_BK1 = attention_BKN.sum(2, keepdim=True) + EPSILON
-        update_BKD = (attention_BKN @ v_BND).to(slots_BKD.dtype) / mass_BK1
+        update_BKD = product(attention_BKN, v_BND) / mass_BK1
         slots_BKD = self._gru(update_BKD, slots_BKD)
         return slots_BKD + self.ffn(self.norm_ffn(slots_BKD)), attention_BKN
 

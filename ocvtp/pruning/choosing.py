@@ -11,12 +11,14 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from ocvtp import streams
 from ocvtp.errors import BadInput
 from ocvtp.methods import Budget, Encoded, Kept, Method
 from ocvtp.phases import phase
 from ocvtp.pruning.videos import Grouped, VideoBudget
 from ocvtp.vlms.family import Family, Vision
 from ocvtp.vlms.images import Images, Layout, Placed
+from ocvtp.vlms.tower import device_of
 
 
 def choose(
@@ -39,10 +41,8 @@ def choose(
     indices: dict[int, Tensor] = {}
     scores: dict[int, Tensor] = {}
     counts, groups = family.counts(images), (videos or VideoBudget(budget)).groups(images)
-    for encoded in encode_groups(family, method, budget, images, seeds, prompts, videos=videos):
+    for encoded, kept in _chosen(family, method, budget, images, seeds, prompts, videos):
         with phase("method"):
-            with torch.no_grad():
-                kept = method.choose(encoded)
             taken = _taken(kept, encoded, method)  # with gradients
         for row, (member, (chosen_k, values_kV)) in enumerate(zip(encoded.members, taken, strict=True)):
             edges = list(accumulate((counts[number] for number in groups[member]), initial=0))
@@ -58,6 +58,47 @@ def choose(
         _scored(each, indices[i], scores[i]) if i in scores and len(indices[i]) else each
         for i, each in zip(order, placed, strict=True)
     ]
+
+
+def _chosen(
+    family: Family,
+    method: Method,
+    budget: Budget,
+    images: Images,
+    seeds: Sequence[int],
+    prompts: Sequence[list[int]],
+    videos: VideoBudget | None,
+) -> Iterator[tuple[Encoded, Kept]]:
+    """Images in groups, and the method's choice: after the tower, or beside its later blocks (`ocvtp.streams`)."""
+
+    def groups(vision: Vision | None = None) -> Iterator[Encoded]:
+        return encode_groups(family, method, budget, images, seeds, prompts, vision, videos=videos)
+
+    if not _early(family, method, images):
+        yield from ((encoded, _choice(method, encoded)) for encoded in groups())
+        return
+    beside, found = streams.Beside(device_of(family.tower, images.pixels.device)), list[Kept]()
+
+    def choose_now(vision: Vision) -> None:
+        with beside.running():
+            found.extend(_choice(method, encoded) for encoded in groups(vision))
+
+    with phase("tower"):
+        vision = family.encode(images, method.layers(), ready=choose_now)
+    beside.join(*(made for kept in found for made in (kept.indices_Gk, kept.scores_Gk)))
+    yield from zip(groups(vision), found, strict=True)
+
+
+def _early(family: Family, method: Method, images: Images) -> bool:
+    """Whether a method is asked to choose before the tower is done, and can."""
+    if not (streams.wanted() and method.by_states) or images.videos or type(method).encode is not Method.encode:
+        return False
+    return max(method.layers()) < family.facts.feature_layer
+
+
+def _choice(method: Method, encoded: Encoded) -> Kept:
+    with phase("method"), torch.no_grad():
+        return method.choose(encoded)
 
 
 def _scored(placed: Placed, indices_k: Tensor, scores_k: Tensor) -> Placed:

@@ -6,7 +6,7 @@ C tower width, V width of the values that the projector reads, D width of the la
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +66,9 @@ class Vision(ABC):
         no CLS, or where values are made of several rows of it.
         """
         raise Incompatible("no CLS of the vision tower can be handed on: leave it out")
+
+
+Early = Callable[[Vision], None]
 
 
 class Family(ABC):
@@ -153,10 +156,13 @@ class Family(ABC):
     # --- Vision ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> Vision:
+    def encode(
+        self, images: Images, layers: Collection[int], *, values: bool = True, ready: Early | None = None
+    ) -> Vision:
         """Run the tower once and keep `hidden_states` of these layers.
 
-        Without `values` it stops after the deepest layer that is asked for.
+        Without `values` it stops after the deepest layer that is asked for. If that is not the last one, and there are
+        no videos, `ready` is given what there is as soon as it is done, without values, before the tower goes on.
         """
 
     def project(self, values: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlms.family import Family, Vision
+from ocvtp.vlms.family import Early, Family, Vision
 from ocvtp.vlms.images import Images
 
 
@@ -56,10 +56,12 @@ class Remembering:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._family, name)
 
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> Vision:
-        """As the family's."""
-        if not values:
-            return self._family.encode(images, layers, values=False)
+    def encode(
+        self, images: Images, layers: Collection[int], *, values: bool = True, ready: Early | None = None
+    ) -> Vision:
+        """As the family's; what is wanted before the tower is done is not in the memory."""
+        if not values or ready is not None:
+            return self._family.encode(images, layers, values=values, ready=ready)
         return self._memory.encode(self._family, images, layers)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput
-from ocvtp.vlms.family import Family, Vision
+from ocvtp.vlms.family import Early, Family, Vision
 from ocvtp.vlms.images import Facts, Grid, Images
-from ocvtp.vlms.tower import device_of, recorded
+from ocvtp.vlms.tower import Ready, device_of, recorded
 
 _IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
 _NUMBERS = 1 << 26
@@ -202,7 +202,9 @@ class NativeFamily(Family):
 
     # --- Vision ------------------------------------------------------------------------------------------------------
 
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> NativeVision:  # noqa: D102
+    def encode(  # noqa: D102
+        self, images: Images, layers: Collection[int], *, values: bool = True, ready: Early | None = None
+    ) -> NativeVision:
         assert images.sizes is not None  # noqa: S101
         tower = self.tower
         device = device_of(tower, images.pixels.device)
@@ -213,12 +215,16 @@ class NativeFamily(Family):
             edges[block] = kwargs["cu_seqlens"]
             rotation[:] = [kwargs["position_embeddings"]]
 
+        order_N, grids = self.order(sizes).to(device), self.grids(images)
+
+        def seen(states: dict[int, Tensor], merged_NV: Tensor | None = None) -> NativeVision:
+            return NativeVision(self, states, merged_NV, order_N, rotation[0], edges, grids)
+
         states, output = recorded(
-            tower.blocks, layers, lambda: tower(pixels, grid_thw=sizes, return_dict=True), whole=values, note=note
-        )
-        merged_NV = self.merged(output) if values else None
-        order_N = self.order(sizes).to(device)
-        return NativeVision(self, states, merged_NV, order_N, rotation[0], edges, self.grids(images))
+            tower.blocks, layers, lambda: tower(pixels, grid_thw=sizes, return_dict=True), whole=values, note=note,
+            ready=None if ready is None else Ready(max(layers), lambda states: ready(seen(states))),
+        )  # fmt: skip
+        return seen(states, self.merged(output) if values else None)
 
     def order(self, sizes: Tensor) -> Tensor:
         """Number of the token, through all images, that each group of M patches makes, [N]. Here: as they come."""

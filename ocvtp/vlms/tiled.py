@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
-from ocvtp.vlms.family import Family, Vision, take
+from ocvtp.vlms.family import Early, Family, Vision, take
 from ocvtp.vlms.images import Facts, Grid, Images, Layout, Part
-from ocvtp.vlms.tower import Tower, device_of, fetched, parts_of, recorded
+from ocvtp.vlms.tower import Ready, Tower, device_of, fetched, parts_of, recorded
 
 
 @dataclass(frozen=True)
@@ -232,25 +232,38 @@ class TiledFamily(Family):
     def spans(self, images: Images) -> list[int]:  # noqa: D102
         return [shape.span for shape in self.shapes(images)]
 
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TiledVision:
+    def encode(
+        self, images: Images, layers: Collection[int], *, values: bool = True, ready: Early | None = None
+    ) -> TiledVision:
         """Values are what the model's own `get_image_features` makes."""
         self.check_size(images)
         inputs = self.inputs(images)
         inputs["pixel_values"] = inputs["pixel_values"].to(device_of(self.tower, images.pixels.device))
         get = self.model.model.get_image_features
         with fetched(self.model.model):
-            states, output = recorded(self.eye.blocks, layers, lambda: get(**inputs, return_dict=True), whole=values)
+            states, output = recorded(
+                self.eye.blocks, layers, lambda: get(**inputs, return_dict=True), whole=values,
+                ready=self.early(images, layers, ready),
+            )  # fmt: skip
         return TiledVision(self.eye, states, self.shapes(images), self.own(images, output) if values else None)
+
+    def early(self, images: Images, layers: Collection[int], ready: Early | None) -> Ready | None:
+        """What is ready when all of these layers are."""
+        if ready is None:
+            return None
+        return Ready(max(layers), lambda states: ready(TiledVision(self.eye, states, self.shapes(images), None)))
 
 
 class ProjectedLate(TiledFamily):
     """A family whose values are tokens of one layer of the tower, which a projector reads one by one."""
 
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TiledVision:
+    def encode(
+        self, images: Images, layers: Collection[int], *, values: bool = True, ready: Early | None = None
+    ) -> TiledVision:
         """Stops after the layer that values come from."""
         self.check_size(images)
         wanted = {*layers, *([self.facts.feature_layer] if values else [])}
-        states = self.eye.states(torch.cat(self.tiles(images)), wanted)
+        states = self.eye.states(torch.cat(self.tiles(images)), wanted, self.early(images, layers, ready))
         return TiledVision(self.eye, states, self.shapes(images), self.facts.feature_layer)
 
     def project(self, values: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102 - as in Family

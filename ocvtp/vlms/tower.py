@@ -66,10 +66,11 @@ class Tower:
         self.first = int(self._parts.cls)
         """Rows before the patches."""
 
-    def states(self, pixels_T3HW: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
+    def states(self, pixels_T3HW: Tensor, layers: Collection[int], ready: "Ready | None" = None) -> dict[int, Tensor]:
         """`hidden_states[layer]` with CLS, [T, L, C] each, as `transformers` has them; stops after the deepest."""
-        device = device_of(self.module, pixels_T3HW.device)
-        return recorded(self.blocks, layers, lambda: self.module(pixel_values=pixels_T3HW.to(device)), whole=False)[0]
+        pixels_T3HW = pixels_T3HW.to(device_of(self.module, pixels_T3HW.device))
+        run = partial(self.module, pixel_values=pixels_T3HW)
+        return recorded(self.blocks, layers, run, whole=False, ready=ready)[0]
 
     def onward(self, hidden_TLC: Tensor, layer: int, last: int) -> Tensor:
         """`hidden_states[last]`, [T, L, C], from (some rows of) `hidden_states[layer]`, which see each other alone."""
@@ -121,6 +122,19 @@ class _Deepest(Exception):
     """The deepest layer that was asked for is done."""
 
 
+@dataclass(frozen=True)
+class Ready:
+    """Whom to give the hidden states of some layers before the tower goes on.
+
+    Attributes:
+        layer: the deepest of them, which a block reads.
+        tell: is given what was kept so far.
+    """
+
+    layer: int
+    tell: Callable[[dict[int, Tensor]], None]
+
+
 def recorded(
     blocks: Any,
     layers: Collection[int],
@@ -128,6 +142,7 @@ def recorded(
     *,
     whole: bool,
     note: Callable[[int, dict[str, Any]], None] | None = None,
+    ready: Ready | None = None,
 ) -> tuple[dict[int, Tensor], Any]:
     """Run a tower and keep `hidden_states` of some layers: 0 is what the first block reads, n what the nth makes.
 
@@ -137,6 +152,7 @@ def recorded(
         run: has the tower run.
         whole: do not stop after the deepest of them.
         note: is told the number of each block, and by name what it reads beside hidden states.
+        ready: is told before a block runs.
 
     Returns:
         The hidden states by layer, and what `run` returned; None if it was stopped.
@@ -153,10 +169,14 @@ def recorded(
             raise _Deepest
 
     def before(number: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if note is not None and threading.get_ident() == mine:
+        if threading.get_ident() != mine:
+            return
+        if note is not None:
             note(number, kwargs)
         if number == 0:
             keep(0, args[0] if args else kwargs["hidden_states"])
+        if ready is not None and number == ready.layer:
+            ready.tell(states)
 
     hooks = []
     for number, block in enumerate(blocks):

@@ -78,9 +78,18 @@ def test_methods() -> None:
     assert all(row["batch_2"]["ms"] > 0 for row in one["rows"])
     own = {row["method"]: row["batch_2"]["own"] for row in one["rows"]}
     assert own["random"] == 0 < own["medoids"]
+    assert {row["batch_2"]["ratio"] for row in one["rows"] if row["method"] == "random"} == {1}
     added = {row["method"]: row["added_flops"] for row in one["rows"] if "added_flops" in row}
     assert added["random"] == 0
     assert 0 < added["cdpruner-no-text"] < added["divprune"]
+
+
+def test_precision() -> None:
+    found = run("precision.py")
+    rows = {row["method"]: row for row in found["rows"]}
+    assert all(0 <= row["vlm"]["images"] <= 1 and 0.8 < row["vlm"]["tokens"] <= 1 for row in rows.values())
+    assert {name for name, row in rows.items() if "products" in row} == {"oc-vtp-untrained"}
+    assert 0.95 < rows["oc-vtp-untrained"]["products"]["tokens"] <= 1
 
 
 def test_the_gpu_benchmark_on_a_cpu() -> None:
@@ -94,6 +103,9 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
         assert all(row["ms"]["tower"] > 0 and row["ms"]["prefill"] > 0 for row in rows.values())
         assert rows["vanilla"]["ms"]["method"] == 0 < rows["css"]["ms"]["method"]
         assert all(row["distance"]["first_token"] > 0 for row in rows.values())
+        (beside,) = table["side_stream"]
+        assert beside["case"] == "oc-vtp-untrained, keep 50%"
+        assert beside["ms"] > 0 < beside["ratio"]
         prefill = {name: row["least_ms"]["prefill"] for name, row in rows.items()}
         assert prefill["fastv"] == pytest.approx(prefill["css"], rel=0.1), (
             "half of the tokens, in the mean of its layers"

@@ -53,5 +53,5 @@ def test_each_case_is_a_run_with_its_distances(
     again = spooled(tmp_path)[len(first) :]
     assert [one["fingerprint"] for one in again] == [one["fingerprint"] for one in first]
     assert again[0]["metrics"] != whole["metrics"]
-    assert latency.main(["--batch", "2"]) == 2
-    assert "--batch 2 is of --random-weights" in capsys.readouterr().err
+    assert latency.main(["--batch", "0"]) == 2
+    assert "--batch is 0: at least 1 is needed" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ocvtp.errors import BadInput
 from ocvtp.vlms.anyres import Shape, resized, shape_of, shrunk, with_newlines
+from ocvtp.vlms.family import Early
 from ocvtp.vlms.images import Facts, Grid, Images, Kind, Layout, Map, Part, Placed
 from ocvtp.vlms.tiled import TiledFamily, TiledVision, Tiles
 from ocvtp.vlms.tower import device_of, fetched, recorded, weight_of
@@ -139,10 +140,12 @@ class OneVisionFamily(TiledFamily):
             raise BadInput(_shaped(images.pixels, len(numbers)))
         return [pixels[:number] for pixels, number in zip(images.pixels, numbers, strict=True)]
 
-    def encode(self, images: Images, layers: Collection[int], *, values: bool = True) -> TiledVision:
+    def encode(
+        self, images: Images, layers: Collection[int], *, values: bool = True, ready: Early | None = None
+    ) -> TiledVision:
         """Images first, then videos: the model has a way of its own for each."""
         if not images.videos:
-            return super().encode(images, layers, values=values)
+            return super().encode(images, layers, values=values, ready=ready)
         self.check_size(images)
         shapes, parts = self.shapes(images), list[tuple[dict[int, Tensor], list[Tensor]]]()
         assert images.sizes is not None  # noqa: S101

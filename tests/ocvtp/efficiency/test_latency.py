@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import ocvtp
-from ocvtp.efficiency.latency import Spread, measure
+from ocvtp.efficiency.latency import Latency, Spread, measure
 from ocvtp.errors import BadInput
 
 PAUSE = 0.05
@@ -110,6 +110,48 @@ def test_phases_add_up_to_the_whole(model, inputs) -> None:
     assert {name for name, took in found.phases.items() if took.median > 2000 * PAUSE} == {
         "tower", "projector", "prefill", "other"}  # fmt: skip
     assert 0 < found.phases["method"].median < 2000 * PAUSE
+
+
+def test_phases_are_of_the_runs_whose_whole_is_measured(model, inputs) -> None:
+    """Another machine's work changes single runs by more than 5 %, but not the sum of a run's own phases."""
+    calls: list[int] = []
+
+    @contextmanager
+    def slower_and_slower() -> Iterator[None]:
+        def wait(*_: object) -> None:
+            calls.append(1)
+            time.sleep(0.01 * len(calls))
+
+        hook = model.get_decoder().register_forward_pre_hook(wait)
+        with ocvtp.prune(model, "css", 4, layer=1):
+            yield
+        hook.remove()
+
+    found = measure(model, inputs, {"slower": slower_and_slower}, new_tokens=1, repeats=5, warmup=0)["slower"]
+    assert len(calls) == 5 * 3, "two calls until all is set up, and one that is measured"
+    assert found.accounted == pytest.approx(1, abs=0.05)
+    assert found.turns == sorted(found.turns)
+    assert found.turns[-1] - found.turns[0] > 100
+
+
+def test_parts_add_up_where_medians_do_not() -> None:
+    parts = [[1.0, 2.0, 9.0, 1.0, 1.5], [5.0, 1.0, 1.0, 1.0, 2.5]]
+    wholes = [sum(run) for run in zip(*parts, strict=True)]  # 6, 3, 10, 2, 4: the third and the fourth do not count
+    found = [Spread.of_part(part, wholes) for part in parts]
+    shares = [(1 / 6 + 2 / 3 + 1.5 / 4) / 3, (5 / 6 + 1 / 3 + 2.5 / 4) / 3]
+    assert [each.median for each in found] == pytest.approx([4000 * share for share in shares])
+    assert sum(each.median for each in found) == pytest.approx(4000), "the median whole"
+    assert [each.low for each in found] == [1000, 1000]
+
+
+def test_cases_are_compared_turn_by_turn() -> None:
+    def took(*turns: float) -> Latency:
+        spread = Spread.of([turn / 1000 for turn in turns])
+        return Latency(spread, spread, {}, None, spread, 1, len(turns), "cpu", None, list(turns))
+
+    slowed = took(10.0, 30.0, 20.0)
+    assert took(11.0, 33.0, 60.0).against(slowed) == pytest.approx(1.1), "in the last turn something else ran"
+    assert slowed.against(slowed) == 1
 
 
 def test_a_case_that_fails_is_noted_and_the_others_go_on(model, inputs) -> None:
