@@ -15,7 +15,7 @@ from ocvtp.data.scenes import SceneSet, write_scenes
 from ocvtp.pruner import OCPruner, PrunerConfig
 from ocvtp.pruner.loss import LOSSES, WITHOUT_DECODER
 from ocvtp.pruner.seeding import derive, generator
-from ocvtp.pruner.training.data import Order, fetch
+from ocvtp.pruner.training.data import Order, WithMore, fetch
 from ocvtp.pruner.training.optimiser import make_optimizer
 from ocvtp.pruner.training.ranks import Ranks, StepLoss
 from ocvtp.pruner.training.run import TrainConfig
@@ -23,6 +23,7 @@ from ocvtp.pruner.training.validate import validate
 from ocvtp.selection import CHOICES, span_error
 from ocvtp.tokens.extract import ImageRecord, extract_tokens
 from ocvtp.tokens.loader import TokenDataset
+from ocvtp.tokens.object_masks import ObjectMasks
 from ocvtp.vlms import load
 
 SLOTS = (4, 8, 16)
@@ -43,7 +44,9 @@ class Training:
         self.teacher = teacher if loss == "answers" else None
         self.optimizer = make_optimizer(self.pruner, self.config)
         self.step_loss = StepLoss(self.pruner, self.config, self.teacher)
-        self.dataset, self.device = dataset, device
+        meta = dataset.meta
+        objects = ObjectMasks.of_scenes(SceneSet(0), meta.preprocessing, meta.grid) if loss == "masks" else None
+        self.dataset, self.device = WithMore(dataset, objects), device
         images, self.held_out = dataset.split(0.2, 0)
         self.order = Order(images, self.config.batch_size, drop_last=True, seed=0)
         self.steps, self.seconds = 0, 0.0

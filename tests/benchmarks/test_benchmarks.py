@@ -60,7 +60,7 @@ def test_the_pruner() -> None:
     assert [round(row["counted"] / 1e9, 2) for row in found["flops"]] == [5.96, 23.78]
     assert all(taken > 0 for taken in found["memory_bytes"].values())
     losses = found["losses"]["losses"]
-    assert set(losses) == {"aw_mse", "mse", "span", "answers"}
+    assert set(losses) == {"aw_mse", "mse", "span", "answers", "masks"}
     assert all(row["steps"] > 0 and 0 < row["span_error"]["4"] < 1 and row["kl"] > 0 for row in losses.values())
     errors = {row["choice"]: row["span_error"] for row in found["choices"]}
     assert set(errors) == {"select", "qr", "css", "fps", "medoids"}
