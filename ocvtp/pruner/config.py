@@ -119,7 +119,7 @@ class PrunerConfig:
     extra_slot: bool = AUTO
     assignment: str = "shared"
     residual_of: str = "own"
-    mass_power: float = 0.1
+    mass_power: float = 0.08
     fill: str = AUTO
     surplus: str = AUTO
 
