@@ -9,6 +9,7 @@ Letters: N tokens of an image, C width of a token.
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -63,12 +64,13 @@ def costs(params: Params, *, training: bool) -> Iterator[str]:
     Raises:
         BadInput, NotAvailable: as for the stages themselves, where a VLM is not here or a pruner does not fit.
     """
-    where = device()
-    name = f"cpu, {torch.get_num_threads()} threads" if where == "cpu" else torch.cuda.get_device_name()
-    yield f"by passes over random numbers of the same shapes, here ({name}); one task after the other:"
-    found = list(_extraction(params, where))
+    where, resources = device(), params.cluster.resources
+    yield f"by passes over random numbers of the same shapes, here ({_name(where, params)}); one task after the other:"
+    with _threads(resources.extract.cpus):
+        found = list(_extraction(params, where))
     if training:
-        found += _training(params, where)
+        with _threads(resources.train.cpus):
+            found += _training(params, where)
     width = max(len(one.what) for one in found)
     yield f"{'':<{width}}  {'images seen':>11}  {'room':>8}  {'a second':>8}  {'time':>8}"
     for one in found:
@@ -76,6 +78,24 @@ def costs(params: Params, *, training: bool) -> Iterator[str]:
         speed = "-" if one.speed is None else f"{one.speed:.3g}"
         yield f"{one.what:<{width}}  {one.passes:>11,}  {room:>8}  {speed:>8}  {_span(one.seconds):>8}"
     yield from _notes(params, training=training)
+
+
+def _name(where: str, params: Params) -> str:
+    if where != "cpu":
+        return torch.cuda.get_device_name()
+    extract, train = params.cluster.resources.extract.cpus, params.cluster.resources.train.cpus
+    return f"cpu, with the cpus of cluster.resources: {extract} to extract, {train} to train"
+
+
+@contextmanager
+def _threads(cpus: int) -> Iterator[None]:
+    """Within, as many threads as a task with so many CPUs has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(cpus)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _notes(params: Params, *, training: bool) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_params import write_params
 
 from ocvtp.pruner import PrunerConfig
@@ -20,6 +21,7 @@ COCO = {"source": "coco", "images": 40_000, "questions": 0, "annotations": "none
 LARGE: dict[str, Any] = {
     "sample": COCO, "evaluate": {"data": "official"}, "benchmark": ["pope"], "method": ["vanilla", "oc-vtp"],
     "keep": [16], "layer": [9, -2], "seed": [0, 1], "train": {"eval_every": 50},
+    "cluster": {"resources": {"train": {"cpus": 3}}},
 }  # fmt: skip
 
 
@@ -33,7 +35,11 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_forty_thousand_images_are_told_without_any(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forty_thousand_images_are_told_without_any(
+    empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, before = list[int](), torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert training.main([*write_params(empty, LARGE, {}), "--costs"]) == 0
     said = capsys.readouterr().out
     number = r"[\d.e+-]+"
@@ -47,10 +53,11 @@ def test_forty_thousand_images_are_told_without_any(empty: Path, capsys: pytest.
     )
     assert re.search(rf"  its 9 validations, 3 slot counts each +{4 * 9 * 2000 * 3:,} +- +{number} +{time}\n", said)
     assert [path.name for path in empty.iterdir()] == ["params.yaml"]
+    assert threads == [1, before, 3, before], "those of a task"
     assert extract.main([*write_params(empty, LARGE, {}), "--costs"]) == 0
     said = capsys.readouterr().out
     assert "extract tiny-llava, layer 9, -2" in said
-    assert "train" not in said
+    assert "train tiny-llava" not in said
     with pytest.raises(SystemExit, match="2"):
         training.main([*write_params(empty, LARGE, {}), "--costs", "--dry-run"])
     assert "not allowed with argument" in capsys.readouterr().err

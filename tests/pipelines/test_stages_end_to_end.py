@@ -437,6 +437,7 @@ def test_three_or_seven_tasks_end_in_the_bytes_of_one(work: Workspace, capsys: p
 @pytest.mark.nightly
 def test_another_way_to_score_asks_nothing_and_shards_end_in_the_same_bytes(work: Workspace) -> None:
     changes: dict[str, Any] = {"method": ["vanilla", "random"], "keep": [16]}
+    assert work.run(sample) == 0  # it runs by itself, too
     assert work.run(evaluate, **changes) == 0
     before = work.files("results")
     shutil.rmtree(work.store / "scores")  # as if their code had changed
