@@ -54,7 +54,9 @@ EXPECTED: dict[str, Any] = {
     "dvc exp run -S 'keep=[48,16]' -S 'slots=[[16,32,48],[16]]' -S 'top_k=[1,2,4]'": (6, 1, 36),
     "dvc exp run -S 'layer=[9,10,-2]'": (9, 3, 45),
     "dvc exp run -S 'loss=[aw_mse,mse,span]'": (9, 1, 45),
-    "dvc exp run -S '+ablate.loss=[answers]'": (6, 1, 30),
+    "dvc exp run -S '+ablate.loss=[answers,masks]'": (9, 1, 45),
+    "dvc exp run -S '+ablate.layer=[-2]' -S '+ablate.together=[{loss: masks, train: {pruner: {assignment: mass, "
+    "residual_of: handed_on, queries: fps, truncation: none}}}]'": (9, 2, 45),
     "dvc exp run -S '+ablate.layer=[10,-2]' -S '+ablate.loss=[mse]' -S '+ablate.train.steps=[50,800]'": (18, 3, 90),
     "dvc exp run -S '+ablate.together=[{loss: span, layer: -2, slots: [4,8]}]'": (6, 2, 30),
 }
