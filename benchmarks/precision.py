@@ -4,8 +4,8 @@
     python benchmarks/precision.py --quick            # few scenes, to see that it runs
 
 tiny-llava on scenes. `vlm`: its weights, activations and tokens in bfloat16, where choices compute in float32 all the
-same; `products`: the same float32 tokens, and `precision="bf16"` of `oc-vtp`. Each against all in float32: the share of
-the kept tokens, and of the images whose tokens are all the same. Needs ocvtp, torch and transformers.
+same; `bf16`, `fp16`: the same float32 tokens, and that `precision` of `oc-vtp`. Each against all in float32: the share
+of the kept tokens, and of the images whose tokens are all the same. Needs ocvtp, torch and transformers.
 """
 
 import argparse
@@ -37,11 +37,12 @@ def same(plain: list[set[int]], others: list[set[int]]) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    columns = ("method", "kept", "VLM in bf16: tokens", "images", "products in bf16: tokens", "images")
-    lines = [heading(found["machine"]), "", f"| {' | '.join(columns)} |", "|:--|--:|--:|--:|--:|--:|"]
+    kinds = {"vlm": "VLM in bf16", "bf16": "products in bf16", "fp16": "products in fp16"}
+    columns = ("method", "kept", *(text for name in kinds.values() for text in (f"{name}: tokens", "images")))
+    lines = [heading(found["machine"]), "", f"| {' | '.join(columns)} |", "|:--|" + "--:|" * (len(columns) - 1)]
     for row in found["rows"]:
         cells = [f"{100 * row[kind][what]:.1f} %" if kind in row else ""
-                 for kind in ("vlm", "products") for what in ("tokens", "images")]  # fmt: skip
+                 for kind in kinds for what in ("tokens", "images")]  # fmt: skip
         lines.append(f"| {row['method']} | {row['keep']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -66,7 +67,9 @@ def main() -> None:
             wanted = kept(plain.model, inputs, name, keep, **options)
             row = {"method": name, "keep": keep, "vlm": same(wanted, kept(half.model, inputs, name, keep, **options))}
             if name.startswith("oc-vtp"):
-                row["products"] = same(wanted, kept(plain.model, inputs, name, keep, precision="bf16", **options))
+                for precision in ("bf16", "fp16"):
+                    others = kept(plain.model, inputs, name, keep, precision=precision, **options)
+                    row[precision] = same(wanted, others)
             rows.append(row)
     say(
         {

@@ -4,13 +4,15 @@ Letters: B images, N tokens, C token width.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner.config import CHOICES, check_whole
+
+PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def tokens(tokens_BNC: Tensor, width: int, device: torch.device) -> None:
@@ -85,8 +87,10 @@ def fill_scores(fill: str, scores_BN: Tensor | None, tokens_BNC: Tensor) -> None
         raise BadInput(f"fill_scores are of no use with fill={fill!r}: use fill='attention'")
 
 
-def precision(given: object) -> bool:
-    """Whether bfloat16 is asked for; None leaves all in the type of the weights."""
-    if given not in (None, "bf16"):
-        raise BadInput(f"precision is {given!r}: bf16, or None for that of the weights, is needed")
-    return given is not None
+def precision(given: str | None) -> torch.dtype | None:
+    """The type of matrix products; None leaves all in that of the weights."""
+    if given is None:
+        return None
+    if given not in PRECISIONS:
+        raise BadInput(f"precision is {given!r}: {', '.join(PRECISIONS)}, or None for that of the weights, is needed")
+    return PRECISIONS[given]

@@ -174,8 +174,9 @@ class OCPruner(nn.Module):
             fill: what makes up for picks that coincide.
             fill_scores: [B, N], for `fill="attention"`: of the tokens that no slot picked, the highest are added.
             surplus: which pick goes if there are too many.
-            precision: `bf16` computes matrix products in bfloat16, but for those of slots and tokens: three times
-                faster where the hardware has it; one or two picks in a hundred are others.
+            precision: `bf16` or `fp16` computes matrix products in that type, but for those of slots and tokens: three
+                times faster where the hardware has it. Of a hundred picks one or two are others in bfloat16; of a
+                thousand, in float16, at which CPUs are slow.
             check_values: look for NaN and infinity.
             mass_power: of `mass`; the config's value unless given.
             handed_on: [B, N, V], the same tokens in the layer that goes to the LLM, for `residual_of="handed_on"`.
@@ -189,7 +190,7 @@ class OCPruner(nn.Module):
         checks.options(assignment=assignment, fill=fill, surplus=surplus)
         mass_power = self.config.mass_power if mass_power is None else mass_power
         check_number("mass_power", mass_power, 0)
-        bf16 = checks.precision(precision)
+        products = checks.precision(precision)
         check_whole("top_k", top_k, 1)
         tokens_BNC, mask_BN = self._tokens(tokens, mask, check_values)
         batch, count = tokens_BNC.shape[:2]
@@ -201,7 +202,7 @@ class OCPruner(nn.Module):
 
         num_slots = self._slots_for(keeps, slots, top_k, count)
         start = SlotStart(queries, generator, seeds)
-        attention_BKN, slot_mask_BK = self._attention(tokens_BNC, mask_BN, num_slots, start, bf16=bf16)
+        attention_BKN, slot_mask_BK = self._attention(tokens_BNC, mask_BN, num_slots, start, products)
         exist_B1 = torch.full((1, 1), count) if mask_BN is None else mask_BN.sum(1, keepdim=True)
         keep_B1 = torch.tensor(keeps)[:, None].to(exist_B1.device, non_blocking=True).minimum(exist_B1)
         if fill == "random":
@@ -301,25 +302,28 @@ class OCPruner(nn.Module):
         mask_BN: Tensor | None,
         num_slots: int | Sequence[int],
         start: SlotStart,
-        *,
-        bf16: bool,
+        products: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention, and which slots exist (None: all), without gradients; replayed where all images are alike."""
+        """Attention, and which slots exist (None: all), without gradients; replayed where all images are alike.
+
+        `products` is the type of matrix products with weights, if it is another than that of the weights.
+        """
+        exact = products is not None
 
         def precision() -> Any:
             # Without its cache of weights, whose memory a recorded graph would outlive.
-            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
+            return torch.autocast(self.device.type, products, cache_enabled=False) if exact else nullcontext()
 
         slots, slot_mask_BK = self._existing(tokens_BNC, num_slots)
         of_tokens = start.queries is None and isinstance(self.queries, FromTokens)
         if self.training or mask_BN is not None or slot_mask_BK is not None or of_tokens:
             with precision():
-                return self._aggregate(tokens_BNC, mask_BN, num_slots, start, exact=bf16)[1:]
+                return self._aggregate(tokens_BNC, mask_BN, num_slots, start, exact=exact)[1:]
 
         def gathered(tokens_BNC: Tensor, queries_BKD: Tensor) -> Tensor:
             with precision():
                 encoded_BND = self.project(tokens_BNC)
-                attention_BKN: Tensor = self.slot_attention(encoded_BND, queries_BKD, exact=bf16)[1]
+                attention_BKN: Tensor = self.slot_attention(encoded_BND, queries_BKD, exact=exact)[1]
             return attention_BKN
 
         with precision():
@@ -327,7 +331,7 @@ class OCPruner(nn.Module):
         places = tuple(
             weight.data_ptr() for part in (self.project, self.slot_attention) for weight in part.parameters()
         )
-        return self._replays((bf16, places), gathered, tokens_BNC, queries_BKD), None
+        return self._replays((products, places), gathered, tokens_BNC, queries_BKD), None
 
     def _queries(self, batch: int, slots: int, start: SlotStart) -> Tensor:
         width, (queries, generator, seeds) = self.config.slot_dim, start

@@ -136,6 +136,19 @@ def test_a_padded_batch_is_what_its_images_are_alone():
     assert [len({*row}) for row in doubled.tolist()] == [6] * 3
 
 
+def test_tokens_that_say_nothing_more_are_kept_all_the_same():
+    """Constant ones, and of a rank below the number of slots; NaN is refused."""
+    pruner = OCPruner(SEGMENTED).eval()
+    flat = drawn(12, 2, 1, 16).expand(2, 16, 16)
+    low = drawn(13, 2, 16, 2) @ drawn(14, 2, 2, 16)
+    for tokens in (flat, low):
+        kept = pruner.select(tokens, 7)
+        assert [sorted({*row}) for row in kept.tolist()] == kept.tolist()
+        assert kept.shape == (2, 7)
+    with pytest.raises(BadInput, match=r"image 1 .* NaN"):
+        pruner.select(torch.stack((low[0], torch.full((16, 16), torch.nan))), 7)
+
+
 def test_drawn_sets_follow_the_same_weights():
     attention, tokens = drawn(6, 4, 3, 9).softmax(1), drawn(7, 4, 9, 5)
     everywhere = torch.ones(4, 9, dtype=torch.bool)

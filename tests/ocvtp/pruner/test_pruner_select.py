@@ -301,9 +301,11 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("precision", "products"), [(None, torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "products"), [(None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 @pytest.mark.parametrize("masked", [False, True])
-def test_in_bfloat16_slots_and_tokens_are_multiplied_in_float32(pruner, precision, products, masked):
+def test_in_half_precision_slots_and_tokens_are_multiplied_in_float32(pruner, precision, products, masked):
     x = tokens(3)
     mask = torch.ones(3, 36, dtype=torch.bool) if masked else None
     with Products() as seen:
@@ -312,15 +314,16 @@ def test_in_bfloat16_slots_and_tokens_are_multiplied_in_float32(pruner, precisio
     assert seen.batches == {torch.float32}
 
 
-def test_in_bfloat16_nearly_all_picks_are_those_of_float32():
+@pytest.mark.parametrize(("precision", "least"), [("bf16", 0.975), ("fp16", 0.99)])
+def test_in_half_precision_nearly_all_picks_are_those_of_float32(precision, least):
     """Of the tokens of tiny-llava's tower, by weights that are not trained; docs/methods.md has trained ones."""
     vlm = load("tiny-llava", device="cpu")
     images = [Image.fromarray(make_scene(0, "benchmark", number).pixels_HW3) for number in range(64)]
     x = vlm.family.encode(vlm.preprocess(images, mode="pad"), {9}, values=False).tokens(9, range(64))
     wide = make(token_dim=96, grid=(12, 12))
-    plain, half = (wide.select(x, 48, seeds=range(64), precision=each).tolist() for each in (None, "bf16"))
+    plain, half = (wide.select(x, 48, seeds=range(64), precision=each).tolist() for each in (None, precision))
     same = sum(len({*a} & {*b}) for a, b in zip(plain, half, strict=True)) / (64 * 48)
-    assert 0.975 < same < 1
+    assert least < same < 1
 
 
 @pytest.mark.parametrize(
