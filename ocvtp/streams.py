@@ -60,9 +60,8 @@ class Beside:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._side)
         for each in made:
-            if (
-                each is not None
-            ):  # of the side's memory, which is not given to others before this stream is done with it
+            if each is not None:
+                # The side's memory is not given to others before this stream is done with it.
                 each.record_stream(current)
 
 
