@@ -3,6 +3,7 @@
 One after another in one workspace, as a user runs them; each test says what it changes.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -535,3 +536,26 @@ def test_images_without_masks_are_measured_too(opened: Callable[[str], Workspace
         (method, None, None) for method in ("random", "random", "qr", "qr")
     ]
     assert all(0 < row["span_on"] < 1 for row in rows)
+
+
+def test_the_segmented_objects_of_a_data_set_teach(
+    opened: Callable[[str], Workspace], coco: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of `sample.annotations`; the key of the training holds the file's checksum."""
+    work = opened("segmented")
+    settings: dict[str, Any] = {
+        "sample": coco, "evaluate": {"data": "official"}, "loss": "masks", "slots": [16],
+        "train": {"steps": 2, "batch_size": 4, "eval_every": 1, "validation_share": 0.25},
+    }  # fmt: skip
+    for stage in (sample, extract, train):
+        assert work.run(stage, **settings) == 0
+    (task,) = work.ran
+    path = Path(coco["annotations"])
+    assert task.spec["objects"]["coco"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    metrics = work.json("models/tiny-llava/layer_9-masks-slots_16-seed_0/metrics.json")
+    assert 0 < metrics["cover"] <= 1
+    data = json.loads(path.read_text())
+    data["annotations"] = []
+    path.write_text(json.dumps(data))
+    assert work.run(train, **settings) == 1
+    assert "none of the 9 training images has an object with a segmentation" in capsys.readouterr().err
