@@ -547,8 +547,8 @@ def test_the_segmented_objects_of_a_data_set_teach(
         "sample": coco, "evaluate": {"data": "official"}, "loss": "masks", "slots": [16],
         "train": {"steps": 2, "batch_size": 4, "eval_every": 1, "validation_share": 0.25},
     }  # fmt: skip
-    for stage in (sample, extract, train):
-        assert work.run(stage, **settings) == 0
+    for script in (sample, extract, train):
+        assert work.run(script, **settings) == 0
     (task,) = work.ran
     path = Path(coco["annotations"])
     assert task.spec["objects"]["coco"] == hashlib.sha256(path.read_bytes()).hexdigest()
