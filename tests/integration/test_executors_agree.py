@@ -90,6 +90,7 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.nightly  # test_slurm.py has a task that takes too long, test_pruner_checkpoints.py a training that goes on
 def test_a_training_whose_time_is_over_ends_in_the_same_bytes_on_slurm(
     finished: Workspace, new_workspace: Callable[..., Workspace], slurm_server: "Slurm", monkeypatch: pytest.MonkeyPatch
 ) -> None:
