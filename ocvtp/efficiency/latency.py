@@ -64,7 +64,7 @@ class Latency:
         next_token: each further token.
         total: the whole answer.
         peak_memory_bytes: during the whole answer: what was allocated of an accelerator, or what the process held on
-            a CPU; None where the system does not tell.
+            a CPU, with what its allocator keeps of earlier work; None where the system does not tell.
         turns: milliseconds of `first_token` in each turn.
         processing: what the processor makes of images and text before `generate` is called; None where nobody says how.
     """
