@@ -4,8 +4,9 @@ Letters: I images, G images with equally many tokens, N tokens of an image, k to
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -41,7 +42,8 @@ def choose(
     indices: dict[int, Tensor] = {}
     scores: dict[int, Tensor] = {}
     counts, groups = family.counts(images), (videos or VideoBudget(budget)).groups(images)
-    for encoded, kept in _chosen(family, method, budget, images, seeds, prompts, videos):
+    encode = partial(encode_groups, family, method, budget, images, seeds, prompts, videos=videos)
+    for encoded, kept in _chosen(family, method, images, encode):
         with phase("method"):
             taken = _taken(kept, encoded, method)  # with gradients
         for row, (member, (chosen_k, values_kV)) in enumerate(zip(encoded.members, taken, strict=True)):
@@ -61,32 +63,22 @@ def choose(
 
 
 def _chosen(
-    family: Family,
-    method: Method,
-    budget: Budget,
-    images: Images,
-    seeds: Sequence[int],
-    prompts: Sequence[list[int]],
-    videos: VideoBudget | None,
+    family: Family, method: Method, images: Images, encode: Callable[..., Iterator[Encoded]]
 ) -> Iterator[tuple[Encoded, Kept]]:
     """Images in groups, and the method's choice: after the tower, or beside its later blocks (`ocvtp.streams`)."""
-
-    def groups(vision: Vision | None = None) -> Iterator[Encoded]:
-        return encode_groups(family, method, budget, images, seeds, prompts, vision, videos=videos)
-
     if not _early(family, method, images):
-        yield from ((encoded, _choice(method, encoded)) for encoded in groups())
+        yield from ((encoded, _choice(method, encoded)) for encoded in encode())
         return
     beside, found = streams.Beside(device_of(family.tower, images.pixels.device)), list[Kept]()
 
     def choose_now(vision: Vision) -> None:
         with beside.running():
-            found.extend(_choice(method, encoded) for encoded in groups(vision))
+            found.extend(_choice(method, encoded) for encoded in encode(vision))
 
     with phase("tower"):
         vision = family.encode(images, method.layers(), ready=choose_now)
     beside.join(*(made for kept in found for made in (kept.indices_Gk, kept.scores_Gk)))
-    yield from zip(groups(vision), found, strict=True)
+    yield from zip(encode(vision), found, strict=True)
 
 
 def _early(family: Family, method: Method, images: Images) -> bool:

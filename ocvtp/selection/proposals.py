@@ -46,6 +46,18 @@ def _wishes(attention_BKN: Tensor, rule: str, mass_power: float) -> Tensor:
 
 
 @torch.no_grad()
+def _begin(rule: str, tokens_BNC: Tensor, exists_BN: Tensor, slots: int) -> tuple[Tensor, Step]:
+    """What the rule says of each token before a pick, [B, N], and how that changes with one."""
+    return RULES[rule](tokens_BNC.detach().float().masked_fill(~exists_BN[:, :, None], 0), exists_BN, slots)
+
+
+def _wishes_for(pick_B: Tensor, wish_BKN: Tensor, slot_free_BK: Tensor) -> Tensor:
+    """How much each slot wants the token that was picked, [B, K]; -1 of slots that have one."""
+    at_BK1 = pick_B[:, None, None].expand(-1, wish_BKN.shape[1], -1)
+    return wish_BKN.detach().gather(2, at_BK1)[:, :, 0].masked_fill(~slot_free_BK, -1)
+
+
+@torch.no_grad()
 def propose(
     attention_BKN: Tensor,
     tokens_BNC: Tensor,
@@ -67,7 +79,7 @@ def propose(
     place_N, number_K = torch.arange(count, device=device), torch.arange(slots, device=device)
     with torch.autocast(device.type, enabled=False):
         wish_BKN = _wishes(attention_BKN, rule, mass_power)
-        left_BN, step = RULES[rule](tokens_BNC.float().masked_fill(~exists_BN[:, :, None], 0), exists_BN, slots)
+        left_BN, step = _begin(rule, tokens_BNC, exists_BN, slots)
         token_free_BN, slot_free_BK = exists_BN.clone(), slot_exists_BK.clone()
         picks_BK = torch.full((batch, slots), count, device=device)
         for _ in range(slots):
@@ -76,8 +88,7 @@ def propose(
             best_B1 = score_BN.amax(1, keepdim=True)
             pick_B = torch.where(score_BN >= best_B1 * (1 - TIE), place_N, count).amin(1)
             safe_B1 = pick_B.clamp(max=count - 1)[:, None]
-            mine_BK = wish_BKN.gather(2, safe_B1[:, :, None].expand(-1, slots, -1))[:, :, 0]
-            mine_BK = mine_BK.masked_fill(~slot_free_BK, -1)
+            mine_BK = _wishes_for(safe_B1[:, 0], wish_BKN, slot_free_BK)
             slot_B = torch.where(mine_BK >= mine_BK.amax(1, keepdim=True) * (1 - TIE), number_K, slots).amin(1)
             # An image without free tokens or slots: nothing changes.
             done_B1 = ((pick_B == count) | (slot_B == slots))[:, None]
@@ -123,9 +134,7 @@ def sample(
         free_BN, slot_free_BK = exists_BN.clone(), torch.ones(batch, slots, dtype=torch.bool, device=device)
         left_BN, step = None, None
         if assignment in RULES:
-            with torch.no_grad():
-                here_BNC = tokens_BNC.detach().float().masked_fill(~exists_BN[:, :, None], 0)
-                left_BN, step = RULES[assignment](here_BNC, exists_BN, slots)
+            left_BN, step = _begin(assignment, tokens_BNC, exists_BN, slots)
         picks_BK = torch.full((batch, slots), count, device=device)
         logarithm_B = wish_BKN.new_zeros(batch)
         for number in range(slots):
@@ -139,8 +148,7 @@ def sample(
             logarithm_B = logarithm_B + torch.where(there_B, share_BN.gather(1, pick_B[:, None])[:, 0], 0)
             slot_B1 = torch.full((batch, 1), number, device=device)
             if step is not None:
-                mine_BK = wish_BKN.detach().gather(2, pick_B[:, None, None].expand(-1, slots, -1))[:, :, 0]
-                slot_B1 = mine_BK.masked_fill(~slot_free_BK, -1).argmax(1, keepdim=True)
+                slot_B1 = _wishes_for(pick_B, wish_BKN, slot_free_BK).argmax(1, keepdim=True)
                 assert left_BN is not None  # noqa: S101 - of the same rule
                 counts_B = there_B & (left_BN.gather(1, pick_B[:, None])[:, 0] > 0)
                 with torch.no_grad():
