@@ -52,8 +52,8 @@ def main(
         instead.add_argument(
             "--costs",
             action="store_true",
-            help="say what room and time it takes at the size of the params: a few passes over random numbers of the "
-            "same shapes on this device; needs no data, and changes nothing",
+            help="say what disk space and time it takes at the size of the params: a few passes over random numbers of "
+            "the same shapes on this device; needs no data, and changes nothing",
         )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)

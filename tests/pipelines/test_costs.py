@@ -74,6 +74,15 @@ def test_what_nobody_can_say_before_images_are_seen_has_a_dash(empty: Path, caps
     assert "-: with loss answers the language model is asked at each step" in said
 
 
+def test_loss_masks_is_measured_with_objects_of_noise(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_params(empty, {**LARGE, "layer": 9, "loss": ["span", "masks"], "slots": [16], "seed": 0}, {})
+    assert training.main(["--params", str(empty / "params.yaml"), "--costs"]) == 0
+    said = capsys.readouterr().out
+    for loss in ("span", "masks"):
+        assert re.search(rf"train tiny-llava/layer_9-{loss}-slots_16-seed_0, 400 steps +12,800 .* (?:s|min|h)\n", said)
+    assert "with loss masks an image has 7 objects" in said
+
+
 class Counted(costs.RandomTokens):
     """Counts the images that are asked for."""
 
@@ -111,7 +120,7 @@ def test_a_training_takes_what_was_said(empty: Path, options: dict[str, Any], mo
     again = judged if config.validate_on == "held_out" else 0  # the last batch is at hand
     assert source.seen == 1 + passes + again
     found = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (out, resume)]
-    assert said[0].room == pytest.approx(found[0], rel=0.01)
+    assert said[0].disk == pytest.approx(found[0], rel=0.01)
     # Where there is no decoder some weights have no gradient, and so no moments.
-    assert said[1].room == pytest.approx(found[1], rel=0.01) if loss != "span" else said[1].room > found[1]
+    assert said[1].disk == pytest.approx(found[1], rel=0.01) if loss != "span" else said[1].disk > found[1]
     assert replace(said[0], speed=2.0).seconds == passes / 2
