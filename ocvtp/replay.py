@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -27,11 +28,18 @@ class _Recorded:
     output: Tensor
 
 
+class _Not(Enum):
+    """Why there is no recording of what was called before."""
+
+    YET = "called once, which is no reason to record"
+    POSSIBLE = "cannot be recorded: it is not tried again"
+
+
 class Replays:
     """The recorded graphs of some functions. Copies and pickles of it are empty: graphs hold addresses of memory."""
 
     def __init__(self) -> None:
-        self._held = OrderedDict[Hashable, _Recorded | None]()
+        self._held = OrderedDict[Hashable, _Recorded | _Not]()
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replays":
@@ -48,6 +56,9 @@ class Replays:
                 stay where it is as long as the key is the same.
             function: from tensors to one, by operations that neither wait for the device nor read its memory.
             tensors: contiguous copies of them are made.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little memory for the recording; the next call tries again.
         """
         if not _can(tensors):
             return function(*tensors)
@@ -56,24 +67,26 @@ class Replays:
         key = (key, shapes, stream.cuda_stream)
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if key not in self._held:
-                self._hold(key, None)  # once is no reason to record
+                self._hold(key, _Not.YET)
                 return function(*tensors)
-            recorded = self._held[key] or self._record(function, tensors)
+            recorded = self._held[key]
+            if recorded is _Not.YET:
+                recorded = self._record(function, tensors)
             self._hold(key, recorded)
-            if recorded is None:
+            if isinstance(recorded, _Not):
                 return function(*tensors)
             for held, given in zip(recorded.inputs, tensors, strict=True):
                 held.copy_(given)
             recorded.graph.replay()
             return recorded.output.clone()
 
-    def _hold(self, key: Hashable, recorded: _Recorded | None) -> None:
+    def _hold(self, key: Hashable, recorded: _Recorded | _Not) -> None:
         self._held[key] = recorded
         self._held.move_to_end(key)
         while len(self._held) > _MOST:
             self._held.popitem(last=False)
 
-    def _record(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> _Recorded | None:
+    def _record(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> _Recorded | _Not:
         device = tensors[0].device
         inputs = tuple(each.detach().clone() for each in tensors)
         current, aside, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
@@ -84,9 +97,11 @@ class Replays:
             current.wait_stream(aside)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = function(*inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             log.warning("%s is not recorded as a CUDA graph, and runs as it is: %s", function, error)
-            return None
+            return _Not.POSSIBLE
         return _Recorded(graph, inputs, output)
 
 
