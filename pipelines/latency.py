@@ -1,8 +1,8 @@
 """`ocvtp latency`, kept in MLflow: milliseconds of each phase, and how many times the least there is that they take.
 
 Takes the arguments of `ocvtp latency`; `--limits` is always on. Each case is a run, found again by what was measured,
-on which machine and with which versions: measured anew, it has the new numbers. Times are no results of the pipeline,
-on which anything depended.
+on which machine and with which versions: measured anew on another day, it has the new numbers. Times are no results of
+the pipeline, on which anything depended.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,21 @@ KIND = "latency"
 
 def records(found: Mapping[str, Any]) -> Iterator[Record]:
     """A run of each case that was measured, from the JSON of `ocvtp latency`; of one that could not be it says why."""
-    about = {name: found[name] for name in ("vlm", "device", "dtype", "batch", "new_tokens")}
-    about |= {"host": platform.node(), **{name: version(name) for name in ("ocvtp", "torch", "transformers")}}
+    told = {
+        name: value for name, value in found.items() if name not in ("cases", "ceilings", "versions", "date", "pruner")
+    }
+    about = {"host": platform.node(), **told, **found["versions"]}
     for name, case in found["cases"].items():
         params = {**about, "method": case["method"], "keep": case["keep"], **case["options"]}
+        if case["method"] == "oc-vtp":  # no other case changes with it
+            params["pruner"] = found["pruner"]
         yield Record(
             fingerprint=hashlib.sha256(canonical([KIND, params]).encode()).hexdigest()[:24],
             kind=KIND,
             name=f"{found['vlm']}/{name}",
             params=params,
             metrics={} if "failed" in case else _metrics(case),
-            tags={"failed": case.get("failed", "")},
+            tags={"failed": case.get("failed", ""), "measured": found["date"]},
         )
 
 
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = latency.measured(options)
         code = latency.tell(options, found)
         track(stage, list(records(found.as_dict())))
+        latency.draw(options, found)
     except (OcvtpError, OSError) as error:
         return command.explain(KIND, error)
     return code

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -64,16 +66,16 @@ def keep(text: str) -> int | float:
     return value
 
 
-def tokens(budget: int | float, whole: int) -> int:
-    """The number of tokens that a budget leaves of an image of `whole`.
-
-    Raises:
-        BadInput: more than the image has.
-    """
-    count = budget if isinstance(budget, int) else max(1, int(budget * whole + 0.5))
-    if count > whole:
-        raise BadInput(f"keep is {count}, but an image has {whole} tokens: at most {whole} can be kept")
-    return count
+def writable(option: str, path: Path) -> None:
+    """`BadInput` unless a file can be written there: to be asked before the work whose result it takes."""
+    folder = path.absolute().parent
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"{option} {path} cannot be written: {error.strerror} ({error.filename or folder})") from error
 
 
 def named_values(option: str, given: Sequence[str], example: str) -> dict[str, Any]:

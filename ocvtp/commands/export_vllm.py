@@ -33,7 +33,11 @@ def run(args: argparse.Namespace) -> int:
     if args.method is not None:
         given = {"method": args.method, "keep": args.keep, "pruner": args.pruner}
         section = {name: value for name, value in given.items() if value is not None}
-        section |= common.named_values("--set", args.set, "layer=9")
+        options = common.named_values("--set", args.set, "layer=9")
+        for name in ("method", "keep", "pruner"):
+            if name in options:
+                raise BadInput(f"--set {name}=...: say it with --{name}")
+        section |= options
     written = export(args.vlm, args.folder, section)
     if args.json:
         common.print_json({"folder": args.folder, "files": written})

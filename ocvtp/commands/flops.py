@@ -105,9 +105,10 @@ def _in_truth(vlm: str, rows: list[dict[str, Any]], *, paper: bool) -> Any:
 def _answers(args: argparse.Namespace) -> int:
     """Print what a step of a training with the loss `answers` costs."""
     from ocvtp.efficiency.teaching import teaching
+    from ocvtp.methods import Budget
 
     shape, whole = shape_of(args.vlm), _whole(args.vlm, args.image_tokens)
-    budgets = [common.tokens(budget, whole) for budget in args.keep or (0.333, 0.222, 0.111)]
+    budgets = [Budget.parse(budget).tokens(whole) for budget in args.keep or (0.333, 0.222, 0.111)]
     rows = [
         {"tokens": kept, **teaching(shape, image_tokens=whole, kept=kept, images=args.answers, prompts=args.prompts,
                                     text_tokens=args.text_tokens, samples=args.samples).as_dict()}
@@ -153,9 +154,10 @@ def count(
         prefill_flops,
         pruner_flops,
     )
+    from ocvtp.methods import Budget
 
     shape, whole = shape_of(vlm), _whole(vlm, image_tokens)
-    budgets = [common.tokens(budget, whole) for budget in keep or (0.333, 0.222, 0.111)]
+    budgets = [Budget.parse(budget).tokens(whole) for budget in keep or (0.333, 0.222, 0.111)]
     rows = []
     for tokens in (None, *budgets):
         kept = whole if tokens is None else tokens
@@ -188,18 +190,6 @@ def _short(number: float) -> str:
 
 def shape_of(vlm: str) -> Any:
     """The shape of a VLM of the catalogue or of a folder."""
-    from pathlib import Path
-
     from ocvtp.efficiency import shapes
 
-    if vlm in shapes.KNOWN:
-        return shapes.known_shape(vlm)
-    from transformers import AutoConfig
-
-    from ocvtp.vlms import catalog, resolve
-
-    if (Path(vlm) / "config.json").is_file() or vlm in catalog():
-        return shapes.shape_of(AutoConfig.from_pretrained(resolve(vlm).folder))
-    raise BadInput(
-        f"{vlm!r} is neither a VLM of the catalogue ({', '.join(catalog())}) nor a folder with a config.json"
-    )
+    return shapes.known_shape(vlm) if vlm in shapes.KNOWN else shapes.shape_of(shapes.config_in_files(vlm))

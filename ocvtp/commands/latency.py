@@ -1,13 +1,19 @@
 """`ocvtp latency`: time to the first token and to later ones, method by method."""
 
 import argparse
+import hashlib
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from ocvtp.commands import common, pruned_vlm
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, NotAvailable
 
 
 def add(subparsers: Any) -> None:
@@ -43,16 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and tell."""
-    return tell(args, measured(args))
+    """Measure, tell and draw."""
+    found = measured(args)
+    code = tell(args, found)
+    draw(args, found)
+    return code
 
 
-def tell(args: argparse.Namespace, found: "Measured") -> int:
-    """Print and draw; 1 if there are cases that could not be measured."""
+def draw(args: argparse.Namespace, found: "Measured") -> None:
+    """Write the figures that were asked for."""
     if args.figure is not None and found.times:
         _draw(args.figure, args.vlm, found.times)
     if args.bars is not None and "vanilla" in found.times:
         _draw_bars(args.bars, found)
+
+
+def tell(args: argparse.Namespace, found: "Measured") -> int:
+    """Print; 1 if there are cases that could not be measured."""
     if args.json:
         common.print_json(found.as_dict())
     else:
@@ -65,11 +78,16 @@ def measured(args: argparse.Namespace) -> "Measured":
     """Measure all cases; `BadInput` for what none of them could be measured with."""
     if args.batch < 1:
         raise BadInput(f"--batch is {args.batch}: at least 1 is needed")
-    if args.random_weights and args.image is not None:
-        raise BadInput("--image says nothing to random weights: leave one of the two out")
+    for option, given in (("--image", args.image), ("--prompt", args.prompt)):
+        if args.random_weights and given is not None:
+            raise BadInput(f"{option} says nothing to random weights: leave one of the two out")
+    if args.pruner is not None and "oc-vtp" not in args.methods:
+        raise BadInput(f"--pruner is what oc-vtp prunes by, which is not among --methods {','.join(args.methods)}")
     for option, path in (("--figure", args.figure), ("--bars", args.bars)):
-        if path is not None and path.suffix not in (".png", ".svg"):
-            raise BadInput(f"{option} {path}: a name that ends in .png or .svg is needed")
+        if path is not None:
+            if path.suffix not in (".png", ".svg"):
+                raise BadInput(f"{option} {path}: a name that ends in .png or .svg is needed")
+            common.writable(option, path)
     from ocvtp.methods import entry_of
 
     given = common.named_values("--options", args.options, "layer=9")
@@ -80,9 +98,19 @@ def measured(args: argparse.Namespace) -> "Measured":
             raise BadInput(f"--options {name}: none of {', '.join(entries)} has such an option")
     image = None if args.random_weights else pruned_vlm.read_image(args.image) if args.image else _scene()
 
-    from ocvtp.efficiency.latency import measure
+    import torch
 
-    model, inputs, process = _random(args) if image is None else _loaded(args, image)
+    from ocvtp import streams
+    from ocvtp.efficiency.latency import measure
+    from ocvtp.efficiency.roofline import Ceilings
+
+    pruner = None if args.pruner is None else _fingerprint(args.pruner)
+    device = pruned_vlm.device(args.device)
+    with _memory(f"{args.vlm} and a batch of {args.batch}", device):
+        model, inputs, process = _random(args, device) if image is None else _loaded(args, image, device)
+    with _memory("what measures the device for --limits", device):
+        ceilings = Ceilings.measured(model.device, model.dtype) if args.limits else None
+    size = _Size.of(model, inputs)
     cells = [("vanilla", 1.0), *((method, keep) for keep in args.keep for method in entries if method != "vanilla")]
     names = {_name(*cell): cell for cell in cells}
     cases: dict[str, Any] = {
@@ -95,12 +123,19 @@ def measured(args: argparse.Namespace) -> "Measured":
         failed=failed,
     )  # fmt: skip
     there = {name: cell for name, cell in names.items() if name in times}
-    limits = _limits(model, inputs, there, args.new_tokens, options) if args.limits else None
+    kept = {name: size.kept(*cell) for name, cell in there.items()}
+    limits = None if ceilings is None else _limits(model, size, there, kept, args.new_tokens, options, ceilings)
     about = {
-        "vlm": args.vlm, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-        "batch": len(inputs["input_ids"]), "new_tokens": args.new_tokens, "options": options,
+        "vlm": args.vlm, "random_weights": args.random_weights, "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "batch": size.batch, "new_tokens": args.new_tokens,
+        "image": "noise" if image is None else hashlib.sha256(image.tobytes()).hexdigest()[:16],
+        "image_size": None if image is None else list(image.size), "image_tokens": size.image,
+        "prompt": None if image is None else pruned_vlm.QUESTION if args.prompt is None else args.prompt,
+        "text_tokens": size.text, "pruner": pruner, "options": options, "side_stream": streams.wanted(),
+        "threads": torch.get_num_threads(), "versions": _versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    return Measured(about, names, times, failed, limits)
+    return Measured(about, names, times, failed, kept, limits)
 
 
 @dataclass(frozen=True)
@@ -108,10 +143,13 @@ class Measured:
     """What came of it.
 
     Attributes:
-        about: the VLM, where it ran and with what numbers, prompts at once, tokens of an answer, options by method.
+        about: all that was measured, beside method and budget: the VLM and whether its weights are random, where it ran
+            and with what numbers, threads and versions, prompts at once, image (a digest) and prompt and their tokens,
+            tokens of an answer, the pruner (its fingerprint), options by method; and the date.
         names: of each case method and budget.
         times: of those that could be measured.
         failed: why the others could not.
+        kept: tokens of an image that stay of those; of methods inside the language model, on average over its layers.
         limits: the least time, if it was asked for.
     """
 
@@ -119,6 +157,7 @@ class Measured:
     names: dict[str, tuple[str, int | float]]
     times: dict[str, Any]
     failed: dict[str, str]
+    kept: dict[str, int]
     limits: "_Limits | None"
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,7 +170,7 @@ class Measured:
                 found[name] |= {"failed": self.failed[name]}
                 continue
             ratios = {"of_vanilla": self.ratio(name, "vanilla"), "of_random": self.ratio(name, self.beside(name))}
-            found[name] |= {**self.times[name].as_dict(), **ratios}
+            found[name] |= {"kept": self.kept[name], **self.times[name].as_dict(), **ratios}
             if self.limits is not None:
                 distances = self.limits.distances(self.times[name], name)
                 found[name] |= {"least_ms": self.limits.least[name], "distance": distances}
@@ -158,8 +197,9 @@ class Measured:
         return found
 
     def _answers(self) -> Any:
-        numbers = ("first token", "of vanilla", "of random", "next token", "answer", "peak memory")
-        title = f"{self.about['vlm']} on {self.about['device']}: milliseconds, median [quartiles]"
+        numbers = ("kept", "first token", "of vanilla", "of random", "next token", "answer", "peak memory")
+        of = f"{self.about['image_tokens']} tokens an image"
+        title = f"{self.about['vlm']} on {self.about['device']}, {of}: milliseconds, median [quartiles]"
         table = common.table(title, "", *numbers, right=numbers)
         for case in self.names:
             if case in self.failed:
@@ -168,6 +208,7 @@ class Measured:
             took = self.times[case]
             table.add_row(
                 case,
+                str(self.kept[case]),
                 _spread(took.first_token),
                 _percent(self.ratio(case, "vanilla")),
                 "-" if case == "vanilla" else _percent(self.ratio(case, self.beside(case))),
@@ -214,43 +255,61 @@ class _Limits:
         return table
 
 
+@dataclass(frozen=True)
+class _Size:
+    """Of what is asked: prompts, vision tokens of the image in each, and what else is in it."""
+
+    batch: int
+    image: int
+    text: int
+
+    @classmethod
+    def of(cls, model: Any, inputs: dict[str, Any]) -> "_Size":
+        from ocvtp.vlms.families import family_of
+
+        family = family_of(model)
+        images = family.images(inputs)
+        assert images is not None  # noqa: S101 - each prompt has one
+        batch, columns = inputs["input_ids"].shape
+        return cls(batch, family.counts(images)[0], columns - family.spans(images)[0])
+
+    def kept(self, method: str, keep: int | float) -> int:
+        from ocvtp.methods import Budget
+
+        return self.image if method == "vanilla" else Budget.parse(keep).at_most(self.image)
+
+
 def _limits(
-    model: Any, inputs: dict[str, Any], names: dict[str, tuple[str, int | float]], new_tokens: int,
-    options: dict[str, dict[str, Any]],
+    model: Any, size: _Size, names: dict[str, tuple[str, int | float]], kept: dict[str, int], new_tokens: int,
+    options: dict[str, dict[str, Any]], ceilings: Any,
 ) -> _Limits:  # fmt: skip
     from ocvtp.efficiency.flops import pruner_flops
-    from ocvtp.efficiency.roofline import Ceilings, least
+    from ocvtp.efficiency.roofline import least
     from ocvtp.efficiency.shapes import shape_of
     from ocvtp.methods import entry_of
     from ocvtp.methods.inside_tower import begins
     from ocvtp.vlms.families import family_of
 
-    family, shape = family_of(model), shape_of(model.config)
-    images = family.images(inputs)
-    assert images is not None  # noqa: S101 - each prompt has one
-    batch, whole = len(inputs["input_ids"]), family.counts(images)[0]
-    words = inputs["input_ids"].shape[1] - family.spans(images)[0]
-    ceilings = Ceilings.measured(model.device, model.dtype)
+    depth, shape = family_of(model).facts.depth, shape_of(model.config)
 
-    def of(method: str, keep: int | float) -> dict[str, float]:
-        budget = whole if method == "vanilla" else common.tokens(keep, whole)
+    def of(method: str, budget: int) -> dict[str, float]:
         entry, given = entry_of(method), options.get(method, {})
-        kept = entry.by_layer(whole, budget, shape.llm.layers, given)
-        work = pruner_flops(whole, shape.tower.width, budget) if method.startswith("oc-vtp") else 0
+        read = entry.by_layer(size.image, budget, shape.llm.layers, given)
+        work = pruner_flops(size.image, shape.tower.width, budget) if method.startswith("oc-vtp") else 0
         found = least(
-            shape, ceilings, image_tokens=whole, kept=kept, text_tokens=words, batch=batch, method=work,
-            inside_tower=begins(entry, given, family.facts.depth), bytes_per_number=model.dtype.itemsize,
+            shape, ceilings, image_tokens=size.image, kept=read, text_tokens=size.text, batch=size.batch, method=work,
+            inside_tower=begins(entry, given, depth), bytes_per_number=model.dtype.itemsize,
         )  # fmt: skip
         return found if new_tokens > 1 else {name: value for name, value in found.items() if name != "next_token"}
 
-    return _Limits(ceilings, {name: of(*cell) for name, cell in names.items()})
+    return _Limits(ceilings, {name: of(method, kept[name]) for name, (method, _) in names.items()})
 
 
 def _draw(path: Path, vlm: str, times: dict[str, Any]) -> None:
     from ocvtp import figures
 
     bars = {name: {phase: spread.median for phase, spread in took.phases.items()} for name, took in times.items()}
-    path.write_bytes(figures.phases(bars, title=f"{vlm}: milliseconds to the first token", form=_form(path)))
+    _write("--figure", path, figures.phases(bars, title=f"{vlm}: milliseconds to the first token", form=_form(path)))
 
 
 def _draw_bars(path: Path, found: Measured) -> None:
@@ -265,26 +324,59 @@ def _draw_bars(path: Path, found: Measured) -> None:
         for kind, of in kinds.items() if method != "vanilla" and name in found.times else ():
             groups.setdefault(f"keep {keep:g},\n{kind}", {"vanilla": of(whole)})[method] = of(found.times[name])
     if groups:
-        path.write_bytes(figures.times({found.about["vlm"]: groups}, form=_form(path)))
+        _write("--bars", path, figures.times({found.about["vlm"]: groups}, form=_form(path)))
+
+
+def _write(option: str, path: Path, drawn: bytes) -> None:
+    try:
+        path.write_bytes(drawn)
+    except OSError as error:
+        raise BadInput(f"{option} {path} cannot be written: {error.strerror}") from error
 
 
 def _form(path: Path) -> Literal["png", "svg"]:
     return "svg" if path.suffix == ".svg" else "png"
 
 
-def _random(args: argparse.Namespace) -> tuple[Any, dict[str, Any], None]:
-    from ocvtp.efficiency.random_vlm import random_inputs, random_vlm
+def _random(args: argparse.Namespace, device: str) -> tuple[Any, dict[str, Any], None]:
+    from ocvtp.efficiency.random_vlm import photograph, random_inputs, random_vlm
 
-    model = random_vlm(args.vlm, device=pruned_vlm.device(args.device))
-    return model, dict(random_inputs(model, args.batch)), None
+    model = random_vlm(args.vlm, device=device)
+    return model, dict(random_inputs(model, args.batch, pixels=photograph(args.vlm))), None
 
 
-def _loaded(args: argparse.Namespace, image: Any) -> tuple[Any, dict[str, Any], Any]:
+def _loaded(args: argparse.Namespace, image: Any, device: str) -> tuple[Any, dict[str, Any], Any]:
     from ocvtp import vlms
 
-    vlm = vlms.load(args.vlm, device=pruned_vlm.device(args.device))
+    vlm = vlms.load(args.vlm, device=device)
     process = partial(pruned_vlm.inputs, vlm, image, args.prompt, args.batch)
     return vlm.model, dict(process()), process
+
+
+@contextmanager
+def _memory(what: str, device: str) -> Iterator[None]:
+    """`NotAvailable` if there is too little memory for it."""
+    from ocvtp.efficiency.latency import ran_out
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise NotAvailable(f"out of memory on {device}: there is too little for {what}") from error
+
+
+def _fingerprint(pruner: str) -> str:
+    from ocvtp.pruner import OCPruner
+
+    return OCPruner.from_pretrained(pruner, decoder=False).fingerprint[:16]
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    numbers = {name: version(name) for name in ("ocvtp", "transformers")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **numbers}
 
 
 def _phases(times: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", type=common.keep, nargs="+", default=[0.111], metavar="N",
                         help="tokens kept, as counts or shares (default: 11.1%%)")  # fmt: skip
     parser.add_argument("--pruner", default=None, help="folder or hub id of a trained pruner, for oc-vtp")
-    parser.add_argument("--prompt", default=QUESTION, help=f"what is asked (default: {QUESTION!r})")
+    parser.add_argument("--prompt", default=None, help=f"what is asked (default: {QUESTION!r})")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
@@ -39,6 +39,8 @@ def device(asked: str | None) -> str:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {chosen!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if torch.device(chosen).type == "meta":
+        raise BadInput(f"device {chosen!r} cannot be used: its tensors have shapes and no numbers")
     return chosen
 
 
@@ -50,9 +52,9 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
-def inputs(vlm: Any, image: Image.Image, prompt: str, times: int = 1) -> Any:
+def inputs(vlm: Any, image: Image.Image, prompt: str | None, times: int = 1) -> Any:
     """What the processor makes of one image and a prompt, as often as asked for, on the model's device."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION if prompt is None else prompt}]
     text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [[image] if vlm.family.nested else image] * times
     return vlm.processor(text=[text] * times, images=images, return_tensors="pt").to(vlm.model.device)

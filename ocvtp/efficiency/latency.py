@@ -136,7 +136,7 @@ def measure(
                 with cases[name]():
                     _run(runs[name] if turn >= warmup else _Runs(), model, inputs, new_tokens, process)
             except (OcvtpError, RuntimeError, MemoryError) as error:
-                if failed is None or not (isinstance(error, OcvtpError) or _ran_out(error)):
+                if failed is None or not (isinstance(error, OcvtpError) or ran_out(error)):
                     raise
                 failed[name] = str(error) if isinstance(error, OcvtpError) else f"out of memory on {device}"
                 del runs[name]
@@ -145,7 +145,7 @@ def measure(
     return {name: run.latency(new_tokens, str(device)) for name, run in runs.items()}
 
 
-def _ran_out(error: Exception) -> bool:
+def ran_out(error: Exception) -> bool:
     """Whether there was too little memory: of CPUs torch tells by a message alone."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.efficiency.shapes import LlmShape, TowerShape, VlmShape, known_shape
+from ocvtp.efficiency.shapes import KNOWN, LlmShape, TowerShape, VlmShape, config_in_files
 from ocvtp.errors import BadInput
+from ocvtp.vlms.catalogue import resolve
 from ocvtp.vlms.families import family_of
 
 _TOWER_HEAD = 64
@@ -21,12 +22,15 @@ _PHOTOGRAPH = 756, 1036
 
 
 def config_of(name: str) -> Any:
-    """The transformers config of a VLM of the catalogue, from its shape.
+    """The transformers config of a VLM: from its shape where that is known, else from its files.
 
     Raises:
-        BadInput: a VLM whose shape `ocvtp.efficiency.shapes.KNOWN` does not have.
+        BadInput: neither a VLM of the catalogue nor a folder with a config.json.
+        NotAvailable: its shape is not known, and its files are not on this machine.
     """
-    shape = known_shape(name)
+    if name not in KNOWN:
+        return config_in_files(name)
+    shape = KNOWN[name]
     kind = _kind(name)
     from transformers import AutoConfig
 
@@ -45,13 +49,14 @@ def random_vlm(
     """A VLM of the catalogue with random weights, in evaluation mode.
 
     Args:
-        name: `llava-1.5-7b`, `llava-next-7b`, `qwen2.5-vl-7b`, ... (`ocvtp.efficiency.shapes.KNOWN`).
+        name: `llava-1.5-7b`, `llava-next-7b`, `qwen2.5-vl-7b`, ... (`ocvtp.efficiency.shapes.KNOWN`), or what else the
+            catalogue has files of, or a folder with a config.json.
         device: where the weights are made.
         dtype: of the weights; float32 on a CPU and bfloat16 elsewhere unless given.
         seed: of the weights.
 
     Raises:
-        BadInput: a VLM whose shape is not known.
+        BadInput, NotAvailable: as `config_of`.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -63,6 +68,22 @@ def random_vlm(
         )
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def photograph(name: str) -> tuple[int, int]:
+    """Height and width in pixels of a photograph as a VLM that takes any size gets it.
+
+    Args:
+        name: as in `random_vlm`. Where its processor says how many pixels an image has at most, it is shrunk to them.
+    """
+    if name in KNOWN or config_in_files(name).model_type not in _NATIVE:
+        return _PHOTOGRAPH
+    from transformers import AutoImageProcessor
+
+    most = AutoImageProcessor.from_pretrained(resolve(name).folder).size["longest_edge"]
+    height, width = _PHOTOGRAPH
+    shrink = min(1.0, (most / (height * width)) ** 0.5)
+    return int(shrink * height), int(shrink * width)
 
 
 def random_inputs(
@@ -260,6 +281,8 @@ def _one_tile(config: Any, batch: int, draws: torch.Generator, pixels: tuple[int
     return {"pixel_values": _square(config, batch, draws, pixels)["pixel_values"][:, None]}
 
 
+_NATIVE = ("qwen2_5_vl", "qwen3_vl")
+"""Families whose images keep their size."""
 _KINDS = {
     "llava-1.5": "llava",
     "llava-next": "llava_next",

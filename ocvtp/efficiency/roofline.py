@@ -106,7 +106,7 @@ def least(
 
     one = llm.layers * llm_layer_flops(llm, 1) + 2 * MAC * sum(lengths) * llm.queries
     phases = {
-        "tower": ms(work.tower, tower_parameters(shape.tower)),
+        "tower": ms(work.tower, tower_parameters(shape.tower, shape.tower.used_layers)),
         "method": ms(method, 0),
         "projector": ms(work.projector, projector_parameters(shape)),
         "prefill": sum(ms(llm_layer_flops(llm, n, causal=True), layers / llm.layers) for n in lengths),

@@ -7,6 +7,7 @@ matrices). A language model is a Llama or one of its like: grouped keys and valu
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ocvtp.errors import BadInput, Incompatible
@@ -95,6 +96,24 @@ def shape_of(config: Any) -> VlmShape:
     return _READERS[kind](config)
 
 
+def config_in_files(name: str) -> Any:
+    """The transformers config of a VLM of the catalogue, or of a folder, as its files have it; no weights are read.
+
+    Raises:
+        BadInput: neither of the two.
+        NotAvailable: its files are not on this machine.
+    """
+    from ocvtp.vlms import catalog, resolve
+
+    if name not in catalog() and not (Path(name) / "config.json").is_file():
+        raise BadInput(
+            f"{name!r} is neither a VLM of the catalogue ({', '.join(catalog())}) nor a folder with a config.json"
+        )
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(resolve(name).folder)
+
+
 def known_shape(name: str) -> VlmShape:
     """The shape of a VLM of the catalogue without its config file.
 
@@ -115,14 +134,14 @@ def parameters(shape: VlmShape) -> int:
     return (
         llm_parameters(llm)
         + 2 * llm.width * llm.vocabulary
-        + tower_parameters(shape.tower)
+        + tower_parameters(shape.tower, shape.tower.layers)
         + projector_parameters(shape)
     )
 
 
-def tower_parameters(tower: TowerShape) -> int:
-    """Of the matrices of all its layers."""
-    return tower.layers * tower.width * (4 * tower.width + tower.matrices * tower.mlp)
+def tower_parameters(tower: TowerShape, layers: int) -> int:
+    """Of the matrices of so many of its layers."""
+    return layers * tower.width * (4 * tower.width + tower.matrices * tower.mlp)
 
 
 def projector_parameters(shape: VlmShape) -> int:

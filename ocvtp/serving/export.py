@@ -45,7 +45,8 @@ def export(vlm: str | Path, folder: str | Path, section: Mapping[str, Any] | Non
         Names of the files in it.
 
     Raises:
-        BadInput: a folder that is in use, a method that cannot be served, tokens or options that are wrong.
+        BadInput: a folder that is in use or cannot be written, a method that cannot be served, tokens or options that
+            are wrong.
         Incompatible: a pruner of another VLM.
         NotAvailable: no such weights, or no such pruner, on this machine.
     """
@@ -59,6 +60,15 @@ def export(vlm: str | Path, folder: str | Path, section: Mapping[str, Any] | Non
         if entry.family not in MODELS:
             raise BadInput(f"{entry.name} is a {entry.family}: pruned in vLLM are {', '.join(MODELS)} alone")
     pruner = None if section is None else _checked(entry, config)
+    try:
+        _write_all(entry, folder, config, pruner)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written: {error.strerror} ({error.filename})") from error
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _write_all(entry: CatalogEntry, folder: Path, config: dict[str, Any], pruner: Any) -> None:
+    """The folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as made:
         whole = Path(made) / folder.name
@@ -73,7 +83,6 @@ def export(vlm: str | Path, folder: str | Path, section: Mapping[str, Any] | Non
         if folder.exists():
             folder.rmdir()
         whole.rename(folder)
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _checked(entry: CatalogEntry, config: Mapping[str, Any]) -> Any:

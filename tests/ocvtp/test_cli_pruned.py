@@ -195,7 +195,88 @@ def test_latency_of_random_weights(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert cli.main(["latency", "--batch", "0"]) == 2
     assert "--batch is 0: at least 1" in capsys.readouterr().err
     assert cli.main(["latency", "--random-weights", "--image", "x.jpg"]) == 2
-    assert "leave one of the two out" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert cli.main(["latency", "tiny-llava", "--random-weights", "--device", "cpu"]) == 2
-    assert "no shape is known for the VLM 'tiny-llava'" in capsys.readouterr().err
+    assert "--image says nothing to random weights" in capsys.readouterr().err
+    assert cli.main(["latency", "--random-weights", "--prompt", "Why?"]) == 2
+    assert "--prompt says nothing to random weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("vlm", "whole"), [("tiny-llava", 144), ("tiny-qwen", 140)])
+def test_random_weights_of_a_vlm_that_is_known_by_its_files(
+    vlm: str, whole: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(roofline, "_SIZES", {"cpu": (64, 1 << 16)})
+    arguments = ["latency", vlm, "--random-weights", "--device", "cpu", "--repeats", "1", "--warmup", "0", "--json"]
+    assert cli.main([*arguments, "--keep", "16", "500", "--new-tokens", "1", "--limits"]) == int(vlm == "tiny-llava")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["image_tokens"], found["text_tokens"], found["random_weights"]) == (whole, 32, True)
+    assert (found["image"], found["prompt"]) == ("noise", None)
+    assert [found["cases"][name]["kept"] for name in ("vanilla", "random, keep 16")] == [whole, 16]
+    above = found["cases"]["random, keep 500"]
+    if vlm == "tiny-llava":  # each image has as many
+        assert above["failed"] == "keep is 500, but an image has 144 tokens: at most 144 can stay"
+    else:
+        assert above["kept"] == whole
+        assert above["least_ms"]["prefill"] == found["cases"]["vanilla"]["least_ms"]["prefill"]
+
+
+def test_what_makes_a_measurement_is_told(tiny: list[tuple[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
+    once = ["--new-tokens", "1", "--repeats", "1", "--warmup", "0", "--device", "cpu", "--json"]
+    found = []
+    for prompt in ([], ["--prompt", "What is in the middle of the image?"]):
+        assert cli.main(["latency", *prompt, *once]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [each["prompt"] for each in found] == ["What is in the image?", "What is in the middle of the image?"]
+    assert found[1]["text_tokens"] > found[0]["text_tokens"]
+    assert found[0]["image"] == found[1]["image"]
+    assert found[0]["threads"] == torch.get_num_threads()
+    assert found[0]["versions"]["torch"] == torch.__version__
+    assert found[0]["pruner"] is None
+
+
+def test_latency_refuses_what_it_would_not_use(
+    tiny: list[tuple[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for arguments, why in (
+        (["--pruner", "x", "--methods", "css"], "--pruner is what oc-vtp prunes by, which is not among --methods css"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--figure", str(tmp_path / "none/x.png")], "x.png cannot be written: No such file or directory"),
+        (["--bars", str(tmp_path / "file/x.svg")], "x.svg cannot be written: Not a directory"),
+        (["--figure", "/proc/x.png"], "--figure /proc/x.png cannot be written"),
+    ):
+        assert cli.main(["latency", *arguments]) == 2
+        assert why in capsys.readouterr().err
+    assert tiny == [], "nothing was measured"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_what_was_measured_is_told_before_it_is_drawn(
+    tiny: list[tuple[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = ["--new-tokens", "1", "--repeats", "1", "--warmup", "0", "--device", "cpu"]
+    monkeypatch.setattr("ocvtp.commands.common.writable", lambda *_: None)  # the folder goes while it is measured
+    assert cli.main(["latency", *once, "--figure", str(tmp_path / "none/x.png")]) == 2
+    told = capsys.readouterr()
+    assert "first token" in told.out.replace("\n", " ") or "Phases of a first token" in told.out
+    assert "x.png cannot be written: No such file or directory" in told.err
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("ocvtp.efficiency.random_vlm.random_vlm", "llava-1.5-7b and a batch of 1"),
+        ("ocvtp.efficiency.roofline.Ceilings.measured", "what measures the device for --limits"),
+    ],
+)
+def test_too_little_memory_outside_of_what_is_timed(
+    place: str, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.tiny.llava import TinyLlava
+
+    def full(*_: object, **__: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("ocvtp.efficiency.random_vlm.random_vlm", lambda *_, **__: TinyLlava().make_model().eval())
+    monkeypatch.setattr(place, full)
+    assert cli.main(["latency", "llava-1.5-7b", "--random-weights", "--device", "cpu", "--limits"]) == 1
+    assert capsys.readouterr().err == f"ocvtp: out of memory on cpu: there is too little for {what}\n"

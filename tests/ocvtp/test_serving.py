@@ -274,9 +274,20 @@ def test_a_pruner_is_checked_and_lies_in_the_folder(tmp_path: Path) -> None:
         (["--method", "fastv", "--keep", "16"], "cannot be served"),
         (["--method", "css", "--keep", "145"], "keep is 145, but an image has 144 tokens"),
         (["--method", "css", "--keep", "16", "--set", "layer"], "NAME=VALUE is needed"),
+        (["--method", "css", "--keep", "16", "--set", "keep=8"], "--set keep=...: say it with --keep"),
+        (["--method", "css", "--set", "pruner=x", "keep=8"], "--set keep=...: say it with --keep"),
+        (["--method", "css", "--keep", "16", "--set", "method=qr"], "--set method=...: say it with --method"),
     ],
 )
 def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: Any, arguments: list[str], why: str) -> None:
     assert cli.main(["export-vllm", "tiny-llava", str(tmp_path / "out"), *arguments]) == 2
     assert why in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file/out", "File exists"), (Path("/proc/out"), "No such file or directory")):
+        assert cli.main(["export-vllm", "tiny-llava", str(folder)]) == 2
+        assert f"{folder} cannot be written: {why}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -55,3 +55,27 @@ def test_each_case_is_a_run_with_its_distances(
     assert again[0]["metrics"] != whole["metrics"]
     assert latency.main(["--batch", "0"]) == 2
     assert "--batch is 0: at least 1 is needed" in capsys.readouterr().err
+
+
+def test_other_measurements_are_other_runs() -> None:
+    case = {"method": "oc-vtp", "keep": 16, "options": {}, "failed": "for the fingerprint alone"}
+    found = {
+        "vlm": "tiny-llava", "random_weights": False, "device": "cpu", "dtype": "float32", "batch": 1, "new_tokens": 1,
+        "image": "b" * 16, "image_size": [96, 96], "image_tokens": 144, "prompt": "Why?", "text_tokens": 20,
+        "pruner": "a" * 16, "side_stream": False, "threads": 1, "versions": {"torch": "2.11"},
+        "date": "2026-11-27T12:00:00+00:00",
+        "cases": {"oc-vtp, keep 16": case, "css, keep 16": {**case, "method": "css"}},
+    }  # fmt: skip
+
+    def fingerprints(**other: Any) -> list[str]:
+        return [one.fingerprint for one in latency.records({**found, **other})]
+
+    before = fingerprints()
+    assert fingerprints(date="2026-11-28T12:00:00+00:00") == before
+    assert fingerprints(pruner="c" * 16)[0] != before[0]
+    assert fingerprints(pruner="c" * 16)[1] == before[1], "css prunes without it"
+    for name, other in (
+        ("random_weights", True), ("image", "c" * 16), ("image_tokens", 140), ("prompt", "How?"), ("text_tokens", 21),
+        ("side_stream", True), ("threads", 2), ("versions", {"torch": "2.12"}), ("batch", 2),
+    ):  # fmt: skip
+        assert not {*fingerprints(**{name: other})} & {*before}, name

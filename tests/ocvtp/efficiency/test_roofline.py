@@ -56,6 +56,13 @@ def test_a_batch_reads_weights_once() -> None:
         least(shape, CEILINGS, image_tokens=576, batch=0)
 
 
+def test_layers_of_the_tower_that_never_run_are_not_read() -> None:
+    """23 of CLIP's 24: 12 matrices of 1024 x 1024 each, in 2 bytes, where reading is all that takes time."""
+    slow = Ceilings(flops=1e30, bandwidth=1e9)
+    found = least(known_shape("llava-1.5-7b"), slow, image_tokens=576)
+    assert found["tower"] == pytest.approx(1000 * 2 * 23 * 12 * 1024**2 / 1e9)
+
+
 def test_distance() -> None:
     assert distance({"tower": 3.0, "method": 1.0, "next_token": None}, {"tower": 2.0, "method": 0.0}) == {
         "tower": 1.5, "method": None, "next_token": None}  # fmt: skip
@@ -82,7 +89,7 @@ def test_a_random_vlm_has_the_shape_that_is_counted(name: str) -> None:
 
 
 def test_the_vlm_is_known_by_name() -> None:
-    with pytest.raises(BadInput, match="no shape is known for the VLM 'gpt'"):
+    with pytest.raises(BadInput, match="'gpt' is neither a VLM of the catalogue"):
         config_of("gpt")
 
 
