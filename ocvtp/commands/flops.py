@@ -17,6 +17,8 @@ _WHOLE = {
 }
 """Tokens of an image unless given: fixed for LLaVA; for Qwen those of a photograph of about 1000 x 780, at one for
 28 x 28 pixels and for 32 x 32."""
+_SHARES = (0.333, 0.222, 0.111)
+_PROMPTS, _SAMPLES = 2, 4
 _PAPER_LEAVES_OUT = (
     "The paper counts the language model alone, with two matrices in its MLP, where a gated one has three, and without "
     "lm_head; tower and projector are left out. Its pruner has 64 slots, whatever is kept, and operations on single "
@@ -38,19 +40,25 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--slots", type=int, default=None, help="slots of the pruner (default: as many as are kept)")
     parser.add_argument("--inside-tower", type=int, default=None, metavar="LAYER", help="from this layer of the tower "
                         "on the kept tokens are alone in it, as with inside_tower=True of css and others")  # fmt: skip
-    parser.add_argument("--convention", choices=("both", "paper", "true"), default="both",
+    parser.add_argument("--convention", choices=("both", "paper", "true"), default=None,
                         help="paper: as its Table 4 counts, beside the truth; true: all parts "
                         "(default: both)")  # fmt: skip
     parser.add_argument("--answers", type=int, default=None, metavar="IMAGES", help="instead: what a step of a "
                         "training with loss=answers costs on so many images")  # fmt: skip
-    parser.add_argument("--prompts", type=int, default=2, help="with --answers: prompts of an image (default: 2)")
-    parser.add_argument("--samples", type=int, default=4, help="with --answers: kept sets of an image in a step "
+    parser.add_argument("--prompts", type=int, default=None, help="with --answers: prompts of an image (default: 2)")
+    parser.add_argument("--samples", type=int, default=None, help="with --answers: kept sets of an image in a step "
                         "(default: 4); 0: answers_gradient=straight_through")  # fmt: skip
     common.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Count and print."""
+    """Count and print; `BadInput` for an option that says nothing to what is asked."""
+    of_answers = {"--prompts": args.prompts, "--samples": args.samples}
+    of_prefill = {"--slots": args.slots, "--inside-tower": args.inside_tower, "--convention": args.convention}
+    for option, given in (of_prefill if args.answers is not None else of_answers).items():
+        if given is not None:
+            other = "with --answers" if args.answers is not None else "without --answers"
+            raise BadInput(f"{option} says nothing {other}: leave it out")
     if args.answers is not None:
         return _answers(args)
     rows = count(args.vlm, args.keep, args.image_tokens, args.text_tokens, args.slots, args.inside_tower)
@@ -61,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         common.console().print(_as_the_paper(args.vlm, rows))
         common.console().print(_PAPER_LEAVES_OUT)
         return 0
-    common.console().print(_in_truth(args.vlm, rows, paper=args.convention == "both"))
+    common.console().print(_in_truth(args.vlm, rows, paper=args.convention != "true"))
     return 0
 
 
@@ -105,24 +113,25 @@ def _in_truth(vlm: str, rows: list[dict[str, Any]], *, paper: bool) -> Any:
 def _answers(args: argparse.Namespace) -> int:
     """Print what a step of a training with the loss `answers` costs."""
     from ocvtp.efficiency.teaching import teaching
-    from ocvtp.methods import Budget
 
     shape, whole = shape_of(args.vlm), _whole(args.vlm, args.image_tokens)
-    budgets = [Budget.parse(budget).tokens(whole) for budget in args.keep or (0.333, 0.222, 0.111)]
+    prompts = _PROMPTS if args.prompts is None else args.prompts
+    samples = _SAMPLES if args.samples is None else args.samples
+    budgets = _budgets(args.keep, whole)
     rows = [
-        {"tokens": kept, **teaching(shape, image_tokens=whole, kept=kept, images=args.answers, prompts=args.prompts,
-                                    text_tokens=args.text_tokens, samples=args.samples).as_dict()}
+        {"tokens": kept, **teaching(shape, image_tokens=whole, kept=kept, images=args.answers, prompts=prompts,
+                                    text_tokens=args.text_tokens, samples=samples).as_dict()}
         for kept in budgets
     ]  # fmt: skip
     if args.json:
         common.print_json(
-            {"vlm": args.vlm, "images": args.answers, "prompts": args.prompts, "samples": args.samples, "rows": rows}
+            {"vlm": args.vlm, "images": args.answers, "prompts": prompts, "samples": samples, "rows": rows}
         )
         return 0
     operations, memory = ("teacher", "student", "pruner", "total"), ("weights", "student", "held")
     columns = ("tokens", *operations, *(f"{name} memory" for name in memory))
     table = common.table(
-        f"Operations of a step of loss=answers with {args.vlm}: {args.answers} images, {args.prompts} prompts each; "
+        f"Operations of a step of loss=answers with {args.vlm}: {args.answers} images, {prompts} prompts each; "
         "memory of the weights in 16 bits, of the way back, and of what is held an image", *columns, right=columns,
     )  # fmt: skip
     for row in rows:
@@ -135,10 +144,21 @@ def _answers(args: argparse.Namespace) -> int:
 
 def _whole(vlm: str, image_tokens: int | None) -> int:
     """Tokens of an image."""
-    whole: int | None = image_tokens or _WHOLE.get(vlm) or shape_of(vlm).tower.tokens_per_tile
+    if image_tokens is not None:
+        if image_tokens < 1:
+            raise BadInput(f"--image-tokens is {image_tokens}: at least 1 is needed")
+        return image_tokens
+    whole: int | None = _WHOLE.get(vlm) or shape_of(vlm).tower.tokens_per_tile
     if whole is None:
         raise BadInput(f"{vlm} has images of many sizes: say how many tokens with --image-tokens")
     return whole
+
+
+def _budgets(keep: list[int | float] | None, whole: int) -> list[int]:
+    """Tokens that stay, by default at the paper's shares."""
+    from ocvtp.methods import Budget
+
+    return [Budget.parse(budget).tokens(whole) for budget in (_SHARES if keep is None else keep)]
 
 
 def count(
@@ -154,16 +174,19 @@ def count(
         prefill_flops,
         pruner_flops,
     )
-    from ocvtp.methods import Budget
 
     shape, whole = shape_of(vlm), _whole(vlm, image_tokens)
-    budgets = [Budget.parse(budget).tokens(whole) for budget in keep or (0.333, 0.222, 0.111)]
+    if slots is not None and slots < 1:
+        raise BadInput(f"--slots is {slots}: at least 1 is needed")
+    budgets = _budgets(keep, whole)
     rows = []
     for tokens in (None, *budgets):
         kept = whole if tokens is None else tokens
         width = shape.tower.width
-        pruner = 0 if tokens is None else pruner_flops(whole, width, slots or tokens)
-        paper_pruner = 0 if tokens is None else paper_pruner_flops(whole, width, slots or PAPER_SLOTS)
+        pruner = 0 if tokens is None else pruner_flops(whole, width, tokens if slots is None else slots)
+        paper_pruner = (
+            0 if tokens is None else paper_pruner_flops(whole, width, PAPER_SLOTS if slots is None else slots)
+        )
         flops = prefill_flops(
             shape, image_tokens=whole, kept=kept, text_tokens=text_tokens, pruner=pruner,
             inside_tower=None if tokens is None else inside_tower,

@@ -98,8 +98,8 @@ def before_the_llm(name: str, method: Method | None) -> Method:
     return method
 
 
-def call_of(images: Any) -> Mapping[str, Any]:
-    """Arguments of `generate` with the images that a caller gave; `BadInput` for anything else."""
+def call_of(images: Any, family: Family) -> Mapping[str, Any]:
+    """Arguments of `generate` with the images that a caller gave; `BadInput` for what the tower would not take."""
     call = {"pixel_values": images} if isinstance(images, Tensor) else images
     if not isinstance(call, Mapping):
         raise BadInput(
@@ -110,18 +110,45 @@ def call_of(images: Any) -> Mapping[str, Any]:
         raise BadInput("images holds pixel_values_videos: of videos nothing is handed over; leave them out")
     if call.get("pixel_values") is None:
         raise BadInput(f"images holds {', '.join(map(str, call)) or 'nothing'}, but no pixel_values")
+    _check_pixels(call["pixel_values"], family.pixel_shape)
     return call
 
 
-def texts_of(prompts: Sequence[Any], count: int, family: Family) -> list[list[int]]:
+def _check_pixels(pixels: Any, wanted: tuple[int | None, ...] | None) -> None:
+    if not isinstance(pixels, Tensor):
+        kind = f"{type(pixels).__module__}.{type(pixels).__name__}"
+        raise BadInput(f"pixel_values is a {kind}: a tensor is needed, as the processor makes with return_tensors='pt'")
+    if not pixels.is_floating_point():
+        raise BadInput(f"pixel_values is of {pixels.dtype}: the numbers that the model's processor makes are floating")
+    sizes = list(pixels.shape)
+    if wanted is not None and (
+        len(sizes) != len(wanted) or any(there not in (None, size) for there, size in zip(wanted, sizes, strict=True))
+    ):
+        named = ", ".join("any" if size is None else str(size) for size in wanted)
+        raise BadInput(f"pixel_values is of shape {sizes}: [{named}] is needed, as the model's processor makes it")
+    if 0 in sizes:
+        raise BadInput(f"pixel_values is of shape {sizes}: one image at least is needed")
+
+
+def texts_of(prompts: Any, count: int, family: Family) -> list[list[int]]:
     """Of prompts, token ids of the text; `BadInput` unless there is one for each of `count` images."""
-    if isinstance(prompts, str) or len(prompts) != count:
-        raise BadInput(f"prompts has {len(prompts)} entries for {count} images: token ids for each of them are needed")
+    given = list(prompts) if isinstance(prompts, Tensor) and prompts.ndim else prompts
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise BadInput(f"prompts is a {type(prompts).__name__}: token ids for each of {count} images are needed")
+    if len(given) != count:
+        raise BadInput(f"prompts has {len(given)} entries for {count} images: token ids for each of them are needed")
     found, vision = list[list[int]](), set(family.placeholders.values())
-    for number, prompt in enumerate(prompts):
+    most = family.model.get_input_embeddings().num_embeddings
+    for number, prompt in enumerate(given):
         ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-        if isinstance(ids, str) or not all(isinstance(token, int) for token in ids):
+        if (
+            isinstance(ids, str | bytes)
+            or not isinstance(ids, Sequence)
+            or not all(type(token) is int for token in ids)
+        ):
             raise BadInput(f"prompt {number} is no list of token ids: give what the model's tokenizer makes of it")
+        if any(not 0 <= token < most for token in ids):
+            raise BadInput(f"prompt {number} has token ids outside 0 to {most - 1}, those of this model")
         found.append([token for token in ids if token not in vision])
     return found
 

@@ -187,7 +187,7 @@ class Handle(calls.Uncopied):
         self._family = cast(Family, Remembering(self._family, memory))
 
     @torch.no_grad()
-    def embed(self, images: Any, prompts: Sequence[Any] | None = None) -> list[Embedded]:
+    def embed(self, images: Any, prompts: Sequence[Any] | Tensor | None = None) -> list[Embedded]:
         """What the language model would read of each image: for engines that take vision tokens instead of pixels.
 
         Args:
@@ -199,10 +199,11 @@ class Handle(calls.Uncopied):
             For each image its rows, on the model's device, what they are, and their positions.
 
         Raises:
-            BadInput: a method that prunes nothing or acts inside the LLM, videos, images that are none, or no prompts
-                for a method that reads them.
+            BadInput: a method that prunes nothing or acts inside the LLM, videos, images that are none or of
+                another shape or type than the processor makes, prompts that are no token ids, or no prompts for a
+                method that reads them.
         """
-        method, call = before_the_llm(self.method, self._method), call_of(images)
+        method, call = before_the_llm(self.method, self._method), call_of(images, self._family)
         given = self._family.images(call)
         assert given is not None  # noqa: S101 - `call_of` has found some
         if prompts is not None:

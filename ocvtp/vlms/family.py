@@ -128,6 +128,14 @@ class Family(ABC):
         assert found is not None  # noqa: S101 - the processor was given some
         return found
 
+    @property
+    def pixel_shape(self) -> tuple[int | None, ...] | None:
+        """Of `pixel_values` as the model's processor makes them, with None where a size depends on the images.
+
+        Here: not known, and `handle.embed` refuses none.
+        """
+        return None
+
     @abstractmethod
     def images(self, call: Mapping[str, Any]) -> Images | None:
         """The images among the arguments of `forward` or `generate`; None if there are none."""

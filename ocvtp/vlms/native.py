@@ -141,6 +141,12 @@ class NativeFamily(Family):
 
     # --- Images ------------------------------------------------------------------------------------------------------
 
+    @property
+    def pixel_shape(self) -> tuple[int | None, ...]:
+        """Any number of patches."""
+        vision = self.model.config.vision_config
+        return None, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
     def images(self, call: Mapping[str, Any]) -> Images | None:
         """Images, and behind them the frames of videos, which the tower sees one by one."""
         found = [self._given(call, *names) for names in (_IMAGES, _VIDEOS)]

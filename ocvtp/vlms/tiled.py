@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -155,6 +155,9 @@ class TiledVision(Vision):
 class TiledFamily(Family):
     """A family with such a tower."""
 
+    outer: ClassVar[int] = 1
+    """Dimensions of `pixel_values` before those of a tile, [3, H, W]."""
+
     @classmethod
     def tiled_facts(cls, config: Any, tokens: int | None, grid: Grid | None) -> Facts:
         """The facts of its tower, which is fed to the language model from one layer, without CLS."""
@@ -185,6 +188,14 @@ class TiledFamily(Family):
     def projectors(self) -> list[Any]:
         """What makes tokens of the language model of the tower's."""
         return [self.model.model.multi_modal_projector]
+
+    @property
+    def pixel_shape(self) -> tuple[int | None, ...]:
+        """Any number of tiles of one size."""
+        vision = self.model.config.vision_config
+        size = vision.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return (*[None] * self.outer, vision.num_channels, *sides)
 
     @cached_property
     def eye(self) -> Tower:

@@ -112,6 +112,27 @@ def test_flops_as_table_4_of_the_paper_has_them(
     assert ["The", "paper", "counts", "the", "language", "model", "alone,"] in [line[:7] for line in lines]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--image-tokens", "0"], "--image-tokens is 0: at least 1"),
+        (["--image-tokens", "-5"], "--image-tokens is -5: at least 1"),
+        (["--slots", "0"], "--slots is 0: at least 1"),
+        (["--prompts", "0"], "--prompts says nothing without --answers"),
+        (["--samples", "0"], "--samples says nothing without --answers"),
+        (["--answers", "8", "--slots", "64"], "--slots says nothing with --answers"),
+        (["--answers", "8", "--inside-tower", "0"], "--inside-tower says nothing with --answers"),
+        (["--answers", "8", "--convention", "paper"], "--convention says nothing with --answers"),
+        (["--answers", "0"], "images is 0"),
+        (["--answers", "8", "--prompts", "0"], "prompts is 0"),
+        (["--text-tokens", "-1"], "text_tokens is -1"),
+    ],
+)
+def test_flops_refuses_what_it_would_ignore(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["flops", *arguments]) == 2
+    assert why in capsys.readouterr().err
+
+
 def test_flops_in_truth_alone_has_no_column_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["flops", "llava-1.5-7b", "--keep", "64", "--convention", "true"]) == 0
     assert "paper" not in capsys.readouterr().out

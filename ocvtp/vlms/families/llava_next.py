@@ -63,6 +63,7 @@ class LlavaNextFamily(ProjectedLate):
     """`LlavaNextForConditionalGeneration`."""
 
     vision_inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values", "image_sizes"})
+    outer: ClassVar[int] = 2
 
     @classmethod
     def facts_of(cls, config: Any) -> Facts:

@@ -80,6 +80,7 @@ class OneVisionFamily(TiledFamily):
         {"pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos", "image_sizes_videos"}
     )
     nested: ClassVar[bool] = True
+    outer: ClassVar[int] = 2
 
     @classmethod
     def facts_of(cls, config: Any) -> Facts:  # noqa: D102 - as in Family

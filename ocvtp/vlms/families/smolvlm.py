@@ -16,6 +16,7 @@ class SmolVLMFamily(TiledFamily):
     """`SmolVLMForConditionalGeneration`; an image is a tile."""
 
     vision_inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values", "pixel_attention_mask"})
+    outer: ClassVar[int] = 2
 
     @classmethod
     def facts_of(cls, config: Any) -> Facts:  # noqa: D102 - as in Family

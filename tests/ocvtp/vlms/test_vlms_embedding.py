@@ -123,3 +123,46 @@ def test_what_cannot_be_handed_over_is_refused(llava: Any, picture_of: Picture) 
         ):
             with pytest.raises(BadInput, match=why):
                 handle.embed(wrong)
+
+
+@torch.no_grad()
+def test_pixels_that_no_processor_makes_are_refused(vlm: Any, picture_of: Picture) -> None:
+    inputs = dict(vlm.prompt([[picture_of(0)]]))
+    pixels = inputs["pixel_values"]
+    shape = family_of(vlm.model).pixel_shape
+    assert shape is not None
+    assert len(shape) == pixels.ndim
+    with ocvtp.prune(vlm.model, "random", 3) as handle:
+        for wrong, why in (
+            (pixels[:0], r"is of shape \[0, .*: one image at least is needed"),
+            (pixels[0], r"is of shape \[.*: \[any, .*\] is needed"),
+            (pixels[..., :-1], r"is of shape \[.*: \[any, .*\] is needed"),
+            (pixels.numpy(), r"is a numpy.ndarray: a tensor is needed"),
+            (pixels.to(torch.uint8), r"is of torch.uint8: the numbers .* are floating"),
+        ):
+            with pytest.raises(BadInput, match=f"pixel_values {why}"):
+                handle.embed({**inputs, "pixel_values": wrong})
+        handle.embed(inputs)
+
+
+@torch.no_grad()
+def test_four_channels_and_what_are_no_prompts_are_refused(llava: Any, picture_of: Picture) -> None:
+    inputs = llava.prompt([[picture_of(0)], [picture_of(1)], [picture_of(2)]])
+    pixels = inputs["pixel_values"]
+    ids = [1, 2]
+    with ocvtp.prune(llava.model, "random", 8) as handle:
+        with pytest.raises(BadInput, match=r"is of shape \[3, 4, .*: \[any, 3, "):
+            handle.embed(torch.cat([pixels, pixels[:, :1]], 1))
+        for prompts, why in (
+            (5, "prompts is a int: token ids for each of 3 images are needed"),
+            ("abc", "prompts is a str: token ids"),
+            (torch.tensor(5), "prompts is a Tensor: token ids"),
+            ([None] * 3, "prompt 0 is no list of token ids"),
+            ([ids, ids, [1.0]], "prompt 2 is no list of token ids"),
+            ([ids, ids, [True]], "prompt 2 is no list of token ids"),
+            ([ids, [1, -1], ids], "prompt 1 has token ids outside 0 to "),
+            ([ids, [1, 10**6], ids], "prompt 1 has token ids outside 0 to "),
+        ):
+            with pytest.raises(BadInput, match=why):
+                handle.embed(pixels, prompts)
+        assert len(handle.embed(pixels, torch.tensor([ids] * 3))) == 3
