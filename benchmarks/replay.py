@@ -1,6 +1,6 @@
 """Choices replayed as CUDA graphs against the same choices launched kernel by kernel: equal picks, milliseconds.
 
-    python benchmarks/replay.py     # on an H200 half a minute
+    python benchmarks/replay.py     # on a CUDA device
 
 Both take turns within one run, on fresh tokens each time. Needs ocvtp, torch and a CUDA device.
 """

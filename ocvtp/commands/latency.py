@@ -78,8 +78,8 @@ def measured(args: argparse.Namespace) -> "Measured":
     """Measure all cases; `BadInput` for what none of them could be measured with."""
     if args.batch < 1:
         raise BadInput(f"--batch is {args.batch}: at least 1 is needed")
-    for option, given in (("--image", args.image), ("--prompt", args.prompt)):
-        if args.random_weights and given is not None:
+    for option, said in (("--image", args.image), ("--prompt", args.prompt)):
+        if args.random_weights and said is not None:
             raise BadInput(f"{option} says nothing to random weights: leave one of the two out")
     if args.pruner is not None and "oc-vtp" not in args.methods:
         raise BadInput(f"--pruner is what oc-vtp prunes by, which is not among --methods {','.join(args.methods)}")

@@ -103,6 +103,8 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
         assert set(rows) == {"vanilla", "random", "css", "oc-vtp-untrained", "fastv"}
         assert all(row["ms"]["tower"] > 0 and row["ms"]["prefill"] > 0 for row in rows.values())
         assert rows["vanilla"]["ms"]["method"] == 0 < rows["css"]["ms"]["method"]
+        assert rows["vanilla"]["against_random"] is None, "no budget is random's"
+        assert (rows["random"]["against_random"], rows["vanilla"]["against_vanilla"]) == (1, 1)
         assert all(row["distance"]["first_token"] > 0 for row in rows.values())
         (beside,) = table["side_stream"]
         assert beside["case"] == "oc-vtp-untrained, keep 50%"
@@ -113,6 +115,27 @@ def test_the_gpu_benchmark_on_a_cpu() -> None:
         )
         assert prefill["fastv"] < 0.9 * prefill["vanilla"]
         assert rows["css"]["kept"] == table["tokens"] // 2
+
+
+def test_the_pruner_has_its_time_before_the_vlms() -> None:
+    found = run("gpu.py", "--device", "cpu", "--minutes", "0", "--models", "qwen2.5-vl-7b")
+    assert found["pruner"]["training"]["samples"] == {"plain": 24, "ours": 24}
+    assert found["vlms"][0]["tables"] == []
+    assert found["left_out"] == ["qwen2.5-vl-7b, batch 2, 3 new tokens: no time"]
+
+
+def test_what_was_not_measured_is_a_dash_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    import gpu
+
+    row = {"method": "css", "kept": 64, "ms": dict.fromkeys(gpu.KEYS, 1.0), "distance": {}, "peak_memory_bytes": None,
+           "against_random": None, "against_vanilla": None}  # fmt: skip
+    lines = gpu._table({"batch": 1, "tokens": 576, "new_tokens": 1, "rows": [row], "side_stream": []})
+    assert lines[-1].endswith("| 1.00 | - | - | - |")
+    for name in ("gpu", "methods", "pruner", "plain_pruner", "machine"):
+        if name not in before:
+            sys.modules.pop(name, None)
 
 
 def test_the_fan_out() -> None:
