@@ -319,20 +319,21 @@ def main() -> None:
     ceilings = Ceilings.measured(arguments.device, dtype)
     found = {"machine": machine(arguments.device, transformers=transformers.__version__),
              "ceilings": ceilings.as_dict(), "vlms": vlms, "left_out": clock.left_out}  # fmt: skip
-    if not arguments.skip_pruner:
+
+    def measure_all(name: str, work: Callable[[], None]) -> None:
         try:
-            found["pruner"] = pruner(arguments)
-        except torch.OutOfMemoryError as error:
-            clock.left_out.append(f"pruner: {error}")
-    for name in arguments.models:
-        try:
-            vlms.append(vlm(name, ceilings, arguments, clock))
+            work()
         except torch.OutOfMemoryError as error:
             clock.left_out.append(f"{name}: {error}")
         if arguments.device != "cpu":
             torch.cuda.empty_cache()
         if arguments.out is not None:  # what is done is not lost if the rest takes too long
             say(found, lambda _: "", arguments)
+
+    if not arguments.skip_pruner:
+        measure_all("pruner", lambda: found.update(pruner=pruner(arguments)))
+    for name in arguments.models:
+        measure_all(name, lambda name=name: vlms.append(vlm(name, ceilings, arguments, clock)))
     say(found, table, arguments)
     if arguments.markdown is not None:
         arguments.markdown.write_text(table(found) + "\n")

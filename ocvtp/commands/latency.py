@@ -130,7 +130,7 @@ def measured(args: argparse.Namespace) -> "Measured":
         "dtype": str(model.dtype).removeprefix("torch."), "batch": size.batch, "new_tokens": args.new_tokens,
         "image": "noise" if image is None else hashlib.sha256(image.tobytes()).hexdigest()[:16],
         "image_size": None if image is None else list(image.size), "image_tokens": size.image,
-        "prompt": None if image is None else pruned_vlm.QUESTION if args.prompt is None else args.prompt,
+        "prompt": None if image is None else pruned_vlm.question(args.prompt),
         "text_tokens": size.text, "pruner": pruner, "options": options, "side_stream": streams.wanted(),
         "threads": torch.get_num_threads(), "versions": _versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

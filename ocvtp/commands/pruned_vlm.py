@@ -52,9 +52,14 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
+def question(asked: str | None) -> str:
+    """The prompt asked for, or the one that stands for it."""
+    return QUESTION if asked is None else asked
+
+
 def inputs(vlm: Any, image: Image.Image, prompt: str | None, times: int = 1) -> Any:
     """What the processor makes of one image and a prompt, as often as asked for, on the model's device."""
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION if prompt is None else prompt}]
+    content = [{"type": "image"}, {"type": "text", "text": question(prompt)}]
     text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [[image] if vlm.family.nested else image] * times
     return vlm.processor(text=[text] * times, images=images, return_tensors="pt").to(vlm.model.device)
