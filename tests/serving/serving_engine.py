@@ -44,15 +44,17 @@ class Answer(NamedTuple):
 class Engine:
     """One server on a free port of this machine; within a `with`."""
 
-    def __init__(self, model: Path, overrides: Mapping[str, Any], log: Path, *arguments: str) -> None:
+    def __init__(
+        self, model: Path, overrides: Mapping[str, Any], log: Path, *arguments: str, eager: bool = True
+    ) -> None:
         port = free_port()
         self.log = log
         self.command = [
             str(ENVIRONMENT / "bin/python"), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
-            "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
-            "--max-num-seqs", "32", "--limit-mm-per-prompt", '{"image": 1}', "--hf-overrides", _json(overrides),
-            *arguments,
+            "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32",
+            "--limit-mm-per-prompt", '{"image": 1}', "--hf-overrides", _json(overrides),
+            *(["--enforce-eager"] if eager else []), *arguments,
         ]  # fmt: skip
         self._url = f"http://127.0.0.1:{port}"
 

@@ -1,5 +1,7 @@
 """A pruned VLM on a real vLLM answers as `ocvtp.prune` does, and reads as few tokens as was promised."""
 
+import json
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import openai
 import pytest
 import serving_models
 import torch
-from serving_engine import NEW_TOKENS, Asked, Engine
+from serving_engine import NEW_TOKENS, ROOT, Asked, Engine
 
 import ocvtp
 from ocvtp import vlms
@@ -143,6 +145,34 @@ def test_a_model_without_the_entry_is_vllms_own(
     export("tiny-llava", tmp_path / "served")
     whole = told(serve(tmp_path / "served").ask_all(questions[:10], 4))
     assert whole == stripped(pruned_answers(vlm, questions[:10], method="vanilla"))
+
+
+def test_a_compiled_engine(
+    stopped: None, vlm: vlms.VLM, questions: list[Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM serves unless told `--enforce-eager`: the language model by torch.compile."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))  # nothing is compiled before
+    expected = stripped(pruned_answers(vlm, questions[:40], **CSS))
+    with Engine(vlms.resolve("tiny-llava").folder, {"ocvtp": CSS}, tmp_path / "log", eager=False) as engine:
+        assert told(engine.ask_all(questions[:40], 8)) == expected
+    for compiled in (
+        "enforce_eager=False",
+        "'backend': 'inductor'",
+        "Warming up model for the compilation",
+        "up done.",
+    ):
+        assert compiled in engine.said()
+
+
+def test_the_benchmark_runs(stopped: None, environment: Path) -> None:
+    command = [str(environment / "bin/python"), str(ROOT / "benchmarks/serving.py")]
+    done = subprocess.run(
+        [*command, "--quick", "--methods", "css", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    cases = json.loads(done.stdout)["cases"]
+    assert cases["vanilla"]["prompt_tokens"] - cases["css"]["prompt_tokens"] == 144 - 16
+    assert all(case["requests_per_second"] > 0 < case["first_token_ms"] for case in cases.values())
 
 
 @pytest.mark.parametrize(
