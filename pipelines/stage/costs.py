@@ -127,12 +127,11 @@ def image_bytes(vlm: CatalogEntry, extract: Extract) -> int:
 
 def _extraction(params: Params, where: str) -> Iterator[Cost]:
     """One pass of a tower makes all layers."""
-    wanted: dict[str, list[int]] = {}
-    for on, layer in token_sets(params):
-        wanted.setdefault(on, []).append(layer)
     images = params.sample.images
     for name in params.vlm:
-        vlm, speeds = resolve(name), dict[tuple[int, ...], float | None]()
+        vlm, speeds, wanted = resolve(name), dict[tuple[int, ...], float | None](), dict[str, list[int]]()
+        for on, layer in token_sets(params, vlm):
+            wanted.setdefault(on, []).append(layer)
         for on, layers in wanted.items():
             key = tuple(layers)
             if key not in speeds:
