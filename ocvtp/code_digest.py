@@ -31,7 +31,7 @@ def sources(modules: Iterable[str]) -> dict[str, Path]:
         if path is None:
             continue
         found[name] = path
-        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
         for base, level, names in _read(path, path.stat().st_mtime_ns, path.stat().st_size)[1]:
             if level:
                 above = package.split(".")[: len(package.split(".")) - level + 1]
