@@ -29,7 +29,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--keep", type=common.keep, default=None, metavar="N", help="tokens kept, a count or a share")
     parser.add_argument("--pruner", default=None, help="folder of a trained pruner, for oc-vtp")
     parser.add_argument("--seed", type=int, default=None, help="of methods that draw (default: 0)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of the method, top_k=2")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="options of the method, top_k=2"
+    )
     parser.add_argument("--benchmark", "--benchmarks", type=common.words, default=["pope"], metavar="A,B",
                         help="benchmarks, or all (default: pope)")  # fmt: skip
     parser.add_argument("--data", type=Path, default=None, metavar="FOLDER",

@@ -184,3 +184,36 @@ def test_what_cannot_be_read_is_named(place: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "score.json").write_text("{")
     with pytest.raises(Corrupt, match=r"score\.json is not JSON"):
         ocvtp.results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"setting": []}, "list"),
+        ({"setting": "css"}, "str"),
+        ({"setting": None}, "NoneType"),
+        ({"setting": {"vlm": "tiny-llava"}}, "it has no 'method'"),
+        ({"setting": {"vlm": "tiny-llava", "method": "css", "seed": "0"}}, "its seed is '0'"),
+        ({"score": "0.5"}, "its score is '0.5'"),
+        ({"score": [0.5]}, r"its score is \[0.5\]"),
+        ({"n": None}, "its n is None"),
+        ({"data": None}, "NoneType"),
+        (None, "list"),
+    ],
+)
+def test_a_score_that_is_none_is_named(changes: Any, message: str, place: Path, tmp_path: Path) -> None:
+    (source,) = ocvtp.results(place, {"method": "random", "benchmark": "gqa"})["path"]
+    written = json.loads((Path(source) / "score.json").read_text())
+    (tmp_path / "score.json").write_text(json.dumps([] if changes is None else {**written, **changes}))
+    with pytest.raises(Corrupt, match=rf"score.json is no result of an evaluation: .*{message}"):
+        ocvtp.results(tmp_path)
+
+
+def test_what_is_said_twice_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["results", str(place), "--where", "benchmark=gqa", "benchmark=mme"]) == 2
+    assert "benchmark is given twice; benchmark=gqa,mme takes rows with any of these" in capsys.readouterr().err
+    assert cli.main(["results", str(place), "--where", "benchmark=gqa", "--where", "method=random", "--json"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == ["random"], "both conditions hold"
+    asked = arguments(Path("no-such-vlm"), tmp_path, tmp_path, "--method", "oc-vtp", "--keep", "4")
+    assert cli.main([*asked, "--set", "top_k=1", "top_k=2"]) == 2
+    assert "--set top_k=2: top_k is given twice, before as 1" in capsys.readouterr().err
