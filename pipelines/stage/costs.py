@@ -105,6 +105,10 @@ def _notes(params: Params, *, training: bool) -> Iterator[str]:
     yield "extraction is the tower alone: images are decoded beside it"
     if any(resolve(name).tokens is None for name in params.vlm):
         yield "-: images have different numbers of tokens"
+    own = [on for on, _ in token_sets(params) if on != SAMPLED]
+    if own:
+        images, names = params.sample.images, ", ".join(dict.fromkeys(own))
+        yield f"on {names}: counted as sample.images, {images:,} each; stage sample leaves out what a benchmark asks about"
     if not training:
         return
     if any(cell.loss == "masks" for cell in pruner_cells(params)):
