@@ -240,7 +240,10 @@ def _records(
         values = {name: result.score["score"] for name, result in found.items()}
         relative = {name: found[name].relative_to(vanilla[setting.vlm].get(name)) for name in found}
         if len(found) == len(run.params.benchmark):
-            values |= _average(relative)
+            base = {name: result.score["score"] for name, result in vanilla[setting.vlm].items()}
+            values |= _average({
+                name: value for name, value in relative.items() if benchmark(name).means_something(base.get(name))
+            })  # fmt: skip
         score = next(iter(found.values())).score
         budget = _budget(setting, score["protocol"])
         of_budget = {f"{budget}/{name}": value for name, value in values.items()}

@@ -74,15 +74,11 @@ def common(results: Results, vlm: str) -> list[str]:
     pruned = [row for row in rows if row["method"] != "vanilla"]
     whole: Row = next((row["benchmarks"] for row in rows if row["method"] == "vanilla"), {})
 
-    def means_something(name: str) -> bool:
-        score = (whole.get(name) or {}).get("score")
-        return score is not None and score > (benchmark(name).chance or 0)
-
     return [
         name
         for name in results.benchmarks
         if pruned
-        and means_something(name)
+        and benchmark(name).means_something((whole.get(name) or {}).get("score"))
         and all((row["benchmarks"].get(name) or {}).get("relative") is not None for row in pruned)
     ]
 

@@ -108,7 +108,8 @@ def _notes(params: Params, *, training: bool) -> Iterator[str]:
     own = [on for on, _ in token_sets(params) if on != SAMPLED]
     if own:
         images, names = params.sample.images, ", ".join(dict.fromkeys(own))
-        yield f"on {names}: counted as sample.images, {images:,} each; stage sample leaves out what a benchmark asks about"
+        counted = f"counted as sample.images, {images:,} each"
+        yield f"on {names}: {counted}; stage sample leaves out what a benchmark asks about"
     if not training:
         return
     if any(cell.loss == "masks" for cell in pruner_cells(params)):

@@ -51,4 +51,7 @@ def test_table_1_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     labels = [*(entry.label for entry in benchmarks().values()), "Avg"]
     for place in (("576 Tokens (100%)", "Vanilla"), *((b, m) for b in BLOCKS.values() for m in METHODS.values())):
         assert all(rows[place][label] for label in labels), place
+    summary = json.loads((tmp_path / "results/summary.json").read_text())
+    assert all(row["average"]["relative"] is not None for row in summary), "over what the unpruned model knows"
+    assert (tmp_path / "reports/figures/tiny-llava-accuracy.png").is_file()
     assert minutes < MINUTES
