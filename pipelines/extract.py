@@ -94,10 +94,11 @@ def _of_layer(about: About) -> dict[str, Any]:
 
 def _all_parts(run: Stage) -> dict[tuple[str, str], list[Part]]:
     """By VLM, and images as `train.on` names them."""
-    wanted: dict[str, list[int]] = {}
-    for on, layer in token_sets(run.params):
-        wanted.setdefault(on, []).append(layer)
-    return {(vlm, on): _parts(run, resolve(vlm), on, layers) for vlm in run.params.vlm for on, layers in wanted.items()}
+    wanted: dict[tuple[str, str], list[int]] = {}
+    for vlm in run.params.vlm:
+        for on, layer in token_sets(run.params, resolve(vlm)):
+            wanted.setdefault((vlm, on), []).append(layer)
+    return {(vlm, on): _parts(run, resolve(vlm), on, layers) for (vlm, on), layers in wanted.items()}
 
 
 def _parts(run: Stage, vlm: CatalogEntry, on: str, layers: Sequence[int]) -> list[Part]:

@@ -15,12 +15,15 @@ from typing import Any
 
 from ocvtp.methods import Entry as MethodEntry
 from ocvtp.methods.budget import Budget
+from ocvtp.vlms import CatalogEntry
+from ocvtp.vlms.hidden_states import resolve_layers
 from pipelines.params import ablate
 from pipelines.params.ablate import ON, Change, Changes
 from pipelines.params.fitting import slots_of, tokens_kept
 from pipelines.params.model import SAMPLED, Params
 
 VANILLA = "vanilla"
+HANDED_ON = f"{ablate.TRAIN}handed_on"
 
 
 @dataclass(frozen=True)
@@ -189,13 +192,25 @@ def trained_on(params: Params) -> list[str]:
     return [on for on in dict.fromkeys((*params.train.on, *params.ablate.values(ON))) if on != SAMPLED]
 
 
-def token_sets(params: Params) -> list[tuple[str, int]]:
-    """Images (as `PrunerCell.on`) and layers whose tokens are needed, those of `ablate` last."""
+def token_sets(params: Params, vlm: CatalogEntry) -> list[tuple[str, int]]:
+    """Images (as `PrunerCell.on`) and layers whose tokens are needed, those of `ablate` last.
+
+    With `train.handed_on` of all these images also those of `handed_on_layer`.
+    """
     found = list(product(params.train.on, params.layer))
     for changed in map(dict, params.ablate.changes):
         found += product([changed[ON]] if ON in changed else params.train.on,
                          [changed["layer"]] if "layer" in changed else params.layer)  # fmt: skip
+    if params.train.handed_on or True in params.ablate.values(HANDED_ON):
+        found += [(on, handed_on_layer(params, vlm)) for on, _ in found]
     return list(dict.fromkeys(found))
+
+
+def handed_on_layer(params: Params, vlm: CatalogEntry) -> int:
+    """The layer that goes to the LLM, as the axis `layer` or `ablate` names it, or else counted from the end."""
+    counted = resolve_layers((*params.layer, *params.ablate.values("layer")), vlm.depth, vlm=vlm.name)
+    named = (layer for layer, index in counted.items() if index == vlm.feature_layer)
+    return next(named, vlm.feature_layer - vlm.depth - 1)
 
 
 def settings(params: Params, methods: Mapping[str, MethodEntry], tokens: Mapping[str, int | None]) -> list[Cell]:

@@ -20,9 +20,10 @@ from ocvtp.errors import BadInput
 from ocvtp.json_files import read_json
 from ocvtp.pruner.training.train_config import QUESTIONS, TrainConfig
 from ocvtp.tokens.manifest import ShardMeta, read_layer_listing
+from ocvtp.tokens.object_masks import check_one_grid
 from ocvtp.vlms import resolve
 from pipelines import tracking
-from pipelines.grid import PrunerCell, pruner_cells, token_sets, tokens_listing
+from pipelines.grid import PrunerCell, handed_on_layer, pruner_cells, token_sets, tokens_listing
 from pipelines.params.model import SAMPLED
 from pipelines.spool import Dataset, Record, curves
 from pipelines.stage import command, outputs
@@ -57,19 +58,11 @@ def plan(run: Stage) -> Plan:
 
 def _tasks(run: Stage) -> dict[PrunerCell, Task]:
     listings = {
-        (vlm, on, layer): _tokens(run, vlm, on, layer) for vlm in run.params.vlm for on, layer in token_sets(run.params)
+        (vlm, on, layer): _tokens(run, vlm, on, layer)
+        for vlm in run.params.vlm
+        for on, layer in token_sets(run.params, resolve(vlm))
     }
-    return {
-        cell: _task(run, cell, listings[cell.vlm, cell.on, cell.layer], _handed_on(cell, listings))
-        for cell in pruner_cells(run.params)
-    }
-
-
-def _handed_on(cell: PrunerCell, listings: Mapping[tuple[str, str, int], dict[str, Any]]) -> dict[str, Any] | None:
-    """The layer that goes to the LLM, if its tokens are extracted: to be looked at in validation."""
-    layer = resolve(cell.vlm).feature_layer
-    same = (one for (vlm, on, _), one in listings.items() if (vlm, on) == (cell.vlm, cell.on))
-    return next((one for one in same if one["meta"]["tower_layer"] == layer), None)
+    return {cell: _task(run, cell, listings) for cell in pruner_cells(run.params)}
 
 
 def _tokens(run: Stage, vlm: str, on: str, layer: int) -> dict[str, Any]:
@@ -85,7 +78,8 @@ def _tokens(run: Stage, vlm: str, on: str, layer: int) -> dict[str, Any]:
     return listing
 
 
-def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any], handed_on: Mapping[str, Any] | None) -> Task:
+def _task(run: Stage, cell: PrunerCell, listings: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> Task:
+    listing = listings[cell.vlm, cell.on, cell.layer]
     meta = ShardMeta.from_dict(listing["meta"], f"the tokens of {cell.vlm}")
     train = run.params.train.changed(cell.changes)
     config = train.config(cell.loss, cell.slots, cell.seed)
@@ -95,7 +89,8 @@ def _task(run: Stage, cell: PrunerCell, listing: Mapping[str, Any], handed_on: M
         "train": config.to_dict(),
     }
     inputs = {"shards": [shard["path"] for shard in listing["shards"]]}
-    if handed_on is not None:
+    if train.handed_on:
+        handed_on = listings[cell.vlm, cell.on, handed_on_layer(run.params, resolve(cell.vlm))]
         spec["handed_on"] = _unplaced(handed_on)
         inputs["handed_on"] = [shard["path"] for shard in handed_on["shards"]]
     call: Any = pruner
@@ -140,6 +135,10 @@ def _answers(run: Stage, cell: PrunerCell, config: TrainConfig) -> tuple[dict[st
 
 def _objects(run: Stage, cell: PrunerCell) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where the segmented objects of the training images are: entries of the spec, and the file."""
+    try:
+        check_one_grid(cell.vlm)
+    except BadInput as error:
+        raise BadInput(f"loss is masks, but {error}") from error
     scenes = SceneSet.of_sample(read_json(run.input(f"{outputs.SAMPLE}/sample.json", "sample")))
     if scenes is not None:
         return {"scenes": scenes.to_dict()}, {}

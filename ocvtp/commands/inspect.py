@@ -25,7 +25,7 @@ def add(subparsers: Any) -> None:
         "cover, small: share of objects, and of small ones, with a kept token on their mask. span: share of the "
         "variance of all tokens that least squares on the kept ones leave unexplained, in the reference layer and in "
         "the one that goes on. near: mean cosine distance of a token to the nearest kept one. picks: tokens that "
-        "slots attend to most. ms: median of the choice alone, an image.",
+        "slots attend to most. ms: median of the choice alone, an image; - of methods that work inside the tower.",
     )  # fmt: skip
     parser.add_argument("source", type=Path, help="a folder of images, or a COCO instances file with masks")
     parser.add_argument("--images", type=Path, default=None, help="where a COCO file's images are (default: beside it)")
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--batch-size {args.batch_size} and --limit {args.limit}: at least 1 each")
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise BadInput(f"{args.out} cannot be written: the folder {args.out.absolute().parent} does not exist")
+    if args.out is not None and args.out.is_dir():
+        raise BadInput(f"{args.out} is a folder: --out is the PNG to draw into")
     asked = [Asked.parse(text, args.pruner) for text in args.methods]
     found = pictures(args.source, args.images, args.limit)
     subject = _subject(args)
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         console = common.console()
         console.width = max(console.width, 100)  # a number that is cut off is none
-        console.print(_table(means, len(found), args.layer))
+        console.print(table(means, len(found), args.layer))
     return 0
 
 
@@ -100,7 +102,8 @@ def _subject(args: argparse.Namespace) -> Any:
     return Subject(vlm.family, vlm.processor, args.fit or "pad")
 
 
-def _table(means: Sequence[Any], images: int, layer: int) -> Any:
+def table(means: Sequence[Any], images: int, layer: int) -> Any:
+    """What `ocvtp.inspection.measure.summary` says, as a table for the terminal."""
     numbers = ("seeds", "kept", "cover", "small", "span", "on", "near", "picks", "ms")
     title = f"{images} images; span of layer {layer}, on: of what goes on"
     table = common.table(title, "keep", "method", *numbers, right=("keep", *numbers))
@@ -109,7 +112,7 @@ def _table(means: Sequence[Any], images: int, layer: int) -> Any:
         table.add_row(
             str(row["keep"]), row["method"], str(row["seeds"]), f"{row['tokens']:.4g}",
             *(_short(row[name]) for name in ("cover", "small", "span", "span_on", "near")),
-            f"{row['distinct']:.1f}", f"{row['milliseconds']:.2f}",
+            f"{row['distinct']:.1f}", "-" if row["milliseconds"] is None else f"{row['milliseconds']:.2f}",
         )  # fmt: skip
     return table
 

@@ -98,8 +98,9 @@ def _teacher(config: Any, meta: Any, sample: Path, store: Path, device: Any) -> 
 def _objects(dataset: Any, given: Path | None, sample: Path) -> Any:
     """The segmented objects of the images whose tokens these are."""
     from ocvtp.data.scenes import SceneSet
-    from ocvtp.tokens.object_masks import ObjectMasks
+    from ocvtp.tokens.object_masks import ObjectMasks, check_one_grid
 
+    check_one_grid(dataset.meta.vlm)
     fit, grid = dataset.meta.preprocessing, dataset.meta.grid
     if given is not None:
         return ObjectMasks.of_coco(given, dataset.image_ids, fit, grid)

@@ -3,6 +3,7 @@
 Letters: I images of a batch, G images of a group, N tokens of an image, k tokens kept.
 """
 
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -13,7 +14,7 @@ from typing import Any, Final
 import torch
 from PIL import Image
 
-from ocvtp.data.coverage import Covered
+from ocvtp.data.coverage import Covered, Objects
 from ocvtp.data.decoding import open_image
 from ocvtp.errors import BadInput
 from ocvtp.inspection.segments import Picture
@@ -68,7 +69,7 @@ class Asked:
     def parse(cls, text: str, pruner: Any = None) -> "Asked":
         """`css` or `css@12`; `BadInput` if what follows @ is no number."""
         name, at, layer = text.partition("@")
-        if at and not layer.lstrip("-").isdigit():
+        if at and not re.fullmatch(r"-?[0-9]+", layer):
             raise BadInput(f"{text!r}: METHOD or METHOD@LAYER, such as css@9, is needed")
         return cls(name, int(layer) if at else None, pruner if entry_of(name).trained else None)
 
@@ -102,7 +103,8 @@ class Row:
         span, span_on: `ocvtp.selection.span_error` of the reference layer, and of what goes to the LLM.
         near: `ocvtp.selection.prototype_error` of what goes to the LLM.
         distinct: tokens that slots attend to most; of a method without slots, tokens kept.
-        milliseconds: of the choice itself, an image, without the tower: median over batches.
+        milliseconds: of the choice itself, an image, without the tower: median over batches; None of a method that
+            works inside the tower.
     """
 
     method: str
@@ -115,7 +117,7 @@ class Row:
     span_on: float
     near: float
     distinct: float
-    milliseconds: float
+    milliseconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of this."""
@@ -175,9 +177,7 @@ def measure(
         images = subject.images(opened)
         vision = family.encode(images, layers)
         hit = [
-            objects(picture.segments, image.size, subject.fit, subject.maps(images, number))
-            if picture.segments
-            else None
+            _objects(picture, image.size, subject.fit, subject.maps(images, number))
             for number, (picture, image) in enumerate(zip(some, opened, strict=True))
         ]
         names = [picture.path.name for picture in some]
@@ -198,13 +198,24 @@ def measure(
     return [_row(*cell[:3], total) for cell, total in zip(cells, sums, strict=True)]
 
 
+def _objects(picture: Picture, size: tuple[int, int], fit: str, maps: Sequence[Map]) -> Objects | None:
+    """None without segments."""
+    try:
+        return objects(picture.segments, size, fit, maps) if picture.segments else None
+    except BadInput as error:
+        raise BadInput(f"{picture.path}: {error}") from error
+
+
 def _add(total: _Sums, method: Method, encoded: Encoded, vision: Vision, reference: int, hit: Sequence[Any]) -> None:
     tokens_GNC, values_GNV = vision.tokens(reference, encoded.members), vision.values(encoded.members)
+    if total.images == 0:
+        method.choose(encoded)  # untimed: the first call of all allocates and compiles
     _wait(tokens_GNC.device)
     before = time.perf_counter()
     indices_Gk = method.choose(encoded).indices_Gk.to(tokens_GNC.device)
     _wait(tokens_GNC.device)
-    total.milliseconds.append(1000 * (time.perf_counter() - before) / len(encoded.members))
+    if type(method).encode is Method.encode:
+        total.milliseconds.append(1000 * (time.perf_counter() - before) / len(encoded.members))
     attention_GKN = method.slots(encoded)
     if attention_GKN is None:
         distinct_G = (indices_Gk >= 0).sum(1)
@@ -237,7 +248,7 @@ def _row(asked: Asked, keep: int | float | str, seed: int, total: _Sums) -> Row:
         seed=seed,
         cover=total.covered.share,
         small=total.covered.small_share,
-        milliseconds=statistics.median(total.milliseconds),
+        milliseconds=statistics.median(total.milliseconds) if total.milliseconds else None,
         **{name: value / total.images for name, value in total.numbers.items()},
     )
 

@@ -85,8 +85,8 @@ class PrunerConfig:
             (the same, and those that earlier picks leave most of come first), `gain` (those that lower the residual
             of all tokens most), or `mass` (as `gain`, times the slot mass of the token to the power `mass_power`):
             `ocvtp.selection.proposals`.
-        residual_of: of the last three: of the tokens that slots are gathered from, or of those of the layer that goes
-            to the LLM; the loss `span` follows.
+        residual_of: of which tokens the last three look at what picks leave, and the loss `span` at what they rebuild:
+            of those that slots are gathered from (`own`), or of those of the layer that goes to the LLM (`handed_on`).
         mass_power: of `mass`: 0 is greedy column subset selection, much of it leaves the choice to the slots.
         fill: which tokens make up for picks that coincide: `slot_mass`, `attention` (scores given by the caller),
             `next_best`, `random` or `none` (fewer tokens).
@@ -165,7 +165,11 @@ class PrunerConfig:
         Raises:
             BadInput: they are needed and not there, or of other images.
         """
-        if self.residual_of == "own" or (assignment or self.assignment) in ("shared", "distinct"):
+        return tokens if (assignment or self.assignment) in ("shared", "distinct") else self.rebuilt(tokens, handed_on)
+
+    def rebuilt(self, tokens: Tensor, handed_on: Tensor | None) -> Tensor:
+        """Which tokens the kept ones are to rebuild, by `residual_of`: [B, N, C] or [B, N, V]; raises as `judged`."""
+        if self.residual_of == "own":
             return tokens
         if handed_on is None:
             raise BadInput("residual_of is handed_on: the same tokens in the layer that goes to the LLM are needed, "
@@ -201,6 +205,8 @@ class PrunerConfig:
         for name in ("visible", "random_visible", "ffn_dropout"):
             check_share(name, getattr(self, name))
         check_number("mass_power", self.mass_power, 0)
+        if self.assignment != "mass" and self.mass_power != PrunerConfig.mass_power:
+            raise BadInput(f"mass_power is {self.mass_power}, but assignment is {self.assignment}: it is of mass alone")
         for name in ("equal_layers", "extra_slot"):
             if not isinstance(getattr(self, name), bool):
                 raise BadInput(f"{name} is {getattr(self, name)!r}: true or false is needed")

@@ -90,7 +90,7 @@ def slot_weights(
     """Eq. 12: the weight of each slot, [B, K]."""
     area_BK = torch.zeros_like(attention_BKN[:, :, 0])
     area_BK = area_BK.scatter_add(1, attention_BKN.argmax(1), valid_BN)  # sums of ones: exact in any order
-    share_BK = area_BK / valid_BN.sum(1, keepdim=True)
+    share_BK = area_BK / valid_BN.sum(1, keepdim=True).clamp(min=1)
     weight_BK = share_BK.clamp(min=_TINY) ** -power
     slots_B1: Tensor | int = attention_BKN.shape[1]
     if ignore_empty:
@@ -98,7 +98,7 @@ def slot_weights(
         weight_BK = weight_BK * filled_BK
         slots_B1 = filled_BK.sum(1, keepdim=True)
     if normalise:
-        weight_BK = weight_BK * slots_B1 / weight_BK.sum(1, keepdim=True)
+        weight_BK = weight_BK * slots_B1 / _divisor(weight_BK.sum(1, keepdim=True))
     return weight_BK.clamp(max=cap)
 
 
@@ -111,7 +111,12 @@ def token_errors(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _weighted(error_BN: Tensor, weight_BN: Tensor) -> Tensor:
-    return ((error_BN * weight_BN).sum(1) / weight_BN.sum(1)).mean()
+    return ((error_BN * weight_BN).sum(1) / _divisor(weight_BN.sum(1))).mean()
+
+
+def _divisor(sums: Tensor) -> Tensor:
+    """1 of an image without tokens, whose errors sum up to 0."""
+    return torch.where(sums > 0, sums, 1)
 
 
 def _mask(mask_BN: Tensor, error_BN: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.pruner.model import OCPruner
 from ocvtp.pruner.seeding import generator
+from ocvtp.pruner.select import Selection
 from ocvtp.selection import prototype_error, span_error
 
 
@@ -60,6 +61,7 @@ def rebuilding(
     mask: Tensor | None = None,
     seeds: Sequence[int] | None = None,
     seed: int = 0,
+    images: Sequence[int] | None = None,
     **options: Any,
 ) -> Rebuilding:
     """Measure a selection on some images.
@@ -72,6 +74,7 @@ def rebuilding(
         mask: [B, N]; this and the next as in `OCPruner.forward`.
         seeds: one an image.
         seed: of the random tokens.
+        images: one number an image, of which its random tokens are a function; its place among them unless given.
         options: of `OCPruner.select_details`.
 
     Raises:
@@ -80,7 +83,8 @@ def rebuilding(
     if keep >= tokens.shape[1]:
         raise BadInput(f"keep is {keep} of {tokens.shape[1]} tokens: nothing is dropped")
     chosen = pruner.select_details(tokens, keep, mask=mask, seeds=seeds, handed_on=handed_on, **options)
-    random_BS = _random(chosen.indices_BS, chosen.counts_B, tokens.shape[:2], mask, seed)
+    numbers = range(len(tokens)) if images is None else images
+    random_BS = _random(chosen, tokens.shape[1], mask, [generator("ocvtp random tokens", seed, one) for one in numbers])
 
     def means(error: Any, of: Tensor) -> tuple[float, float]:
         kept, random = (float(error(of, indices, mask).mean()) for indices in (chosen.indices_BS, random_BS))
@@ -101,10 +105,11 @@ def rebuilding(
     )
 
 
-def _random(indices_BS: Tensor, counts_B: Tensor, shape: torch.Size, mask: Tensor | None, seed: int) -> Tensor:
-    """As many random tokens of each image; -1 where there are no more."""
-    draw_BN = torch.rand(shape, generator=generator("ocvtp random tokens", seed)).to(indices_BS.device)
-    if mask is not None:
-        draw_BN = draw_BN.masked_fill(~mask.to(draw_BN.device, torch.bool), 2.0)
-    place_S = torch.arange(indices_BS.shape[1], device=indices_BS.device)
-    return draw_BN.argsort(1)[:, : len(place_S)].masked_fill(place_S >= counts_B[:, None], -1)
+def _random(chosen: Selection, count: int, mask: Tensor | None, draws: Sequence[torch.Generator]) -> Tensor:
+    """As many random tokens of each image, whatever stands beside it in the batch; -1 where there are no more."""
+    there_BN = torch.ones(len(draws), count, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    random_BS = torch.full(chosen.indices_BS.shape, -1)
+    for row, there_N, number, draw in zip(random_BS, there_BN, chosen.counts_B.tolist(), draws, strict=True):
+        places = there_N.nonzero()[:, 0]
+        row[:number] = places[torch.randperm(len(places), generator=draw)[:number]]
+    return random_BS.to(chosen.indices_BS.device)

@@ -13,6 +13,7 @@ Letters: B images, N tokens, C token width, A width of the tokens whose distance
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch import Tensor
 from ocvtp.errors import BadInput
 from ocvtp.selection.cosines import unit
 from ocvtp.selection.greedy import TIE, Step, centred, check, choose, row
+
+_ROUNDED: Final = 64 * torch.finfo(torch.float32).eps
+"""What rounding leaves unknown of an inner product of a token, relative to its squared length at first."""
 
 
 def css(
@@ -80,13 +84,24 @@ class _Spread:
 def begin(tokens_BNC: Tensor, exists_BN: Tensor, steps: int) -> tuple[Tensor, Step]:
     """How much each token lowers the squared residual of all, [B, N], and what it is after a pick."""
     centred_BNC, floor_BN = centred(tokens_BNC, exists_BN)
+    # Fourth powers of lengths have to be numbers: scaled by a power of two, which rounds nothing.
+    _, exponent_B = torch.frexp(centred_BNC.abs().amax((1, 2)))
+    scale_B = torch.exp2(-exponent_B.float())
+    centred_BNC, floor_BN = centred_BNC * scale_B[:, None, None], floor_BN * scale_B[:, None].square()
     inner_BNN = centred_BNC @ centred_BNC.transpose(1, 2)
     """Inner products of what is left of the tokens."""
+
+    rounded_BN = _ROUNDED * centred_BNC.square().sum(2)
 
     def scores() -> Tensor:
         left_BN = inner_BNN.diagonal(dim1=1, dim2=2)
         explained_BN = torch.linalg.vector_norm(inner_BNN, dim=2).square()
-        return torch.where(left_BN > floor_BN, explained_BN / left_BN, 0)
+        gain_BN = explained_BN / left_BN
+        # No gain is larger than all there is to explain. Where one direction is left, each token explains it: their
+        # gains are equal, whatever rounding makes of a token of which little is left.
+        all_B1 = left_BN.clamp(min=0).sum(1, keepdim=True)
+        gain_BN = torch.where(gain_BN >= all_B1 * (1 - rounded_BN / left_BN), all_B1, gain_BN)
+        return torch.where(left_BN > floor_BN, gain_BN, 0)
 
     def step(pick_B: Tensor, counts_B: Tensor) -> Tensor:
         with_pick_BN = row(inner_BNN, pick_B)

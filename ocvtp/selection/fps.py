@@ -13,6 +13,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from ocvtp.errors import BadInput
 from ocvtp.selection.cosines import cosines, unit
 from ocvtp.selection.greedy import TIE, Step, choose, row
 
@@ -25,7 +26,12 @@ def fps(
 
     The first pick is the token least like the mean of all, each at unit length (`far`); or the one farthest from its
     nearest neighbour (`lonely`), which costs N^2 C multiply-accumulates. Then N C a pick.
+
+    Raises:
+        BadInput: as `choose`; another first pick.
     """
+    if first not in _BEGINS:
+        raise BadInput(f"first is {first!r}: {' or '.join(_BEGINS)} is needed")
     return choose(tokens, keep, mask, check_values, _BEGINS[first])
 
 

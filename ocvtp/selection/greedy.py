@@ -125,8 +125,9 @@ def check(tokens: Tensor, mask: Tensor | None, check_values: bool | None) -> Ten
         raise BadInput(f"tokens are {what}: a tensor [images, tokens, width], none of them 0, is needed")
     if not tokens.is_floating_point():
         raise BadInput(f"tokens are {tokens.dtype}: a floating type is needed")
-    if mask is not None and mask.shape != tokens.shape[:2]:
-        raise BadInput(f"mask {list(mask.shape)} of tokens {list(tokens.shape)}: {list(tokens.shape[:2])} is needed")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]):
+        what = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        raise BadInput(f"mask {what} of tokens {list(tokens.shape)}: a tensor {list(tokens.shape[:2])} is needed")
     shape = tokens.shape[:2]
     exists_BN = tokens.new_ones(shape, dtype=torch.bool) if mask is None else mask.to(tokens.device, torch.bool)
     if check_values or (check_values is None and tokens.device.type == "cpu"):

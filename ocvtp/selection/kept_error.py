@@ -5,6 +5,7 @@ Differentiable in the tokens that stand for the kept ones.
 Letters: B images, N tokens (of the largest image of the batch), C token width, S kept tokens.
 """
 
+import math
 from typing import Final
 
 import torch
@@ -28,11 +29,14 @@ def span_error(tokens: Tensor, indices: Tensor, mask: Tensor | None = None, *, r
         tokens: [B, N, C], of any layer and any floating type.
         indices: [B, S], kept tokens; -1 is none.
         mask: [B, N], True where there is a token; None if everywhere.
-        ridge: as `RIDGE`.
+        ridge: as `RIDGE`; above 0.
 
     Raises:
-        BadInput: shapes that do not fit, tokens that are not finite, indices beyond the tokens.
+        BadInput: shapes that do not fit, tokens that are not finite, indices beyond the tokens or none at all, a ridge
+            that is not above 0.
     """
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < math.inf:
+        raise BadInput(f"ridge is {ridge!r}: a number above 0 is needed")
     exists_BN, indices_BS = _checked(tokens, indices, mask)
     centred_BNC = centre(tokens.float().masked_fill(~exists_BN[:, :, None], 0), exists_BN)
     return span_error_of(centred_BNC, _rows(centred_BNC, indices_BS), ridge)
@@ -67,13 +71,14 @@ def prototype_error_of(
     cosine_BNS = unit_BNC @ to_BSC.transpose(1, 2)
     if kept_BS is not None:
         cosine_BNS = cosine_BNS.masked_fill(~kept_BS[:, None, :], -1)
-    return ((1 - cosine_BNS.amax(2)) * exists_BN).sum(1) / exists_BN.sum(1)
+    return ((1 - cosine_BNS.amax(2)) * exists_BN).sum(1) / exists_BN.sum(1).clamp(min=1)
 
 
 def _checked(tokens: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     exists_BN = check(tokens, mask, None)
-    if indices.ndim != 2 or len(indices) != len(tokens) or indices.is_floating_point():
-        raise BadInput(f"indices {list(indices.shape)} of tokens {list(tokens.shape)}: whole numbers [images, kept]")
+    if indices.ndim != 2 or len(indices) != len(tokens) or not indices.shape[1] or indices.is_floating_point():
+        raise BadInput(f"indices {list(indices.shape)} of tokens {list(tokens.shape)}: whole numbers [images, kept], "
+                       "at least one column, are needed")  # fmt: skip
     if indices.device.type == "cpu" and indices.numel() and int(indices.max()) >= tokens.shape[1]:
         raise BadInput(f"index {int(indices.max())} of {tokens.shape[1]} tokens")
     return exists_BN, indices.to(tokens.device)

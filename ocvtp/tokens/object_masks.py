@@ -5,6 +5,7 @@ Letters: H, W height and width of an image in pixels; B images, S objects (of th
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ocvtp.data.coverage import SMALL_TOKENS, Objects
-from ocvtp.data.masks import Mask, decode_mask, encode_mask
+from ocvtp.data.masks import Mask, check_code, decode_mask, encode_mask
 from ocvtp.data.scenes import SceneSet
 from ocvtp.data.training_splits import training_scene
 from ocvtp.errors import BadInput, Corrupt
+from ocvtp.vlms import resolve
+from ocvtp.vlms.families import family_class
+from ocvtp.vlms.family import Family
 from ocvtp.vlms.images import Map
 
 Size = tuple[int, int]
@@ -55,20 +59,34 @@ def objects(segments: Sequence[Any], size: tuple[int, int], fit: str, maps: Sequ
 
 def mask_of(segment: Any, size: tuple[int, int]) -> Mask:
     """The mask [H, W] of a segmentation: uncompressed run lengths or polygons; `BadInput` for anything else."""
-    width, height = size
-    if isinstance(segment, dict) and isinstance(segment.get("counts"), list):
-        mask_HW = decode_mask(segment)
-        if mask_HW.shape != (height, width):
-            raise BadInput(
-                f"a mask of {mask_HW.shape[1]} x {mask_HW.shape[0]} pixels on an image of {width} x {height}"
-            )
-        return mask_HW
-    if not isinstance(segment, list):
-        raise BadInput("a segmentation is a compressed run-length code: uncompressed codes and polygons are read")
+    check_segment(segment, size)
+    if isinstance(segment, dict):
+        return decode_mask(segment)
     drawn = Image.new("1", size)
     for corners in segment:
         ImageDraw.Draw(drawn).polygon([float(number) for number in corners], fill=1)
     return np.asarray(drawn)
+
+
+def check_segment(segment: Any, size: Size) -> None:
+    """`BadInput` says what is wrong with a segmentation, by its form alone: nothing is drawn."""
+    width, height = size
+    if isinstance(segment, dict):
+        check_code(segment)
+        if segment["size"] != [height, width]:
+            high, wide = segment["size"]
+            raise BadInput(f"a mask of {wide} x {high} pixels on an image of {width} x {height}")
+        return
+    if not isinstance(segment, list) or not segment:
+        raise BadInput(f"a segmentation is {str(segment)[:40]}: a run-length code or a list of polygons is needed")
+    for corners in segment:
+        if not isinstance(corners, list) or len(corners) < 4 or len(corners) % 2 or not all(map(_is_finite, corners)):
+            raise BadInput(f"a polygon is {str(corners)[:40]}: a flat list of x, y, x, y, ... is needed, two corners "
+                           "at least")  # fmt: skip
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
 
 
 def _under(mask_HW: Mask, map_: Map) -> tuple[frozenset[int], float]:
@@ -84,9 +102,16 @@ def _under(mask_HW: Mask, map_: Map) -> tuple[frozenset[int], float]:
     return frozenset(map_.numbers_hw.numpy()[down, across].tolist()), high * wide / (rows * columns)
 
 
+def check_one_grid(vlm: str) -> None:
+    """`BadInput` if a VLM sees an image in tiles: shards do not say where in the image tiles lie."""
+    if family_class(resolve(vlm).family, vlm).maps is not Family.maps:
+        raise BadInput(f"{vlm} sees an image in tiles, and tokens do not say where these lie: which tokens an object "
+                       "is on is known of VLMs that see an image as one grid")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ObjectMasks:
-    """The objects of training images, as tokens see them.
+    """The objects of training images, as tokens see them: of VLMs that see one grid (`check_one_grid`).
 
     Attributes:
         identity: all that determines them, as JSON.
@@ -149,14 +174,20 @@ class ObjectMasks:
         return cls({"scenes": scenes.to_dict(), "fit": fit}, segmented, fit, grid)
 
     def check(self, images: Sequence[str]) -> None:
-        """`BadInput` names images of which nothing is known, or says that none has an object."""
+        """`BadInput` names images of which nothing is known, or a segmentation that is none, or says that none is."""
         unknown, some = [], False
         for image in images:
             segmented = self.segmented(image)
             if segmented is None:
                 unknown.append(image)
-            else:
-                some = some or bool(segmented[1])
+                continue
+            size, segments = segmented
+            some = some or bool(segments)
+            for segment in segments:
+                try:
+                    check_segment(segment, size)
+                except BadInput as error:
+                    raise BadInput(f"image {image}: {error}") from error
         if unknown:
             raise BadInput(f"no segmentations are known of {len(unknown)} of {len(images)} training images: "
                            f"{', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}")  # fmt: skip

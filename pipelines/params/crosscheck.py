@@ -176,11 +176,14 @@ def _option(path: str, method: str, option: str, params: Params, problems: Probl
 
 
 def _trainings(params: Params, problems: Problems) -> None:
-    """What is ablated of the section `train`, by the library's own checks."""
+    """What is ablated of the section `train`, by the library's own checks; and that trainings have what they need."""
+    trainings = [params.train]
     for changes in params.ablate.changes:
         training = [change for change in changes if change[0].startswith(TRAIN)]
         if training:
-            read(Train, params.train.with_changes(training), problems, f"ablate.{TRAIN[:-1]}")
+            trainings.append(read(Train, params.train.with_changes(training), problems, f"ablate.{TRAIN[:-1]}"))
+    if any(one.pruner.given.get("residual_of") == "handed_on" and not one.handed_on for one in trainings):
+        problems.add("train.handed_on", "false, but train.pruner.residual_of is handed_on, which needs these tokens")
 
 
 def _sample(params: Params, problems: Problems) -> None:

@@ -24,7 +24,7 @@ from pipelines.params.schema import Axis, Dtype, Keep, Layer, Loss, Natural, Pos
 
 READS: Mapping[str, tuple[str, ...]] = {
     "sample": ("ablate", "sample", "train.on"),
-    "extract": ("vlm", "layer", "ablate", "extract", "train.on"),
+    "extract": ("vlm", "layer", "ablate", "extract", "train.on", "train.handed_on"),
     "train": ("vlm", "layer", "loss", "slots", "seed", "ablate", "train", "sample.annotations", "sample.training"),
     "evaluate": (
         "vlm", "layer", "loss", "slots", "top_k", "keep", "method", "benchmark", "seed", "ablate", "evaluate",
@@ -146,21 +146,22 @@ class Pruner(_PrunerOptions):
 class Train(_TrainOptions):
     """How a pruner is trained: entries of `TrainConfig`, and of `PrunerConfig` under `pruner`.
 
-    What is left out or "auto" follows `behaviour`. `on` is an axis of the grid, and no option of the library: on which
-    images.
+    What is left out or "auto" follows `behaviour`. No options of the library are `on`, an axis of the grid: on which
+    images; and `handed_on`: whether trainings see the tokens of the layer that goes to the LLM, too.
     """
 
     on: Axis[Text] = (SAMPLED,)
+    handed_on: bool = False
     pruner: Annotated[Pruner, OR_NULL] = Pruner()
 
     @property
     def given(self) -> dict[str, Any]:
         """Options of `TrainConfig` that the file gives."""
-        return {name: value for name, value in super().given.items() if name != "on"}
+        return {name: value for name, value in super().given.items() if name not in ("on", "handed_on")}
 
     def with_changes(self, changes: Iterable[Change]) -> dict[str, Any]:
         """The section as in the file, with other values of some entries."""
-        options, pruner = self.given, self.pruner.given
+        options, pruner = {"handed_on": self.handed_on, **self.given}, self.pruner.given
         for path, value in changes:
             key = path.removeprefix(TRAIN)
             target, name = (pruner, key.removeprefix(PRUNER)) if key.startswith(PRUNER) else (options, key)

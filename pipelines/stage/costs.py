@@ -105,9 +105,8 @@ def _notes(params: Params, *, training: bool) -> Iterator[str]:
     yield "extraction is the tower alone: images are decoded beside it"
     if any(resolve(name).tokens is None for name in params.vlm):
         yield "-: images have different numbers of tokens"
-    own = [on for on, _ in token_sets(params) if on != SAMPLED]
-    if own:
-        images, names = params.sample.images, ", ".join(dict.fromkeys(own))
+    if own := dict.fromkeys(on for on, _ in token_sets(params, resolve(params.vlm[0])) if on != SAMPLED):
+        images, names = params.sample.images, ", ".join(own)
         counted = f"counted as sample.images, {images:,} each"
         yield f"on {names}: {counted}; stage sample leaves out what a benchmark asks about"
     if not training:
@@ -132,12 +131,11 @@ def image_bytes(vlm: CatalogEntry, extract: Extract) -> int:
 
 def _extraction(params: Params, where: str) -> Iterator[Cost]:
     """One pass of a tower makes all layers."""
-    wanted: dict[str, list[int]] = {}
-    for on, layer in token_sets(params):
-        wanted.setdefault(on, []).append(layer)
     images = params.sample.images
     for name in params.vlm:
-        vlm, speeds = resolve(name), dict[tuple[int, ...], float | None]()
+        vlm, speeds, wanted = resolve(name), dict[tuple[int, ...], float | None](), dict[str, list[int]]()
+        for on, layer in token_sets(params, vlm):
+            wanted.setdefault(on, []).append(layer)
         for on, layers in wanted.items():
             key = tuple(layers)
             if key not in speeds:

@@ -163,6 +163,31 @@ def test_train_and_evaluate(work: Workspace) -> None:
     assert f"is put back into the store from {work.root}/models/tiny-llava/layer_9-aw_mse-slots" in said
 
 
+def test_another_layer_leaves_the_pruners_of_the_first_as_they_are(work: Workspace) -> None:
+    """Whether it is the one that goes to the LLM or not, and whether trainings see that layer or not."""
+    seen = {"train": {**TINY["train"], "handed_on": True}}
+    assert work.run(extract, layer=[9, -2]) == 0
+    assert work.run(train) == 0
+    said = work.dry(train, layer=[9, -2])
+    assert "pruners: 1 published, 1 would run" in said
+    assert "tiny-llava/layer_-2-aw_mse" in said
+    said = work.dry(train, **seen)
+    assert "pruners: 0 published, 1 would run" in said
+    assert "handed_on" in said
+    assert work.dry(extract, **seen) == "tokens: 4 published, 0 would run\n"
+    assert work.run(extract, **seen) == 0
+    assert [path.name for path in sorted((work.root / "data/tokens/tiny-llava").iterdir())] == [
+        "layer_-2.json", "layer_9.json",
+    ]  # fmt: skip
+    assert work.run(train, **seen) == 0
+    (pruner,) = (work.root / "models/tiny-llava").iterdir()
+    metrics = json.loads((pruner / "metrics.json").read_text())
+    assert 0 < metrics["handed_on_span_error"] < 1
+    assert work.run(extract, layer=[9, -2], **seen) == 0
+    assert "pruners: 1 published, 1 would run" in work.dry(train, layer=[9, -2], **seen)
+    assert work.run(extract) == 0
+
+
 def test_stages_without_tasks(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert work.dry(efficiency) == "no tasks: 2 rows are counted here, whenever the stage runs\n"
     assert work.run(efficiency) == 0

@@ -10,12 +10,14 @@ import yaml
 from ocvtp.methods import REGISTRY
 from ocvtp.methods.budget import Budget
 from ocvtp.selection import CHOICES
-from pipelines.grid import Cell, pruner_cells, settings, token_sets, trained_on, vlm_folder
+from ocvtp.vlms import resolve
+from pipelines.grid import Cell, handed_on_layer, pruner_cells, settings, token_sets, trained_on, vlm_folder
 from pipelines.params.ablate import Ablate, Change, Together
 from pipelines.params.load import load
 from pipelines.params.model import Params
 from pipelines.stage.context import ROOT
 
+LLAVA = resolve("tiny-llava")
 TOKENS: dict[str, int | None] = {"tiny-llava": 144, "variable": None}
 
 
@@ -155,7 +157,7 @@ def test_what_is_changed_together_is_one_pruner_and_concerns_each_method_as_far_
     ]
     together = [Together.model_validate(section(some)) for some in (changes, [("layer", -2), ("train.steps", 300)])]
     params = shipped.model_copy(update={"ablate": Ablate(together=tuple(together))})
-    assert token_sets(params) == [("sample", 9), ("sample", -2)]
+    assert token_sets(params, LLAVA) == [("sample", 9), ("sample", -2)]
     new = pruner_cells(params)[3:]
     assert [(one.layer, one.loss, one.slots, one.changes) for one in new[::3]] == [
         (-2, "span", (4, 8), (("train.steps", 300),)),
@@ -196,7 +198,7 @@ def test_what_the_grid_has_is_left_out_of_what_is_changed_together(tmp_path: Pat
 def test_changes_are_not_multiplied_with_each_other(shipped: Params) -> None:
     params = with_ablate(shipped, ("loss", "mse"), ("layer", 10), ("train.steps", 50))
     assert len(pruner_cells(params)) == 3 + 9
-    assert token_sets(params) == [("sample", 9), ("sample", 10)]
+    assert token_sets(params, LLAVA) == [("sample", 9), ("sample", 10), ("sample", -2)]
     cells = pruner_cells(params)
     assert cells[-1].changes == (("train.steps", 50),)
     assert cells[-1].folder == "tiny-llava/layer_9-aw_mse-slots_16_32_48-steps_50-seed_2"
@@ -245,15 +247,32 @@ def test_pruners_of_a_benchmarks_own_images_are_an_axis_and_are_evaluated_on_it_
 
 
 def test_tokens_are_extracted_of_the_images_that_pruners_are_trained_on_alone(shipped: Params) -> None:
-    assert token_sets(trained(shipped, "gqa")) == [("gqa", 9)]
+    assert token_sets(trained(shipped, "gqa"), LLAVA) == [("gqa", 9), ("gqa", -2)]
     ablated = with_ablate(trained(shipped, "sample", "gqa"), ("layer", 10), ("train.on", "vizwiz"), ("loss", "mse"))
-    assert token_sets(ablated) == [("sample", 9), ("gqa", 9), ("sample", 10), ("gqa", 10), ("vizwiz", 9)]
+    ablated = ablated.model_copy(update={"train": ablated.train.model_copy(update={"handed_on": False})})
+    assert token_sets(ablated, LLAVA) == [("sample", 9), ("gqa", 9), ("sample", 10), ("gqa", 10), ("vizwiz", 9)]
     wanted = {(one.on, one.layer) for one in pruner_cells(ablated)}
-    assert wanted == set(token_sets(ablated))
+    assert wanted == set(token_sets(ablated, LLAVA))
     assert trained_on(ablated) == ["gqa", "vizwiz"]
     (path,) = {one.folder for one in pruner_cells(ablated) if one.on == "vizwiz" and one.seed == 0}
     assert path == "tiny-llava/layer_9-aw_mse-slots_16_32_48-on_vizwiz-seed_0"
     assert all(one.changes == (("train.on", "vizwiz"),) for one in pruner_cells(ablated) if one.on == "vizwiz")
+
+
+def test_the_layer_that_goes_to_the_llm_is_extracted_once_under_the_name_it_has_in_the_grid(shipped: Params) -> None:
+    def layers(asked: tuple[int, ...], *changes: Change, handed_on: bool = True) -> list[int]:
+        train = shipped.train.model_copy(update={"handed_on": handed_on})
+        params = shipped.model_copy(update={"layer": asked, "train": train})
+        params = with_ablate(params, *changes) if changes else params
+        return [layer for _, layer in token_sets(params, LLAVA)]
+
+    assert LLAVA.feature_layer == LLAVA.depth - 1
+    assert layers((9,)) == [9, -2]
+    assert layers((9, LLAVA.feature_layer)) == [9, LLAVA.feature_layer]
+    assert layers((9,), ("layer", LLAVA.feature_layer)) == [9, LLAVA.feature_layer]
+    assert layers((9,), handed_on=False) == [9]
+    assert layers((9,), ("train.handed_on", True), handed_on=False) == [9, -2]
+    assert handed_on_layer(shipped, resolve("tiny-qwen")) == -1
 
 
 def test_slots_of_its_own_are_what_the_catalogue_has_for_each_vlm(shipped: Params) -> None:

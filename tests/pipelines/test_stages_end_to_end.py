@@ -18,6 +18,8 @@ from stage_workspace import Workspace, opened, work
 from cluster import Outcome, Report, Store, Task
 from ocvtp import cli
 from ocvtp.evaluation.benchmarks import benchmarks
+from ocvtp.vlms.families.llava import LlavaFamily
+from ocvtp.vlms.families.llava_next import LlavaNextFamily
 from pipelines import eval as evaluate
 from pipelines import extract, measure, sample, train
 from pipelines.__main__ import in_use
@@ -234,7 +236,9 @@ def test_a_vlm_teaches_by_its_answers(work: Workspace, tmp_path: Path, capsys: p
     assert (tmp_path / "by_hand/model.safetensors").read_bytes() == weights.read_bytes()
 
 
-def test_segmented_objects_teach(work: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_segmented_objects_teach(
+    work: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of scenes they follow from the spec; `ocvtp train` on the same comes to the same weights, in a word or a file."""
     options = {"slots": [16], "train": {**SMALL["train"], "steps": 2, "eval_every": 1}}
     assert work.run(train, loss="masks", **options) == 0
@@ -253,6 +257,12 @@ def test_segmented_objects_teach(work: Workspace, tmp_path: Path, capsys: pytest
     assert cli.main([*call, "--sample", str(work.root / "data/sample")]) == 0
     weights = task.out / "model.safetensors"
     assert (tmp_path / "by_hand/model.safetensors").read_bytes() == weights.read_bytes()
+    with monkeypatch.context() as tiled:
+        tiled.setattr(LlavaFamily, "maps", LlavaNextFamily.maps)
+        assert work.run(train, loss="masks", **options) == 2
+        assert "loss is masks, but tiny-llava sees an image in tiles" in capsys.readouterr().err
+        assert cli.main([*call, "--sample", str(work.root / "data/sample")]) == 2
+        assert "tiny-llava sees an image in tiles" in capsys.readouterr().err
     call[-5] = "loss=mse"
     assert cli.main([*call, "--objects", str(tmp_path / "some.json")]) == 2
     assert "--objects is of use with loss=masks only, loss is mse" in capsys.readouterr().err

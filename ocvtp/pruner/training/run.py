@@ -228,7 +228,7 @@ class _Run:
             "stopped": self.state.stopped,
             "last_val_loss": last.get("val_loss"),
             "train_loss": self.state.last_loss,
-            **{key: best.get(key) for key in ("distinct_picks", *REBUILDING)},
+            **{key: best.get(key) for key in REBUILDING},
             **({key: best.get(key) for key in HANDED_ON} if self.judged.handed_on else {}),
             **({"kl": best.get("kl")} if self.teacher else {}),
             **({"cover": best.get("cover")} if self.objects else {}),
@@ -299,7 +299,8 @@ class _Run:
             row = evaluate(self.kept, self.config, [batch] * times, slots, self.teacher, draws=[self.state.step])
         self.row |= row
         current, config = self.state, self.config
-        value = row["span_error" if config.best_by == "span" else config.best_by]
+        span = "handed_on_span_error" if self.pruner.config.residual_of == "handed_on" else "span_error"
+        value = row[span if config.best_by == "span" else config.best_by]
         # What is not finite is never the best; the first validation stands in until there is one.
         equal = config.validate_on != "held_out" and value == current.best  # the authors take the later of equals
         if current.best is None or value < current.best or equal:
@@ -342,7 +343,7 @@ class _Run:
                 raise Incompatible("handed_on has other images than the tokens to train on, or in another order")
         elif pruner_config.residual_of == "handed_on":
             raise BadInput("residual_of is handed_on, but the tokens of the layer that goes to the LLM are not there: "
-                           "extract them, too (layer: [9, -2])")  # fmt: skip
+                           "give them as handed_on")  # fmt: skip
         if width != pruner_config.token_dim:
             raise Incompatible(f"the tokens are {width} wide, the pruner's token_dim is {pruner_config.token_dim}")
         if self.most > count:

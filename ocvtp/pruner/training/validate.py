@@ -22,7 +22,7 @@ from ocvtp.pruner.training.data import Batch, TokenSource, fetch
 from ocvtp.pruner.training.train_config import TrainConfig
 
 Row = dict[str, float]
-REBUILDING: Final = ("span_error", "random_span_error", "prototype_error")
+REBUILDING: Final = ("distinct_picks", "span_error", "random_span_error", "prototype_error")
 """Of `ocvtp.pruner.rebuilding.Rebuilding`, in a row."""
 HANDED_ON: Final = ("handed_on_span_error", "random_handed_on_span_error")
 """Likewise, where the tokens of the layer that goes to the LLM are there."""
@@ -70,7 +70,7 @@ def _span(config: TrainConfig, pruner: OCPruner, out: PrunerOutput, batch: Batch
     scores_BKN = out.attention.detach()
     if batch.mask_BN is not None:
         scores_BKN = scores_BKN.masked_fill(~batch.mask_BN[:, None], -1.0)
-    judged_BNX = pruner.config.judged(batch.tokens_BNC, batch.handed_on_BNV)
+    judged_BNX = pruner.config.rebuilt(batch.tokens_BNC, batch.handed_on_BNV)
     picks_BKk = picks(scores_BKN, pruner.config.assignment, mask_BN=batch.mask_BN, tokens_BNC=judged_BNX,
                       mass_power=pruner.config.mass_power)  # fmt: skip
     picks_BK = picks_BKk[:, :, 0].clamp(max=scores_BKN.shape[2] - 1)  # padding, which is zero, where none is left
@@ -107,7 +107,7 @@ def validate(
 
     Returns:
         `val_loss`, `val_mse` (the plain error of the decoder, if there is one), `kl` (of `answers`, over all prompts
-        of an image), `cover` (of `masks`: `covered` by what is kept), `distinct_picks` and
+        of an image), `cover` (of `masks`: `covered` by what is kept) and
         `REBUILDING`, and where the source has the layer that goes to the LLM, `HANDED_ON` (with as many tokens kept as
         there are slots): means over images and over `validation_slots`.
     """
@@ -139,7 +139,7 @@ def evaluate(
                 row = _losses(config, pruner, out, batch, teacher)
             if out.reconstruction is not None:
                 row["val_mse"] = float(mse(out.reconstruction, batch.tokens_BNC, batch.mask_BN))
-            row |= {"distinct_picks": _distinct(out.attention), **_rebuilding(pruner, batch, one)}
+            row |= _rebuilding(pruner, batch, one)
             if batch.touched_BSN is not None:
                 kept_BS = pruner.select(batch.tokens_BNC, one, mask=batch.mask_BN, handed_on=batch.handed_on_BNV,
                                         **_selecting(pruner, batch))  # fmt: skip
@@ -167,9 +167,10 @@ def _rebuilding(pruner: OCPruner, batch: Batch, keep: int) -> Row:
     """All tokens, where none would be dropped, leave nothing unexplained."""
     wanted = REBUILDING if batch.handed_on_BNV is None else (*REBUILDING, *HANDED_ON)
     if keep >= batch.tokens_BNC.shape[1]:
-        return dict.fromkeys(wanted, 0.0)
+        tokens = batch.tokens_BNC.shape[1] if batch.mask_BN is None else float(batch.mask_BN.sum(1).float().mean())
+        return {**dict.fromkeys(wanted, 0.0), "distinct_picks": float(tokens)}
     found = rebuilding(pruner, batch.tokens_BNC, keep, handed_on=batch.handed_on_BNV, mask=batch.mask_BN,
-                       **_selecting(pruner, batch))  # fmt: skip
+                       images=batch.indices, **_selecting(pruner, batch))  # fmt: skip
     return {name: getattr(found, name) for name in wanted}
 
 
@@ -178,12 +179,6 @@ def _selecting(pruner: OCPruner, batch: Batch) -> dict[str, Any]:
     seeds = range(len(batch.indices)) if _fresh(pruner) else None
     fill = "slot_mass" if pruner.config.fill == "attention" else None
     return {"seeds": seeds, "check_values": False, "fill": fill}
-
-
-def _distinct(attention_BKN: Tensor) -> float:
-    """Tokens that are the most attended of a slot, mean over images."""
-    picked_BN = torch.zeros_like(attention_BKN[:, 0]).scatter(1, attention_BKN.argmax(2), 1.0)
-    return float(picked_BN.sum(1).mean())
 
 
 def _fresh(pruner: OCPruner) -> bool:

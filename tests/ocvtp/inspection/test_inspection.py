@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from ocvtp import cli
+from ocvtp.commands import common
+from ocvtp.commands.inspect import draw, table
 from ocvtp.data.coverage import Objects, read_objects
 from ocvtp.data.scenes import write_scenes
 from ocvtp.errors import BadInput, Corrupt, Incompatible
@@ -146,6 +148,7 @@ def test_a_tower_that_stands_alone(kind: str, scenes: Path, tmp_path: Path) -> N
     assert row.span_on == pytest.approx(float(span_error(states[on], chosen).mean()), rel=1e-3)
     assert row.near == pytest.approx(float(prototype_error(states[on], chosen).mean()), rel=1e-3)
     assert row.tokens == row.distinct == 5
+    assert row.milliseconds is not None
     assert row.milliseconds > 0
     assert rows[3].span_on <= rows[2].span_on + 1e-6 or kind == "clip"  # css of the last layer is made for it
     hits = [objects(p.segments, Image.open(p.path).size, "crop", family.maps(images, n)).covered_by(chosen[n].tolist())
@@ -181,8 +184,9 @@ def test_what_a_tower_alone_cannot_do_is_said(tmp_path: Path, scenes: Path) -> N
     for name in ("fastv", "trim"):
         with pytest.raises(BadInput, match=f"{name} needs a language model or a prompt"):
             measure(subject, found, [Asked(name)], [5], [0], layer=2)
-    with pytest.raises(BadInput, match="css@x"):
-        Asked.parse("css@x")
+    for text in ("css@x", "css@--2", "css@", "css@2-"):
+        with pytest.raises(BadInput, match=f"{text}'"):
+            Asked.parse(text)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BadInput, match="of the type 'bert'"):
         towers.load(tmp_path)
@@ -235,6 +239,31 @@ def test_the_command(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main([*call, "--limit", "0"]) == 2
     assert "at least 1 each" in capsys.readouterr().err
     assert cli.main([*call, "--out", str(tmp_path / "no/where.png")]) == 2
+    assert cli.main([*call, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+
+
+def test_a_method_that_works_inside_the_tower_has_no_time_of_its_own(
+    llava: Any, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = Subject(family_of(llava.model), llava.processor, "pad")
+    found = pictures(images_of(scenes))
+    rows = measure(subject, found, [Asked("tome"), Asked("qr", 2)], [4], [0], layer=2)
+    assert [row.milliseconds is None for row in rows] == [True, False]
+    means = list(summary(rows))
+    assert means[0]["milliseconds"] is None
+    console = common.console()
+    console.print(table(means, len(found), 2))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "tome" in line)
+    assert line.rstrip(" │┃|").endswith("-")
+    assert draw(means)
+
+
+def test_a_segmentation_that_is_none_names_the_picture(llava: Any, scenes: Path) -> None:
+    subject = Subject(family_of(llava.model), llava.processor, "pad")
+    (picture,) = pictures(images_of(scenes))[:1]
+    with pytest.raises(BadInput, match=rf"{picture.path.name}: a polygon is \[1, 2\]"):
+        measure(subject, [Picture(picture.path, [[[1, 2]]])], [Asked("qr", 2)], [4], [0], layer=2)
 
 
 def test_the_command_on_tiny_llava(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:

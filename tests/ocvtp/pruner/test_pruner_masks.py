@@ -1,5 +1,6 @@
 """The loss `masks` and `assignment: mass`."""
 
+import csv
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ from pruner_training import PRUNER, Source, files, run
 
 from ocvtp.errors import BadInput
 from ocvtp.pruner import OCPruner, PrunerConfig
+from ocvtp.pruner.config import CHOICES
 from ocvtp.pruner.training.coverage_loss import covered, missed
 from ocvtp.pruner.training.run import TrainConfig, train
 from ocvtp.selection import css
@@ -177,7 +179,9 @@ def _greedy(tokens, weights, keep):
 @pytest.mark.parametrize("bad", [-1, math.nan, "much"])
 def test_a_power_that_is_none_is_refused(bad):
     with pytest.raises(BadInput, match="mass_power is"):
-        PrunerConfig(token_dim=16, mass_power=bad)
+        PrunerConfig(token_dim=16, assignment="mass", mass_power=bad)
+    with pytest.raises(BadInput, match=r"mass_power is 0\.5, but assignment is gain: it is of mass alone"):
+        PrunerConfig(token_dim=16, assignment="gain", mass_power=0.5)
     with pytest.raises(BadInput, match="mass_power is"):
         OCPruner(SEGMENTED).select(drawn(8, 1, 16, 16), 4, mass_power=bad)
 
@@ -265,6 +269,23 @@ def test_what_it_needs_is_asked_for_before_it_begins(tmp_path):
         segmented(tmp_path, "d", source=Nameless())
 
 
+@pytest.mark.parametrize("assignment", CHOICES["assignment"])
+def test_span_rebuilds_the_layer_that_goes_on_whatever_the_assignment_is(tmp_path, assignment):
+    handed_on = Source()
+    handed_on.tokens = drawn(11, 20, 16, 24).half()
+    losses = []
+    for residual_of in ("own", "handed_on"):
+        pruner = PrunerConfig(**{**SEGMENTED.to_dict(), "residual_of": residual_of, "assignment": assignment})
+        config = TrainConfig(**{**SMALL, "loss": "span"})
+        folder = tmp_path / residual_of
+        found = train(pruner, config, Source(), folder / "out", resume=folder / "resume", handed_on=handed_on)
+        losses.append(found["val_loss"])
+        learnt = "handed_on_span_error" if residual_of == "handed_on" else "span_error"
+        if assignment != "shared":  # where picks that coincide are made up for
+            assert found["val_loss"] == pytest.approx(found[learnt], rel=1e-3)
+    assert losses[1] > losses[0] + 0.1, "noise is harder to rebuild than flat regions"
+
+
 @pytest.mark.parametrize("loss", ["masks", "span"])
 def test_both_layers_train(tmp_path, loss):
     pruner = PrunerConfig(**{**SEGMENTED.to_dict(), "residual_of": "handed_on", "assignment": "gain"})
@@ -273,8 +294,11 @@ def test_both_layers_train(tmp_path, loss):
     config = TrainConfig(**{**SMALL, "loss": loss})
     more = {"objects": Regions()} if loss == "masks" else {}
     metrics = train(pruner, config, Source(), tmp_path / "a", resume=tmp_path / "r", handed_on=handed_on, **more)
-    if loss == "span":  # what least squares leave of the layer that goes on is what it learns
+    if loss == "span":  # what least squares leave of the layer that goes on is what it learns, and is judged by
         assert metrics["val_loss"] == pytest.approx(metrics["handed_on_span_error"], rel=1e-3)
+        rows = list(csv.DictReader((tmp_path / "a/curves.csv").open()))
+        errors = {int(row["step"]): float(row["handed_on_span_error"]) for row in rows if row["handed_on_span_error"]}
+        assert metrics["best_step"] == min(errors, key=lambda step: errors[step])
     assert 0 < metrics["handed_on_span_error"] < metrics["random_handed_on_span_error"]
     with pytest.raises(BadInput, match="residual_of is handed_on, but the tokens of the layer"):
         train(pruner, config, Source(), tmp_path / "b", resume=tmp_path / "r2", **more)

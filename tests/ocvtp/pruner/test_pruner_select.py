@@ -7,7 +7,7 @@ import torch
 
 from ocvtp.errors import BadInput, Incompatible
 from ocvtp.pruner import OCPruner, PrunerConfig
-from ocvtp.pruner.config import FILLS
+from ocvtp.pruner.config import CHOICES, FILLS
 from ocvtp.pruner.model import SlotStart
 from ocvtp.pruner.select import choose
 
@@ -38,7 +38,7 @@ def check(indices, keep, count):
 
 @pytest.mark.parametrize(
     ("fill", "assignment", "top_k"),
-    itertools.product([f for f in FILLS if f != "none"], ["shared", "distinct"], [1, 3]),
+    itertools.product([f for f in FILLS if f != "none"], CHOICES["assignment"], [1, 3]),
 )
 @pytest.mark.parametrize("keep", [1, 7, 35])
 def test_exactly_keep_distinct_ascending(pruner, fill, assignment, top_k, keep):

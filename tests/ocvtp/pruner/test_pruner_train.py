@@ -292,6 +292,14 @@ def test_rebuilding_measures_what_it_says(decoder):
     assert found.relative_to_random == found.span_error / found.random_span_error
     assert rebuilding(pruner, tokens_BNC, 6, handed_on=handed_on) == found
     assert rebuilding(pruner, tokens_BNC, 6).handed_on_span_error is None
+    # Random tokens are those of the image, whatever stands beside it.
+    singles = [rebuilding(pruner, tokens_BNC[i : i + 1], 6, images=[i]) for i in range(5)]
+    padded = torch.cat((tokens_BNC, torch.full((5, 3, 16), torch.nan)), 1)
+    beside = rebuilding(pruner, padded, 6, mask=(torch.arange(19) < 16).expand(5, -1))
+    for name in ("random_span_error", "random_prototype_error", "span_error"):
+        mean = sum(getattr(one, name) for one in singles) / 5
+        assert getattr(found, name) == pytest.approx(mean, rel=1e-5)
+        assert getattr(beside, name) == pytest.approx(mean, rel=1e-5)
     with pytest.raises(BadInput, match="nothing is dropped"):
         rebuilding(pruner, tokens_BNC, 16)
 

@@ -1,15 +1,20 @@
 """Objects of training images, from scenes and from files of COCO."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ocvtp.data.coverage import read_objects
 from ocvtp.data.scenes import SceneSet, Style, write_scenes
 from ocvtp.errors import BadInput, Corrupt
-from ocvtp.tokens.object_masks import ObjectMasks
+from ocvtp.tokens.object_masks import ObjectMasks, check_one_grid
+from ocvtp.vlms import family_of
+from ocvtp.vlms.family import Family
 
 GRID = (12, 12)
 
@@ -74,8 +79,49 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
         ObjectMasks.of_coco(path, ["0"], "pad", GRID)
     with pytest.raises(BadInput, match=r"segmentations in .* cannot be read"):
         ObjectMasks.of_coco(tmp_path / "none.json", ["0"], "pad", GRID)
-    bad = {"images": [{"id": 0, "width": 4, "height": 4}],
-           "annotations": [{"image_id": 0, "segmentation": {"size": [4, 4], "counts": "x"}}]}  # fmt: skip
-    path.write_text(json.dumps(bad))
-    with pytest.raises(BadInput, match="image 0: a segmentation is a compressed run-length code"):
-        ObjectMasks.of_coco(path, ["0"], "pad", GRID).touched(["0"], [GRID], 144)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "what"),
+    [
+        ({"size": [4, 4], "counts": "x"}, "a segmentation is a compressed run-length code"),
+        ({"size": [4, 4], "counts": [20, -4]}, r"counts of a run-length code is \[20, -4\]"),
+        ({"counts": [16]}, "size of a run-length code is None"),
+        ({"size": [4], "counts": [4]}, r"size of a run-length code is \[4\]: height and width"),
+        ({"size": [4, 4], "counts": [4]}, "run-length code of 4 pixels for an image of 4 x 4"),
+        ({"size": [2, 8], "counts": [16]}, "a mask of 8 x 2 pixels on an image of 4 x 4"),
+        ([[1, 2]], r"a polygon is \[1, 2\]"),
+        ([[]], r"a polygon is \[\]"),
+        ([[1, 2, 3, 4, 5]], r"a polygon is \[1, 2, 3, 4, 5\]"),
+        ([1, 2, 3, 4], "a polygon is 1: a flat list of x, y"),
+        ([["a", 2, 3, 4]], r"a polygon is \['a', 2, 3, 4\]"),
+        ([[math.nan, 2, 3, 4]], r"a polygon is \[nan, 2, 3, 4\]"),
+        ("x", "a segmentation is x: a run-length code or a list of polygons"),
+    ],
+)
+def test_a_segmentation_that_is_none_is_refused_before_anything_is_trained(
+    tmp_path: Path, segmentation: Any, what: str
+) -> None:
+    path = tmp_path / "a.json"
+    annotation = {"image_id": 0, "segmentation": segmentation}
+    path.write_text(json.dumps({"images": [{"id": 0, "width": 4, "height": 4}], "annotations": [annotation]}))
+    masks = ObjectMasks.of_coco(path, ["0"], "pad", GRID)
+    with pytest.raises(BadInput, match=f"image 0: {what}"):
+        masks.check(["0"])
+    with pytest.raises(BadInput, match=f"image 0: {what}"):
+        masks.touched(["0"], [GRID], 144)
+
+
+def test_vlms_that_see_tiles_are_refused(vlm: Any, tmp_path: Path) -> None:
+    """Where `Family.maps` lays tokens otherwise than `ObjectMasks` does, which is one grid over the image."""
+    family, folder = family_of(vlm.model), tmp_path / "vlm"
+    vlm.model.save_pretrained(folder)
+    picture = Image.new("RGB", (112, 56))
+    images = family.preprocess(vlm.processor, [picture], mode="squash" if family.facts.grid is None else "pad")
+    maps, (grid,) = family.maps(images, 0), family.grids(images)
+    one_grid = len(maps) == 1 and torch.equal(maps[0].numbers_hw, torch.arange(grid[0] * grid[1]).view(*grid))
+    if one_grid and type(family).maps is Family.maps:
+        check_one_grid(str(folder))
+        return
+    with pytest.raises(BadInput, match=r"sees an image in tiles, and tokens do not say where these lie"):
+        check_one_grid(str(folder))
