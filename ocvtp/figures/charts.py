@@ -51,7 +51,7 @@ def accuracy(
     ylabel: str = "average accuracy, % of vanilla",
     form: Format = "png",
 ) -> bytes:
-    """Relative accuracy against tokens kept, one line a method, with 95 % intervals where given.
+    """Relative accuracy against tokens kept (logarithmic), one line a method, with 95 % intervals where given.
 
     Args:
         series: x in tokens, y in percent of vanilla.
@@ -71,7 +71,9 @@ def accuracy(
         row = figure.subplots(1, len(panels), sharey=True, squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
         for axes, (lines, size, below), title in zip(row, panels, titles, strict=False):
             budgets = sorted({x for line in lines for x in line.x})
-            step = 0.06 * min((b - a for a, b in pairwise(budgets)), default=1.0)
+            step = min(0.06, 0.4 / max(1, len(lines))) * min(
+                (math.log(b / a) for a, b in pairwise(budgets)), default=1.0
+            )
             axes.set_title(title)
             axes.axhline(100, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
             axes.annotate("vanilla", (1, 100), xycoords=("axes fraction", "data"), xytext=(-2, 3),
@@ -79,7 +81,9 @@ def accuracy(
             for index, line in enumerate(lines):
                 shift = (index - (len(lines) - 1) / 2) * step if len(lines) > 1 else 0.0
                 _line(axes, line, looks(line.label, labels), shift)
+            axes.set_xscale("log")  # budgets are halves of each other, about
             axes.set_xticks(budgets, [_budget(b, size) for b in budgets])
+            axes.minorticks_off()
             axes.set_xlabel(below)
             axes.margins(x=0.08)
             axes.grid(axis="x", visible=False)
@@ -224,7 +228,7 @@ def _place(label: str, among: Sequence[str]) -> int:
 
 def _line(axes: Axes, line: Series, look: tuple[str, str, Any], shift: float) -> None:
     color, marker, dash = look
-    x = [value + shift for value in line.x]
+    x = [value * math.exp(shift) for value in line.x]
     if line.low is not None and line.high is not None:
         axes.vlines(x, line.low, line.high, color=color, linewidth=1.2, alpha=0.75)
     axes.plot(
@@ -240,4 +244,4 @@ def _line(axes: Axes, line: Series, look: tuple[str, str, Any], shift: float) ->
 
 
 def _budget(tokens: float, whole: int | None) -> str:
-    return f"{tokens:g}" if not whole else f"{tokens:g} ({100 * tokens / whole:.1f}%)"
+    return f"{tokens:g}" if not whole else f"{tokens:g}\n({100 * tokens / whole:.1f}%)"
