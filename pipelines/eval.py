@@ -18,12 +18,12 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import Report, Task, is_published
+from cluster import Outcome, Report, Task, is_published
 from cluster.driver.plan import fault_of
 from cluster.fingerprint import fingerprint
 from cluster.task import canonical
 from ocvtp.errors import BadInput
-from ocvtp.evaluation.benchmarks import NATIVE, benchmark
+from ocvtp.evaluation.benchmarks import NATIVE, benchmark, benchmarks
 from ocvtp.evaluation.objects import MASKS
 from ocvtp.json_files import read_json
 from ocvtp.vlms import CatalogEntry, resolve
@@ -79,8 +79,12 @@ def work(run: Stage) -> None:
     tasks = {place: one.score for place, one in everything.items()}
     results = list(_write(run, tasks))
     tracking.track(run, list(_records(run, wanted, tasks, results)))
-    asked_.raise_if_failed()
-    report.raise_if_failed()
+    both = [first + second for first, second in zip(_outcomes(asked_), _outcomes(report), strict=True)]
+    Report(*both).raise_if_failed()
+
+
+def _outcomes(report: Report) -> list[list[Outcome]]:
+    return [report.done, report.skipped, report.failed, report.cancelled]
 
 
 def plan(run: Stage) -> Plan:
@@ -235,9 +239,11 @@ def _records(
         identity = canonical({"setting": shared, "data": _data_identity(run, sets), "code": task.code})
         values = {name: result.score["score"] for name, result in found.items()}
         relative = {name: found[name].relative_to(vanilla[setting.vlm].get(name)) for name in found}
-        known = [value for value in relative.values() if value is not None]
-        if known and len(known) == len(run.params.benchmark):
-            values["average_relative"] = sum(known) / len(known)
+        if len(found) == len(run.params.benchmark):
+            base = {name: result.score["score"] for name, result in vanilla[setting.vlm].items()}
+            values |= _average({
+                name: value for name, value in relative.items() if benchmark(name).means_something(base.get(name))
+            })  # fmt: skip
         score = next(iter(found.values())).score
         budget = _budget(setting, score["protocol"])
         of_budget = {f"{budget}/{name}": value for name, value in values.items()}
@@ -259,6 +265,13 @@ def _records(
             series=None if setting.keep is None else _series(setting, task, axes, canonical(alike)),
             series_metrics={key: value for key, value in of_budget.items() if value is not None},
         )
+
+
+def _average(relative: Mapping[str, float | None]) -> dict[str, float]:
+    """The mean, under a name that says of which benchmarks: a run gets one for each set that it was ever asked."""
+    known = {name: value for name, value in relative.items() if value is not None}
+    name = "-".join(["average_relative", *(name for name in benchmarks() if name in known)])
+    return {name: sum(known.values()) / len(known)} if known else {}
 
 
 def _dataset(result: Result) -> Dataset:

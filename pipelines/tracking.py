@@ -161,8 +161,9 @@ class _Experiment:
                 if key != "step"
             ]
         self._log(run, record.params, metrics, tags)
-        if record.datasets and not run.inputs.dataset_inputs:
-            self._inputs(run, record.datasets, parent)
+        there = {(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs} if run.inputs else set()
+        if new_ones := [one for one in record.datasets if (one.name, one.digest) not in there]:
+            self._inputs(run, new_ones, parent)
         if unfinished and record.artifacts:
             self._artifacts(run, record.artifacts)
         if unfinished:

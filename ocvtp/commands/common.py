@@ -87,15 +87,17 @@ def named_values(option: str, given: Sequence[str], example: str) -> dict[str, A
         example: of such a word, for who gave another.
 
     Raises:
-        BadInput: no name, no `=`, or a value that is not YAML.
+        BadInput: no name, no `=`, a value that is not YAML, or a name twice.
     """
     import yaml
 
-    found = {}
+    found: dict[str, Any] = {}
     for word in given:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise BadInput(f"{option} {word}: NAME=VALUE is needed, such as {example}")
+        if name in found:
+            raise BadInput(f"{option} {word}: {name} is given twice, before as {found[name]!r}")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -19,7 +19,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--method", default=None, help="a method before the LLM (default: not pruned)")
     parser.add_argument("--keep", type=common.keep, default=None, metavar="N", help="tokens kept, a count or a share")
     parser.add_argument("--pruner", default=None, help="folder or hub id of a trained pruner, for oc-vtp; it is copied")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of the method, seed=1")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="options of the method, seed=1"
+    )
     common.add_json(parser)
 
 

@@ -31,8 +31,8 @@ def add(subparsers: Any) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, and how it is told."""
     pruned_vlm.add_arguments(parser)
-    parser.add_argument("--options", nargs="+", default=[], metavar="NAME=VALUE", help="of each method that has them: "
-                        "layer=9 inside_tower=true")  # fmt: skip
+    parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+                        help="of each method that has them: layer=9 inside_tower=true")  # fmt: skip
     parser.add_argument("--random-weights", action="store_true", help="of a VLM of the catalogue: nothing is fetched, "
                         "and times are those of the real one; the image is noise")  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="prompts at once, of one image each (default: 1)")

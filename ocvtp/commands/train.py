@@ -26,7 +26,7 @@ def add(subparsers: Any) -> None:
                         "loss=answers, and for loss=masks of scenes (default: data/sample)")  # fmt: skip
     parser.add_argument("--objects", type=Path, default=None, metavar="JSON", help="for loss=masks of photographs: "
                         "their segmented objects, such as COCO's instances_train2017.json")  # fmt: skip
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                         help="options of TrainConfig, or of PrunerConfig after `pruner.`: steps=400 loss=mse "
                         "slots=[16,32] pruner.decoder=mlp")  # fmt: skip
 

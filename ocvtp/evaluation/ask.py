@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ocvtp.code_digest import code_digest
 from ocvtp.errors import Incompatible, NotAvailable
 from ocvtp.evaluation import journal as journals
 from ocvtp.evaluation import preflight
@@ -20,6 +21,7 @@ from ocvtp.evaluation.benchmarks import Benchmark
 from ocvtp.evaluation.benchmarks import benchmark as named
 from ocvtp.evaluation.generate import Answerer, Prepared
 from ocvtp.evaluation.setting import EvaluationSetting, pruner_fingerprint, ready
+from ocvtp.methods import REGISTRY, entry_of
 
 log = logging.getLogger(__name__)
 _PACKAGES = ("ocvtp", "torch", "transformers", "tokenizers", "lmms-eval", "datasets", "numpy", "pillow", "torchvision")
@@ -45,7 +47,7 @@ def ask(
         benchmark: a name of benchmarks.yaml.
         data: a parquet with the official columns, or a folder with `<benchmark>.parquet`; None: the official data set.
         shard: which part of the questions.
-        limit: ask at most so many of the first questions; pairs stay whole.
+        limit: ask at most so many of the first questions; what is scored together, such as pairs, stays whole.
         device: cpu, cuda, ...
         journal: a file that each batch is added to as soon as it is answered. What it holds already is not asked again.
         progress: called with (questions answered, questions) after each batch.
@@ -56,17 +58,23 @@ def ask(
         NotAvailable: lmms-eval, the VLM or the official data set is not on this machine.
     """
     entry = named(benchmark, setting.protocol)
+    preflight.check_limit(limit)
     path = None if data is None else preflight.locate(entry, data)
-    rows = preflight.unseen(entry, limit) if path is None else preflight.check(entry, path, limit)
+    if path is not None:
+        preflight.check(entry, path, limit)
+    entry_of(setting.method)
     fingerprint = pruner_fingerprint(setting.pruner)
     from ocvtp.evaluation.lmms.official import ALONE, opened
     from ocvtp.evaluation.lmms.tasks import package
 
     package()
+    with ALONE, opened(entry, path) as questions:  # stays loaded: what is wrong with it is told before the VLM loads
+        total = preflight.whole_units(entry, questions.units, limit)
+        for row in shard.rows(total):
+            questions.length(row)
     with ALONE, ready(setting, device) as answerer, opened(entry, path) as questions:
-        total = len(questions) if rows is None else min(rows, len(questions))
         about = {**_made_by(setting, answerer, fingerprint), "benchmark": benchmark, "data": _data(entry, path)}
-        made_by = {**about, "device": answerer.device.type}
+        made_by = {**about, "device": answerer.device.type, "code": _code(setting.method)}
         if setting.dtype != "float32":  # in which an answer does not depend on its batch
             made_by["batch_size"] = setting.batch_size
         with nullcontext() if journal is None else journals.opened(journal, made_by) as kept:
@@ -161,6 +169,14 @@ def _made_by(setting: EvaluationSetting, answerer: Answerer, fingerprint: str | 
         "grid": None if vlm.entry.grid is None else list(vlm.entry.grid),
         "versions": _versions(),
     }
+
+
+def _code(method: str) -> str:
+    """Of asking, pruning and the method, which the register finds by itself. The store's keys hold as much.
+
+    In a journal alone: of one and the same answers it does not matter which code gave them.
+    """
+    return code_digest([__name__, *REGISTRY.modules(method).values()])
 
 
 def _image_backend(processor: Any) -> str:

@@ -62,6 +62,10 @@ class Benchmark:
         """Questions come in units that may not be torn apart."""
         return self.rule in ("pairs", "all_right")
 
+    def means_something(self, score: float | None) -> bool:
+        """Whether percentages of a score say something: not where it is no better than chance, or 0."""
+        return score is not None and score > (self.chance or 0)
+
     def unit_of(self, doc: Mapping[str, Any], doc_id: int) -> int | str:
         """What may not be torn apart in resampling: the row itself, or the name of the group it belongs to."""
         if self.rule == "all_right":

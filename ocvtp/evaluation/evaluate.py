@@ -33,7 +33,7 @@ def evaluate(
         benchmark: a name of benchmarks.yaml.
         data: a parquet with the official columns, or a folder with `<benchmark>.parquet`; None: the official data set.
         out: folder for the results.
-        limit: ask at most so many of the first questions; pairs stay whole.
+        limit: ask at most so many of the first questions; what is scored together, such as pairs, stays whole.
         device: cpu, cuda, ...
         journal: a file that keeps answers through a kill, see `ocvtp.evaluation.ask.ask`.
         progress: called with (questions answered, questions) after each batch.

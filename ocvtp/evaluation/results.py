@@ -19,6 +19,9 @@ _COMPARED = ("vlm", "revision", "weights", "dtype", "max_new_tokens", "benchmark
 """What a result shares with the unpruned model's that it is a percentage of."""
 _ORDER = {"vlm": True, "method": True, "kept": False, "seed": True, "benchmark": True, "path": True}
 """By what rows are sorted, and whether from the least on."""
+_NUMBER = int | float | None
+_KINDS = {"vlm": str, "method": str, "seed": int | None, "benchmark": str, "score": _NUMBER, "n": int, "kept": _NUMBER}
+"""Of what rows are sorted and reckoned by."""
 Where = Mapping[str, Any]
 
 
@@ -87,8 +90,8 @@ def _found(folder: Path) -> Iterator[Path]:
 def _row(folder: Path) -> dict[str, Any]:
     found = read_json(folder / SCORE)
     try:
-        setting = dict(found["setting"])
-        return {
+        setting = found["setting"]
+        row = {
             **{key: value for key, value in setting.items() if key != "options"},
             **{f"option.{name}": value for name, value in (setting.get("options") or {}).items()},
             **{key: found[key] for key in ("benchmark", "score", "scale", "n", "dtype", "limit", *_HOW)},
@@ -99,8 +102,14 @@ def _row(folder: Path) -> dict[str, Any]:
             **{f"version.{name}": value for name, value in found["versions"].items()},
             "path": str(folder),
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        wrong = next((name for name, kinds in _KINDS.items() if not isinstance(row[name], kinds)), None)
+    except KeyError as error:
         raise Corrupt(f"{folder / SCORE} is no result of an evaluation: it has no {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise Corrupt(f"{folder / SCORE} is no result of an evaluation: {error}") from error
+    if wrong is not None:
+        raise Corrupt(f"{folder / SCORE} is no result of an evaluation: its {wrong} is {row[wrong]!r}")
+    return row
 
 
 def _with_relative(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -83,8 +83,8 @@ class Average:
 
     Attributes:
         rows: benchmark -> {score, relative, ci_low, ci_high (of relative), n}.
-        relative: the mean; None where any benchmark has no relative accuracy: a mean over fewer would not compare with
-            others.
+        relative: the mean over those benchmarks on which the unpruned model is better than chance; None where any of
+            these has no relative accuracy: a mean over fewer would not compare with others.
         draws_R: the mean in each resample.
     """
 
@@ -121,7 +121,7 @@ def relative_average(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Average:
-    """Relative accuracy on each benchmark, and its mean over them.
+    """Relative accuracy on each benchmark, and its mean over those on which the unpruned model is better than chance.
 
     In each resample the same questions are drawn for vanilla and for every run, so that only what pruning changes
     varies. Benchmarks are resampled independently of each other.
@@ -134,16 +134,19 @@ def relative_average(
         seed: of the resampling.
     """
     rows: dict[str, dict[str, Any]] = {}
+    values: list[float | None] = []
     draws: list[Floats] = []
     for name in dict.fromkeys((*vanilla, *runs)):
         entry = named(name, protocol)
         rows[name], draws_R = _relative(vanilla.get(name, ()), runs.get(name, ()), entry, resamples, seed)
+        if vanilla.get(name) and not entry.means_something(score_of(vanilla[name], name, protocol)):
+            continue
+        values.append(rows[name]["relative"])
         if draws_R is not None:
             draws.append(draws_R)
-    values = [row["relative"] for row in rows.values()]
     if not values or None in values:
         return Average(rows, None, None)
-    return Average(rows, float(np.mean(values)), np.mean(draws, axis=0))
+    return Average(rows, float(np.mean(np.array(values, dtype=np.float64))), np.mean(draws, axis=0))
 
 
 def _relative(

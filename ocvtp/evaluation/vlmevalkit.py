@@ -99,11 +99,18 @@ def conversation(message: str | Item | Sequence[str | Item]) -> Messages:
 
 def _item(part: str | Item) -> Item:
     if isinstance(part, str):
-        is_image = (guess_type(part)[0] or "").startswith("image/") and Path(part).is_file()
+        is_image = (guess_type(part)[0] or "").startswith("image/") and _is_file(part)
         return {"type": "image" if is_image else "text", "value": part}
     if not isinstance(part, Mapping) or not {"type", "value"} <= set(part):
         raise BadInput(f"a part of a message is {part!r}: a mapping with type and value is needed")
     return part
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # a text longer than any name of a file, say
+        return False
 
 
 def _part(item: Item) -> dict[str, Any]:

@@ -45,37 +45,51 @@ def accuracy(
     series: Sequence[Series],
     *,
     whole: int | None = None,
+    beside: Sequence[Series] = (),
+    titles: tuple[str, str] = ("", ""),
     xlabel: str = "tokens kept of an image",
     ylabel: str = "average accuracy, % of vanilla",
     form: Format = "png",
 ) -> bytes:
-    """Relative accuracy against tokens kept, one line a method, with 95 % intervals where given.
+    """Relative accuracy against tokens kept (logarithmic), one line a method, with 95 % intervals where given.
 
     Args:
         series: x in tokens, y in percent of vanilla.
         whole: tokens of the unpruned image; budgets are then marked with their share too.
+        beside: lines of a second plot on the same scale of accuracy, x in percent of an image's tokens.
+        titles: of the two.
         xlabel: below the axis.
         ylabel: beside the axis.
         form: `png` or `svg`.
     """
     if not series:
         raise BadInput("accuracy has no line to draw")
-    budgets = sorted({x for line in series for x in line.x})
-    step = 0.06 * min((b - a for a, b in pairwise(budgets)), default=1.0)
-    with drawn((6.4, 3.5)) as figure:
-        axes = figure.add_subplot()
-        axes.axhline(100, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-        axes.annotate("vanilla", (1, 100), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                      textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
-        for index, line in enumerate(series):
-            shift = (index - (len(series) - 1) / 2) * step if len(series) > 1 else 0.0
-            _line(axes, line, looks(line.label, [s.label for s in series]), shift)
-        axes.set_xticks(budgets, [_budget(b, whole) for b in budgets])
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.margins(x=0.08)
-        axes.grid(axis="x", visible=False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    panels = [(series, whole, xlabel), *([(beside, None, "tokens kept of an image, %")] if beside else [])]
+    labels = list(dict.fromkeys(line.label for line in (*series, *beside)))
+    with drawn((6.4 + 2.2 * bool(beside), 3.5)) as figure:
+        ratios = [1.0] if not beside else [1.7, 1.0]
+        row = figure.subplots(1, len(panels), sharey=True, squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
+        for axes, (lines, size, below), title in zip(row, panels, titles, strict=False):
+            budgets = sorted({x for line in lines for x in line.x})
+            step = min(0.06, 0.4 / max(1, len(lines))) * min(
+                (math.log(b / a) for a, b in pairwise(budgets)), default=1.0
+            )
+            axes.set_title(title)
+            axes.axhline(100, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+            axes.annotate("vanilla", (1, 100), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                          textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+            for index, line in enumerate(lines):
+                shift = (index - (len(lines) - 1) / 2) * step if len(lines) > 1 else 0.0
+                _line(axes, line, looks(line.label, labels), shift)
+            axes.set_xscale("log")  # budgets are halves of each other, about
+            axes.set_xticks(budgets, [_budget(b, size) for b in budgets])
+            axes.minorticks_off()
+            axes.set_xlabel(below)
+            axes.margins(x=0.08)
+            axes.grid(axis="x", visible=False)
+        row[0].set_ylabel(ylabel)
+        handles = {name: handle for axes in row for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8)
         return saved(figure, form)
 
 
@@ -214,7 +228,7 @@ def _place(label: str, among: Sequence[str]) -> int:
 
 def _line(axes: Axes, line: Series, look: tuple[str, str, Any], shift: float) -> None:
     color, marker, dash = look
-    x = [value + shift for value in line.x]
+    x = [value * math.exp(shift) for value in line.x]
     if line.low is not None and line.high is not None:
         axes.vlines(x, line.low, line.high, color=color, linewidth=1.2, alpha=0.75)
     axes.plot(
@@ -230,4 +244,4 @@ def _line(axes: Axes, line: Series, look: tuple[str, str, Any], shift: float) ->
 
 
 def _budget(tokens: float, whole: int | None) -> str:
-    return f"{tokens:g}" if not whole else f"{tokens:g} ({100 * tokens / whole:.1f}%)"
+    return f"{tokens:g}" if not whole else f"{tokens:g}\n({100 * tokens / whole:.1f}%)"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from ocvtp import figures
 from pipelines.report_html import names
 from pipelines.report_html.data import AXES, Pruner, Results
+from pipelines.report_html.paper_tables import PAPER_VLMS, paper_key, share_of
 from pipelines.report_html.tables import PRUNED, chosen_rows
 
 _FIRST = ("loss", "val_loss", "val_mse", "distinct_picks", *names.RATIOS, "span_error", "prototype_error")
@@ -17,7 +18,7 @@ _LEFT_OUT = ("step", "lr", "random_span_error", "handed_on_span_error", "random_
 
 
 def accuracy_svg(results: Results, vlm: str, form: figures.Format = "svg") -> bytes | None:
-    """Average relative accuracy against tokens kept; None without any."""
+    """The paper's Figure 1: average relative accuracy against tokens kept, here and in the paper; None without any."""
     rows = [row for row in chosen_rows(results, vlm) if (row["average"] or {}).get("relative") is not None]
     whole = next((row["tokens"] for row in rows if row["method"] == "vanilla"), None)
     series = []
@@ -35,7 +36,30 @@ def accuracy_svg(results: Results, vlm: str, form: figures.Format = "svg") -> by
         return None
     series.sort(key=lambda line: line.label != PRUNED)
     xlabel = "tokens kept of an image" if whole else "tokens kept of an image, %"
-    return figures.accuracy(series, whole=whole, xlabel=xlabel, form=form)
+    theirs, of = _of_paper(results, vlm)
+    return figures.accuracy(
+        series, whole=whole, beside=theirs, titles=(f"{vlm}, here", f"{of}, in the paper"), xlabel=xlabel, form=form
+    )
+
+
+def _of_paper(results: Results, vlm: str) -> tuple[list[figures.Series], str]:
+    """The averages that the paper prints, a line a method, and the VLM that they are of; none without its numbers."""
+    if results.paper is None:
+        return [], ""
+    key = paper_key(results.paper, vlm)
+    methods = {label: name for name, label in results.paper["methods"].items() if name != "vanilla"}
+    points: dict[str, dict[float, float]] = {}
+    for row in results.paper[key]["rows"]:
+        share, mean = share_of(row["retain"]), row["average_relative_percent"]
+        if row["method"] in methods and share is not None and mean is not None:
+            points.setdefault(row["method"], {})[share] = mean
+    lines = [
+        figures.Series(
+            methods[label], sorted(found), [found[x] for x in sorted(found)], name=names.method(methods[label])
+        )
+        for label, found in points.items()
+    ]
+    return sorted(lines, key=lambda line: line.label != PRUNED), PAPER_VLMS[key]
 
 
 def curves_svg(pruners: Sequence[Pruner], form: figures.Format = "svg") -> bytes | None:

@@ -8,14 +8,10 @@ from ocvtp.errors import Corrupt
 from ocvtp.json_files import read_json
 from pipelines.report_html import names
 from pipelines.report_html.data import Results, Row
+from pipelines.report_html.paper_tables import PAPER_VLMS
 from pipelines.report_html.tables import COSTED, PRUNED, Block, Cell, Line, Table
 
 _PARTS = ("tower", "projector", "pruner", "llm", "lm_head")
-_PAPER_TABLES = {
-    "table1_llava_1_5_7b": "LLaVA-1.5-7B",
-    "table2_llava_next_7b": "LLaVA-NeXT-7B",
-    "table3_qwen2_5_vl_7b": "Qwen2.5-VL-7B",
-}
 
 
 def efficiency_table(results: Results, vlm: str) -> Table | None:
@@ -133,7 +129,7 @@ def paper_table(results: Results) -> Table | None:
     if results.paper is None:
         return None
     blocks = []
-    for key, vlm in _PAPER_TABLES.items():
+    for key, vlm in PAPER_VLMS.items():
         rows = results.paper.get(key, {}).get("rows", [])
         budgets = list(dict.fromkeys(row["retain"] for row in rows))[1:]
         methods = list(dict.fromkeys(row["method"] for row in rows))[1:]

@@ -64,6 +64,7 @@ def documents(results: Results, sections: list[Section] | None = None) -> dict[s
         "curves": charts.curves_svg(results.pruners),
         "pruners": facts.pruners_table(results),
         "paper": facts.paper_table(results),
+        "paper_vlms": (results.paper or {}).get("vlms", {}),
         "times": facts.figure3_table(results),
         "bars": facts.figure3(results),
         "rerun": rerun(results),

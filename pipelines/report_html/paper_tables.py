@@ -16,6 +16,12 @@ from pipelines.report_html.data import AXES, Results, Row
 from pipelines.report_html.tables import COSTED, PRUNED, Block, Cell, Line, Table, chosen_rows, reference, score_text
 
 LIKE_ANY = "table1_llava_1_5_7b"
+PAPER_VLMS = {
+    "table1_llava_1_5_7b": "LLaVA-1.5-7B",
+    "table2_llava_next_7b": "LLaVA-NeXT-7B",
+    "table3_qwen2_5_vl_7b": "Qwen2.5-VL-7B",
+}
+"""The paper's tables of accuracy, and the VLM that each is of."""
 _NUMBER = {"table1_llava_1_5_7b": 1, "table2_llava_next_7b": 2, "table3_qwen2_5_vl_7b": 3, "table5_slots_top_k": 5}
 _SHARE = re.compile(r"([\d.]+)%")
 _TOP_K = re.compile(r"Top (\d+)")
@@ -39,12 +45,24 @@ def paper_tables(results: Results, vlm: str) -> list[Table]:
     """All tables of the paper with the results of one VLM in them; empty where the paper's numbers are not here."""
     if results.paper is None:
         return []
-    key = results.paper["vlms"].get(vlm, LIKE_ANY)
+    key = paper_key(results.paper, vlm)
     tables = [_table(results, vlm, key, chosen_rows(results, vlm)), _costs(results, vlm)]
     tables.append(_table(results, vlm, "table5_slots_top_k", _rows(results, vlm, {"top_k"})))
     for number, name, axis in ((6, "table6_reference_layer", "layer"), (7, "table7_loss", "loss")):
         tables.append(_by_axis(results, vlm, number, name, axis))
     return tables
+
+
+def paper_key(paper: Row, vlm: str) -> str:
+    """The paper's table of accuracy that a VLM stands in: its own, or, of one that the paper lacks, Table 1."""
+    found: str = paper["vlms"].get(vlm, LIKE_ANY)
+    return found
+
+
+def share_of(retain: str) -> float | None:
+    """Of a budget as the paper names it, `64 Tokens (11.1%)`: 11.1; None if it names no share."""
+    found = _SHARE.search(retain)
+    return None if found is None else float(found[1])
 
 
 def common(results: Results, vlm: str) -> list[str]:
@@ -56,15 +74,11 @@ def common(results: Results, vlm: str) -> list[str]:
     pruned = [row for row in rows if row["method"] != "vanilla"]
     whole: Row = next((row["benchmarks"] for row in rows if row["method"] == "vanilla"), {})
 
-    def means_something(name: str) -> bool:
-        score = (whole.get(name) or {}).get("score")
-        return score is not None and score > (benchmark(name).chance or 0)
-
     return [
         name
         for name in results.benchmarks
         if pruned
-        and means_something(name)
+        and benchmark(name).means_something((whole.get(name) or {}).get("score"))
         and all((row["benchmarks"].get(name) or {}).get("relative") is not None for row in pruned)
     ]
 
@@ -164,8 +178,7 @@ def _per_benchmark(theirs: Row, own: Sequence[Row]) -> Row | None:
 
 
 def _same_share(retain: str, row: Row) -> bool:
-    found = _SHARE.search(retain)
-    return found is not None and row["share"] is not None and round(100 * row["share"], 1) == float(found[1])
+    return row["share"] is not None and round(100 * row["share"], 1) == share_of(retain)
 
 
 def _line(

@@ -122,7 +122,8 @@ def main_table(results: Results, vlm: str) -> Table:
         caption="Scores, and percent of vanilla’s",
         head=["Method", *map(names.benchmark, results.benchmarks), "Avg"],
         blocks=blocks,
-        note="Under each score: percent of vanilla's. Avg: mean of these percents, with its 95% interval from a "
+        note="Under each score: percent of vanilla's. Avg: mean of these percents, where vanilla is better than "
+        "chance, with its 95% interval from a "
         f"bootstrap over questions, paired with vanilla, seeds pooled. {BOLD_RULE}{setting_note(results, vlm)}",
     )
 

@@ -105,6 +105,10 @@ def _notes(params: Params, *, training: bool) -> Iterator[str]:
     yield "extraction is the tower alone: images are decoded beside it"
     if any(resolve(name).tokens is None for name in params.vlm):
         yield "-: images have different numbers of tokens"
+    if own := dict.fromkeys(on for on, _ in token_sets(params, resolve(params.vlm[0])) if on != SAMPLED):
+        images, names = params.sample.images, ", ".join(own)
+        counted = f"counted as sample.images, {images:,} each"
+        yield f"on {names}: {counted}; stage sample leaves out what a benchmark asks about"
     if not training:
         return
     if any(cell.loss == "masks" for cell in pruner_cells(params)):

@@ -15,24 +15,30 @@ EVAL = (
     "ocvtp eval --vlm tiny-llava --method css --keep 16 --benchmark pope,gqa --data data/sample/benchmarks --limit 200"
 )
 TEN = "dvc exp run -S benchmark=all -S 'method=[random,visionzip,css,oc-vtp]' -S 'keep=[48,32,16]' -S seed=0"
+IN_PIPELINE, IN_GRID = "tests/integration/test_pipeline.py", "tests/pipelines/test_grid.py"
 ELSEWHERE = {
-    "make repro": "the workspace that all tests here share: `dvc repro`",
-    "make test": "this very run",
-    "make ui": "test_mlflow_page.py",
-    "source .venv/bin/activate": "the environment of this run",
-    "dvc repro": "test_pipeline.py, twice",
-    "dvc exp run -S loss=mse": "test_pipeline.py",
-    "dvc exp run -S layer=-2": "test_pipeline.py",
-    "dvc exp run -S 'keep=[72,16]'": "test_pipeline.py",
-    "dvc exp run -S 'loss=[mse,aw_mse]'": "tests/pipelines: grids",
-    "dvc exp run -S 'train.on=[sample,gqa,textvqa]'": "tests/pipelines/test_trained_on.py and test_variants.py",
-    "python pipelines/train.py --costs": "tests/pipelines/test_costs.py",
-    EVAL: "tests/ocvtp/evaluation/test_evaluation_commands.py",
-    TEN: "tests/pipelines/test_ten_benchmarks.py",
-    TWO_FAMILIES: "tests/pipelines/test_two_families.py",
-    "ocvtp prefetch llava-1.5-7b gqa mme pope textvqa": "needs the internet",
+    "make repro": ("tests/integration/conftest.py", 'workspace.run("dvc", "repro")'),
+    "make test": ("Makefile", "pytest --numprocesses"),
+    "make ui": ("tests/integration/test_mlflow_page.py", '"-m", "mlflow", "server"'),
+    "source .venv/bin/activate": ("tests/integration/pipeline_workspace.py", '"PATH": f"{Path(sys.executable).parent}'),
+    "dvc repro": (IN_PIPELINE, 'finished.run("dvc", "repro")'),
+    "dvc exp run -S loss=mse": (IN_PIPELINE, '("loss=mse", {"sample", "extract"}'),
+    "dvc exp run -S layer=-2": (IN_PIPELINE, '"layer=-2", {"sample"}'),
+    "dvc exp run -S 'keep=[72,16]'": (IN_PIPELINE, '"keep=[48,32,16]", {"sample", "extract", "train"}'),
+    "dvc exp run -S 'loss=[mse,aw_mse]'": (IN_GRID, '("loss", ("aw_mse", "mse"), 6, 18, 9)'),
+    "dvc exp run -S 'train.on=[sample,gqa,textvqa]'": (
+        "tests/pipelines/test_trained_on.py",
+        '"on": ["sample", "textvqa"]',
+    ),
+    "python pipelines/train.py --costs": ("tests/pipelines/test_costs.py", 'LARGE, {}), "--costs"]) == 0'),
+    EVAL: (
+        "tests/ocvtp/evaluation/test_evaluation_commands.py",
+        '["eval", "--vlm", str(vlm), "--benchmark", benchmark',
+    ),
+    TEN: ("tests/integration/test_ten_benchmarks.py", "workspace.run(*preset())"),
+    TWO_FAMILIES: ("tests/pipelines/test_two_families.py", '"sample": {"style": {"sides": [64, 160]}}'),
 }
-"""Commands that this file does not run, and what does."""
+"""Commands that this file does not run: the file that does, and what of it says so."""
 
 
 def commands() -> list[str]:
@@ -43,7 +49,13 @@ def commands() -> list[str]:
 
 
 def test_the_readme_gives_commands() -> None:
-    assert {"make repro", "make test", "ocvtp doctor", "python -m pipelines verify"} <= set(commands())
+    assert {"ocvtp doctor", "python -m pipelines verify", *ELSEWHERE} <= set(commands())
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_a_command_is_run_elsewhere(command: str) -> None:
+    file, said = ELSEWHERE[command]
+    assert said in (ROOT / file).read_text(encoding="utf-8"), f"{file} no longer runs {command}"
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line not in ELSEWHERE])

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_what_nobody_can_say_before_images_are_seen_has_a_dash(empty: Path, caps
     assert re.search(r"train tiny-qwen/layer_9-answers-slots_16-seed_0, 400 steps +12,800 +[\d.]+ MB +- +-\n", said)
     assert "-: images have different numbers of tokens" in said
     assert "-: with loss answers the language model is asked at each step" in said
+
+
+def test_images_of_a_benchmark_are_counted_as_those_that_are_sampled(empty: Path) -> None:
+    load_with = partial(write_params, empty, small={})
+    load_with({**LARGE, "benchmark": ["gqa", "textvqa"], "train": {"on": ["sample", "gqa", "textvqa"]}})
+    said = "on gqa, textvqa: counted as sample.images, 40,000 each; stage sample leaves out what a benchmark asks about"
+    assert said in list(costs._notes(load(empty / "params.yaml"), training=True))
+    load_with(LARGE)
+    assert not [line for line in costs._notes(load(empty / "params.yaml"), training=True) if "sample.images" in line]
 
 
 def test_loss_masks_is_measured_with_objects_of_noise(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from report_results import write_results
 
+from ocvtp import figures
 from ocvtp.efficiency.flops import paper_llm_flops, paper_pruner_flops, pruner_flops
 from ocvtp.errors import Corrupt
-from pipelines.report_html import claims, facts, names
+from pipelines.report_html import charts, claims, facts, names
 from pipelines.report_html.data import Results, load, paper
 from pipelines.report_html.formats import as_csv, as_latex, latex
 from pipelines.report_html.page import documents, table_files
@@ -365,3 +366,46 @@ def test_findings_are_joined_to_claims_by_key_whatever_their_words(
 def test_without_the_papers_numbers_there_are_no_such_tables(tiny: Results) -> None:
     bare = Results(tiny.root, tiny.scores, tiny.summary)
     assert paper_tables(bare, "tiny-llava") == []
+
+
+# --- Figure 1 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vlm", "of"), [("tiny-llava", "LLaVA-1.5-7B"), ("qwen2.5-vl-7b", "Qwen2.5-VL-7B")])
+def test_figure_1_has_the_papers_averages_beside_ours(
+    vlm: str, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = load(write_results(tmp_path))
+    for row in results.summary:
+        row["vlm"] = vlm
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "accuracy", lambda series, **more: drawn.update(more, series=series) or b"")
+    charts.accuracy_svg(results, vlm)
+    ours = next(line for line in drawn["series"] if line.label == "oc-vtp")
+    row = {row["tokens"]: row["average"]["relative"] for row in results.summary if row["method"] == "oc-vtp"}
+    assert (list(ours.x), [round(y, 1) for y in ours.y]) == ([16, 32, 48], [row[k] for k in (16, 32, 48)])
+    assert drawn["titles"] == (f"{vlm}, here", f"{of}, in the paper")
+    table = PAPER[PAPER["vlms"].get(vlm, "table1_llava_1_5_7b")]
+    for name, label in PAPER["methods"].items():
+        printed = [row["average_relative_percent"] for row in table["rows"][1:] if row["method"] == label]
+        lines = [line for line in drawn["beside"] if line.label == name]
+        assert [list(line.y) for line in lines] == ([printed[::-1]] if printed else [])
+        assert all(list(line.x) == [11.1, 22.2, 33.3] for line in lines)
+    assert drawn["beside"][0].label == "oc-vtp"
+
+
+def test_figure_1_is_named_and_drawn_with_or_without_the_papers_numbers(tmp_path: Path) -> None:
+    results = load(write_results(tmp_path))
+    pages = documents(results)
+    assert "The paper's Figure 1: average accuracy" in pages["report.md"].decode()
+    page = pages["index.html"].decode()
+    assert "The paper’s Figure 1: mean over the benchmarks" in page
+    assert "The paper has no tiny-llava" in page
+    svg = charts.accuracy_svg(results, "tiny-llava")
+    assert svg is not None
+    assert {"LLaVA-1.5-7B, in the paper", "tiny-llava, here", "HiPrune", "OC-VTP"} <= set(
+        re.findall(r">([^<>]+)</text>", svg.decode())
+    )
+    alone = charts.accuracy_svg(replace(results, paper=None), "tiny-llava")
+    assert alone is not None
+    assert b"in the paper" not in alone

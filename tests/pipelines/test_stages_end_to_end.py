@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from small_params import SMALL, write_params
 from stage_workspace import Workspace, opened, work
 
-from cluster import Store
+from cluster import Outcome, Report, Store, Task
 from ocvtp import cli
 from ocvtp.evaluation.benchmarks import benchmarks
 from ocvtp.vlms.families.llava import LlavaFamily
@@ -23,6 +23,7 @@ from ocvtp.vlms.families.llava_next import LlavaNextFamily
 from pipelines import eval as evaluate
 from pipelines import extract, measure, sample, train
 from pipelines.__main__ import in_use
+from pipelines.stage.context import Stage
 
 __all__ = ["opened", "work"]
 
@@ -343,11 +344,24 @@ def test_a_pruner_that_is_not_there_is_named(work: Workspace, capsys: pytest.Cap
     assert "layer_9-aw_mse-slots_16_32_48-seed_7: run `python pipelines/train.py`" in capsys.readouterr().err
 
 
-def test_if_a_task_fails_the_others_are_kept_and_shown(work: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_if_tasks_fail_all_are_told_and_the_others_are_kept(
+    work: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = Stage.run
+
+    def run(self: Stage, tasks: Sequence[Task], workers: Any = None) -> Report:
+        report = really(self, tasks, workers)
+        if any(task.kind == "scores" for task in tasks):  # as if another could not be scored
+            report.failed.append(Outcome(tasks[0], "error", 1, None, "no score follows"))
+        return report
+
+    monkeypatch.setattr(Stage, "run", run)
     # One question is no pair, which mme cannot score.
     code = work.run(evaluate, method="vanilla", benchmark=["mme", "pope"], evaluate={"limit": 1})
     assert code == 1
-    assert "limit 1 leaves no whole unit of mme" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "limit 1 leaves no whole unit of mme" in said
+    assert "no score follows" in said
     assert [row["benchmark"] for row in work.json("results/scores.json")] == ["pope"]
     (row,) = work.json("results/summary.json")
     assert (row["benchmarks"]["mme"]["score"], row["average"]["relative"]) == (None, None)

@@ -1,6 +1,7 @@
 """What stage `evaluate` tells MLflow of its settings: which series each belongs to, and under which names."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,13 @@ from pipelines.summary import Result
 BENCHMARKS = ("pope", "gqa")
 
 
-def told(tmp_path: Path, protocol: str = "native", **changes: Any) -> dict[Cell, Record]:
-    """Records of a grid in which every setting scores its tokens on each benchmark."""
+def told(
+    tmp_path: Path,
+    protocol: str = "native",
+    score_of: Callable[[Cell, str], float | None] | None = None,
+    **changes: Any,
+) -> dict[Cell, Record]:
+    """Records of a grid in which every setting scores its tokens on each benchmark, unless `score_of` says else."""
     params = load(ROOT / "params.yaml")
     params = params.model_copy(update={
         "keep": (Budget(48, count=48), Budget(16, count=16)), "method": ("vanilla", "random", "css", "oc-vtp"),
@@ -37,10 +43,10 @@ def told(tmp_path: Path, protocol: str = "native", **changes: Any) -> dict[Cell,
                  "options": cell.options, "pruner": cell.pruner and cell.pruner.folder, "data": None}  # fmt: skip
         spec = {"answers": asked, "answers_code": "code", "masks": None}
         pruner = None if cell.pruner is None else f"pruners/key-of-{cell.pruner.group}-{cell.pruner.seed}"
-        for name in BENCHMARKS:
+        for name in params.benchmark:
             tasks[cell, name] = SimpleNamespace(spec=spec, code="code", inputs={"pruner": pruner})
             score = {
-                "score": float(cell.tokens or 0),
+                "score": score_of(cell, name) if score_of else float(cell.tokens or 0),
                 "data": {"hub": name},
                 "limit": None,
                 "setting": {},
@@ -67,11 +73,29 @@ def test_budgets_of_one_pruner_or_method_and_seed_are_one_series(tmp_path: Path)
     assert all("keep" not in one.params for one in known.values())
     css = next(record for cell, record in found.items() if cell.method == "css" and cell.tokens == 16)
     assert css.series_metrics == {
-        "keep_16/pope": 16.0, "keep_16/gqa": 16.0, "keep_16/average_relative": pytest.approx(100 * 16 / 144)
+        "keep_16/pope": 16.0, "keep_16/gqa": 16.0, "keep_16/average_relative-gqa-pope": pytest.approx(100 * 16 / 144)
     }  # fmt: skip
     assert css.params["layer"] == -2
     assert {name for name in css.measured_on if name.startswith("keep")} == {"keep_16/pope", "keep_16/gqa"}
     assert [(one.name, one.context) for one in css.datasets] == [(name, "evaluation") for name in BENCHMARKS]
+
+
+def test_an_average_says_over_which_benchmarks_it_is(tmp_path: Path) -> None:
+    """Else css, asked about POPE alone, would be ranked among averages over two."""
+
+    def averages(*benchmarks: str) -> dict[str, float]:
+        def score(cell: Cell, name: str) -> float:
+            return 0.0 if name == "mmbench" else {"pope": 90.0, "gqa": 50.0}[name] / (1 if cell.keep is None else 2)
+
+        found = told(tmp_path, score_of=score, benchmark=benchmarks)
+        css = next(record for cell, record in found.items() if cell.method == "css" and cell.tokens == 16)
+        return {name: value for name, value in css.series_metrics.items() if "average" in name}
+
+    both = averages("pope", "gqa")
+    assert both == averages("gqa", "pope") == {"keep_16/average_relative-gqa-pope": 50.0}
+    assert averages("pope") == {"keep_16/average_relative-pope": 50.0}
+    assert averages("gqa", "mmbench", "pope") == both, "of what the unpruned model gets nothing right in there is none"
+    assert averages("mmbench") == {}
 
 
 def test_settings_and_their_pruner_say_on_which_images_it_was_trained(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ def setting(series: Series, keep: int, score: float) -> Record:
     """A setting of a series, better or worse."""
     return Record(
         fingerprint=f"{keep:08d}{series.fingerprint[:16]}", kind="setting", name=f"{series.name}-{keep}",
-        params={"keep": keep}, metrics={"pope": score, "average_relative": 100 * score}, datasets=[POPE],
+        params={"keep": keep}, metrics={"pope": score, "average_relative-pope": 100 * score}, datasets=[POPE],
         measured_on={"pope": POPE.name, f"keep_{keep}/pope": POPE.name}, series=series,
-        series_metrics={f"keep_{keep}/pope": score, f"keep_{keep}/average_relative": 100 * score},
+        series_metrics={f"keep_{keep}/pope": score, f"keep_{keep}/average_relative-pope": 100 * score},
     )  # fmt: skip
 
 
@@ -50,14 +50,17 @@ def test_pruners_are_ranked_by_average_accuracy_at_a_budget(stage: Stage, home: 
         order = [{"field_name": f"metrics.{metric}", "ascending": False}]
         return list(client.search_logged_models([experiment], order_by=order))
 
-    assert [one.name for one in ranked("keep_16/average_relative")] == ["tiny-llava_css-layer_-2", "tiny-llava_layer_9"]
-    best = ranked("keep_8/average_relative")[0]
+    assert [one.name for one in ranked("keep_16/average_relative-pope")] == [
+        "tiny-llava_css-layer_-2",
+        "tiny-llava_layer_9",
+    ]
+    best = ranked("keep_8/average_relative-pope")[0]
     assert (best.name, best.model_type, str(best.status)) == ("tiny-llava_layer_9", "pruner", "READY")
     assert best.params == {"layer": "9", "loss": "aw_mse", "slots": "[16, 32, 48]"}
     assert {one.key: (one.value, one.dataset_name, one.dataset_digest) for one in best.metrics} == {
         "val_loss": (0.25, TOKENS.name, TOKENS.digest), "steps": (400, None, None),
-        "keep_16/pope": (0.8, "pope", POPE.digest), "keep_16/average_relative": (80, None, None),
-        "keep_8/pope": (0.7, "pope", POPE.digest), "keep_8/average_relative": (70, None, None),
+        "keep_16/pope": (0.8, "pope", POPE.digest), "keep_16/average_relative-pope": (80, None, None),
+        "keep_8/pope": (0.7, "pope", POPE.digest), "keep_8/average_relative-pope": (70, None, None),
     }  # fmt: skip
     on_pope = {"dataset_name": "pope", "dataset_digest": POPE.digest}
     order = [{"field_name": "metrics.keep_16/pope", "ascending": True, **on_pope}]
@@ -85,6 +88,25 @@ def test_settings_are_nested_and_say_what_they_were_made_from(stage: Stage, home
         assert one.series_metrics.items() <= parent.data.metrics.items()
     assert found[CSS.fingerprint].data.params == {"method": "css", "layer": "-2"}
     assert found[OURS.fingerprint].inputs.dataset_inputs[0].dataset.digest == TOKENS.digest
+
+
+def test_benchmarks_that_are_asked_later_bring_their_data_sets(stage: Stage, home: Path) -> None:
+    """Two lists of benchmarks, one after the other: one run, with the data sets and averages of both."""
+    (first, gqa) = (setting(CSS, 16, 0.9), Dataset.of("gqa", "others", "evaluation", {"sha256": "beef"}))
+    both = {"pope": 0.9, "gqa": 0.5, "average_relative-gqa-pope": 70.0}
+    later = replace(
+        first, datasets=[POPE, gqa], metrics=both, measured_on={"pope": "pope", "keep_16/gqa": "gqa"},
+        series_metrics={f"keep_16/{name}": value for name, value in both.items()},
+    )  # fmt: skip
+    for number, record in enumerate((first, later, first)):
+        tracking.track(stage, [replace(record, tags={"time": str(number)})])
+    client, experiment = client_of(home, stage)
+    found = {run.data.tags["fingerprint"]: run for run in client.search_runs([experiment])}
+    run = found[first.fingerprint]
+    assert sorted(one.dataset.name for one in run.inputs.dataset_inputs) == ["gqa", "pope"]
+    averages = {name: value for name, value in found[CSS.fingerprint].data.metrics.items() if "average" in name}
+    assert averages == {"keep_16/average_relative-pope": 90, "keep_16/average_relative-gqa-pope": 70}
+    assert len(client.get_run(run.info.run_id).inputs.model_inputs) == 1
 
 
 def rows(home: Path) -> dict[str, int]:
@@ -119,7 +141,7 @@ def test_the_run_of_a_pruner_that_came_later_is_the_one_that_its_settings_made(s
     assert ("curve.val_loss", 10, 0.25) in run["history"]
     (model,) = client.search_logged_models([experiment])
     assert model.params == run["params"] == {"layer": "9", "loss": "aw_mse", "slots": "[16, 32, 48]"}
-    assert {one.key for one in model.metrics} == {"val_loss", "steps", "keep_16/pope", "keep_16/average_relative"}
+    assert {one.key for one in model.metrics} == {"val_loss", "steps", "keep_16/pope", "keep_16/average_relative-pope"}
 
 
 def test_a_model_that_was_cut_off_is_finished(stage: Stage, home: Path) -> None:

@@ -3,14 +3,16 @@
 import argparse
 import hashlib
 import json
+import os
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ocvtp.commands import common, pruned_vlm
 from ocvtp.commands.evaluations.table_of_results import cell
-from ocvtp.errors import BadInput
+from ocvtp.errors import BadInput, OcvtpError
 
 JOURNAL = "journal"
 
@@ -27,7 +29,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--keep", type=common.keep, default=None, metavar="N", help="tokens kept, a count or a share")
     parser.add_argument("--pruner", default=None, help="folder of a trained pruner, for oc-vtp")
     parser.add_argument("--seed", type=int, default=None, help="of methods that draw (default: 0)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of the method, top_k=2")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="options of the method, top_k=2"
+    )
     parser.add_argument("--benchmark", "--benchmarks", type=common.words, default=["pope"], metavar="A,B",
                         help="benchmarks, or all (default: pope)")  # fmt: skip
     parser.add_argument("--data", type=Path, default=None, metavar="FOLDER",
@@ -46,10 +50,9 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, score, write and print; a benchmark that fails takes no other with it."""
+    """Ask, score, write and print; a benchmark that fails, whatever by, takes no other with it."""
     from rich.progress import Progress
 
-    from ocvtp.errors import OcvtpError
     from ocvtp.evaluation.benchmarks import benchmark, benchmarks
     from ocvtp.evaluation.evaluate import EvaluationSetting, evaluate
 
@@ -61,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     device, rows, failed = pruned_vlm.device(args.device), [], []
     place = args.out / folder_of(setting)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {args.out}: no results can be written there: {error}") from error
     with Progress(console=common.console(), disable=args.json, transient=True) as bar:
         for name in names:
             heard, out = partial(_heard, bar, bar.add_task(name, total=None)), place / name
@@ -69,9 +76,12 @@ def run(args: argparse.Namespace) -> int:
                     setting, name, args.data, out, limit=args.limit, device=device, journal=out / JOURNAL,
                     progress=heard,
                 )  # fmt: skip
-            except OcvtpError as error:
+            except Exception as error:
                 failed.append(error)
-                sys.stderr.write(f"ocvtp: {name}: {error}\n")
+                said = str(error) if isinstance(error, OcvtpError) else f"{type(error).__name__}: {error}"
+                sys.stderr.write(f"ocvtp: {name}: {said}\n")
+                if os.environ.get("OCVTP_TRACEBACK"):
+                    traceback.print_exception(error)
                 continue
             rows.append({key: score[key] for key in ("benchmark", "score", "scale", "n")} | {
                 "kept": score["tokens_kept"]["mean"], "path": str(out),

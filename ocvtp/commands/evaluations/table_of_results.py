@@ -16,7 +16,7 @@ def add(subparsers: Any) -> None:
                         "As a data frame: `ocvtp.results()`.")  # fmt: skip
     parser.add_argument("place", nargs="?", type=Path, default=None,
                         help="a folder with results (default: the store, OCVTP_STORE or .ocvtp/store)")  # fmt: skip
-    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE",
+    parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE",
                         help="rows with this value only, or one of several: method=oc-vtp,css keep=16")  # fmt: skip
     parser.add_argument("--intervals", action="store_true", help="also 95%% intervals; reads all answers")
     parser.add_argument("--csv", action="store_true", help="print CSV with all columns instead of a table")
@@ -44,11 +44,14 @@ def run(args: argparse.Namespace) -> int:
 
 def where(words: list[str]) -> dict[str, list[str]]:
     """`method=oc-vtp,css` as {"method": ["oc-vtp", "css"]}."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for word in words:
         column, sign, values = word.partition("=")
         if not sign or not column or not values:
             raise BadInput(f"--where {word!r}: COLUMN=VALUE, such as method=oc-vtp or keep=16,32, is needed")
+        if column in found:
+            both = ",".join([*found[column], values])
+            raise BadInput(f"--where {word!r}: {column} is given twice; {column}={both} takes rows with any of these")
         found[column] = values.split(",")
     return found
 

@@ -47,14 +47,34 @@ class Questions:
         """How the official task wants answers to be generated."""
         return dict(self.task.config.generation_kwargs or {})
 
+    @property
+    def where(self) -> str:
+        """Where they come from, for messages."""
+        config = self.task.config
+        return f"{config.task} ({config.test_split})"
+
+    @property
+    def units(self) -> list[int | str]:
+        """Of each question what may not be torn apart, without looking at images."""
+        docs = self.task.eval_docs_no_media
+        if not self.benchmark.paired:
+            return list(range(len(docs)))
+        return [self._of(row, self.benchmark.unit_of, doc, row) for row, doc in enumerate(docs)]
+
     def length(self, row: int) -> int:
-        """Letters of a question, without looking at its images."""
-        return len(str(self.task.doc_to_text(self.task.eval_docs_no_media[row])))
+        """Letters of a question, without looking at its images. `BadInput` if it cannot be read."""
+        return len(str(self._of(row, self.task.doc_to_text, self.task.eval_docs_no_media[row])))
+
+    def _of(self, row: int, read: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except Exception as error:  # the official functions raise whatever they come across
+            what = f"{type(error).__name__}: {error}"
+            raise BadInput(f"question {row} of {self.where} cannot be read: {what}") from error
 
     def messages(self, row: int) -> Any:
         """The question of a row as chat messages; its images are decoded here. `BadInput` if it cannot be read."""
-        config = self.task.config
-        return messages_of(self.task.doc_to_messages, self.task.eval_docs, row, f"{config.task} ({config.test_split})")
+        return messages_of(self.task.doc_to_messages, self.task.eval_docs, row, self.where)
 
     def heard(self, progress: Progress | None, done: int, total: int) -> None:
         """Call `progress` where it may print."""
@@ -123,10 +143,14 @@ def _load(benchmark: Benchmark, data: Path | None, folder: Path) -> Any:
 
 def cause_of(benchmark: Benchmark, error: Any) -> OcvtpError:
     """lmms-eval tries five times and then hides the reason: what it was."""
+    from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError  # the latter of gated ones, too
+
     reason = error.last_attempt.exception()
-    if isinstance(reason, ConnectionError | FileNotFoundError):
+    if isinstance(reason, ConnectionError | FileNotFoundError | LocalTokenNotFoundError | RepositoryNotFoundError):
         return NotAvailable(
             f"the data set of {benchmark.name} ({benchmark.hub}) is not here and cannot be fetched: {reason}. "
             f"`ocvtp prefetch {benchmark.name}` gets it where there is a network"
         )
-    return BadInput(f"lmms-eval failed on {benchmark.name} ({benchmark.task}): {type(reason).__name__}: {reason}")
+    chain = [reason, reason.__cause__] if reason.__cause__ else [reason]
+    what = ": ".join(f"{type(one).__name__}: {one}" for one in chain)
+    return BadInput(f"lmms-eval failed on {benchmark.name} ({benchmark.task}): {what}")

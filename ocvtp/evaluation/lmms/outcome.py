@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ocvtp.errors import Corrupt
+from ocvtp.errors import BadInput, Corrupt
 from ocvtp.evaluation.answered import Answer
 from ocvtp.evaluation.benchmarks import Benchmark
 from ocvtp.evaluation.lmms.official import Questions, cause_of
@@ -36,10 +36,19 @@ def scored(questions: Questions, answers: Sequence[Answer]) -> tuple[dict[str, A
             values = task.process_results(doc, [answer.text])
         except RetryError as error:
             raise cause_of(questions.benchmark, error) from error
+        except Exception as error:  # whatever the official function comes across
+            what = f"{type(error).__name__}: {error}"
+            raise BadInput(f"the answer to question {row} of {questions.where} cannot be scored: {what}") from error
         for metric, value in values.items():
             outcome.sample_metrics[metric, "none"].append(value)
         logged.append({**values, "doc_id": row, "doc": doc})
-    outcome.calculate_aggregate_metric(bootstrap_iters=0)
+    try:
+        outcome.calculate_aggregate_metric(bootstrap_iters=0)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise BadInput(
+            f"lmms-eval makes no score of the {len(answers)} answers to {questions.where}: {what}"
+        ) from error
     return _metrics(outcome.agg_metrics), _samples(questions.benchmark, logged, answers)
 
 

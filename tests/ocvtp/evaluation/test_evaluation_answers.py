@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from ocvtp.code_digest import sources
 from ocvtp.errors import BadInput, Corrupt, Incompatible
 from ocvtp.evaluation import journal as journals
 from ocvtp.evaluation import listing
@@ -24,6 +25,8 @@ from ocvtp.evaluation.generate import Answerer, Prepared
 from ocvtp.evaluation.lmms.official import Questions
 from ocvtp.evaluation.score import score
 from ocvtp.evaluation.setting import EvaluationSetting
+from ocvtp.methods import REGISTRY
+from ocvtp.methods.register import Registered
 
 ABOUT = {"benchmark": "gqa", "data": {"sha256": "0"}, "setting": {"method": "random", "keep": 16}}
 
@@ -98,6 +101,64 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(
             ask(replace(pruned, **other), "gqa", question_sets, journal=path)
     with pytest.raises(Incompatible, match=r"holds answers that something else made \(benchmark, data.sha256\)"):
         ask(pruned, "pope", question_sets, journal=path)
+
+
+@pytest.mark.parametrize("method", ["mine", "mine+fastv"])
+def test_what_another_version_of_a_method_answered_is_not_gone_on_with(
+    method: str, vlm_folder: Path, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plug-in whose method calls a module of its own: that one is edited between two runs."""
+    name = f"a_plug_in_of_mine_{len(method)}"
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "helps.py").write_text("def first(keep):\n    return range(keep)\n")
+    (folder / "picks.py").write_text(f"from {name}.helps import first\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = Registered(replace(REGISTRY["random"], name="mine"), f"{name}.picks", "me")
+    monkeypatch.setitem(REGISTRY._all, "mine", mine)
+    setting, path = EvaluationSetting(str(vlm_folder), method, 16, max_new_tokens=2), tmp_path / "journal"
+    before = ask(setting, "gqa", question_sets, limit=2, journal=path).about
+    (folder / "helps.py").write_text("# A comment does not count.\ndef first(keep):\n    return range(keep)\n")
+    ask(setting, "gqa", question_sets, limit=2, journal=path)
+    (folder / "helps.py").write_text("def first(keep):\n    return range(1, keep + 1)\n")
+    with pytest.raises(Incompatible, match=r"holds answers that something else made \(code\)"):
+        ask(setting, "gqa", question_sets, limit=2, journal=path)
+    assert ask(setting, "gqa", question_sets, limit=2).about == before, "what is published does not say it"
+
+
+def test_the_code_of_a_method_is_also_that_of_selecting_and_of_asking() -> None:
+    found = sources(["ocvtp.evaluation.ask", *REGISTRY.modules("visionzip").values()])
+    assert {"ocvtp.methods.picking", "ocvtp.selection.merging", "ocvtp.pruning.handle", "ocvtp.vlms.families.llava",
+            "ocvtp.evaluation.generate"} <= set(found)  # fmt: skip
+    assert not {"ocvtp.methods.fastv", "ocvtp.evaluation.results"} & set(found)
+
+
+@pytest.fixture
+def official(question_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sets of scenes in place of the official ones: the same tasks, with no parquet of ours to look into."""
+    from ocvtp.evaluation.lmms import official as loader
+
+    load = loader._load
+    monkeypatch.setattr(loader, "_KEPT", {})
+    monkeypatch.setattr(
+        loader, "_load", lambda entry, data, folder: load(entry, question_sets / f"{entry.name}.parquet", folder)
+    )
+
+
+@pytest.mark.usefixtures("official")
+@pytest.mark.parametrize(("name", "limit", "asked_"), [("mme", 5, 4), ("gqa", 5, 5), ("gqa", None, 12)])
+def test_a_limit_on_official_data_leaves_whole_what_is_scored_together(
+    name: str, limit: int | None, asked_: int, vlm_folder: Path
+) -> None:
+    answers = ask(EvaluationSetting(str(vlm_folder), max_new_tokens=1), name, None, limit=limit)
+    assert (answers.total, len(answers.answered)) == (asked_, asked_)
+
+
+@pytest.mark.usefixtures("official")
+def test_official_data_that_is_unfit_is_named_before_the_vlm_is_loaded() -> None:
+    with pytest.raises(BadInput, match="limit 1 leaves no whole unit of mme"):
+        ask(EvaluationSetting("no-such-vlm"), "mme", None, limit=1)
 
 
 def test_a_benchmark_that_is_killed_goes_on_behind_its_last_batch(

@@ -12,6 +12,7 @@ import ocvtp
 from ocvtp import cli
 from ocvtp.errors import BadInput, Corrupt
 from ocvtp.evaluation.generate import Answerer
+from ocvtp.evaluation.lmms.official import Questions
 from ocvtp.evaluation.results import answers
 from ocvtp.evaluation.scores import interval
 
@@ -56,6 +57,38 @@ def test_a_benchmark_that_fails_takes_no_other_with_it(
     assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", benchmark="pop")) == 2
     assert "no benchmark 'pop'" in capsys.readouterr().err
     assert cli.main(arguments(vlm_folder, tmp_path, tmp_path / "out", "--set", "top_k")) == 2
+
+
+def test_an_error_that_nobody_foresaw_takes_no_other_benchmark_with_it(
+    vlm_folder: Path, question_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    length = Questions.length
+
+    def fails(self: Questions, row: int) -> int:
+        if self.benchmark.name == "mme":
+            raise ZeroDivisionError("division by zero")
+        return length(self, row)
+
+    monkeypatch.setattr(Questions, "length", fails)
+    monkeypatch.delenv("OCVTP_TRACEBACK", raising=False)
+    asked = arguments(vlm_folder, question_sets, tmp_path, "--json", benchmark="mme,gqa")
+    assert cli.main(asked) == 1
+    printed = capsys.readouterr()
+    assert [row["benchmark"] for row in json.loads(printed.out)["rows"]] == ["gqa"]
+    assert printed.err == "ocvtp: mme: ZeroDivisionError: division by zero\n"
+    monkeypatch.setenv("OCVTP_TRACEBACK", "1")
+    assert cli.main(asked) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_named_at_once(
+    question_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/x", str(tmp_path / "file" / "x")):
+        assert cli.main(arguments(Path("no-such-vlm"), question_sets, Path(out))) == 2
+        assert f"--out {out}: no results can be written there" in capsys.readouterr().err
 
 
 def test_results_are_one_data_frame(place: Path) -> None:
@@ -151,3 +184,36 @@ def test_what_cannot_be_read_is_named(place: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "score.json").write_text("{")
     with pytest.raises(Corrupt, match=r"score\.json is not JSON"):
         ocvtp.results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"setting": []}, "list"),
+        ({"setting": "css"}, "str"),
+        ({"setting": None}, "NoneType"),
+        ({"setting": {"vlm": "tiny-llava"}}, "it has no 'method'"),
+        ({"setting": {"vlm": "tiny-llava", "method": "css", "seed": "0"}}, "its seed is '0'"),
+        ({"score": "0.5"}, "its score is '0.5'"),
+        ({"score": [0.5]}, r"its score is \[0.5\]"),
+        ({"n": None}, "its n is None"),
+        ({"data": None}, "NoneType"),
+        (None, "list"),
+    ],
+)
+def test_a_score_that_is_none_is_named(changes: Any, message: str, place: Path, tmp_path: Path) -> None:
+    (source,) = ocvtp.results(place, {"method": "random", "benchmark": "gqa"})["path"]
+    written = json.loads((Path(source) / "score.json").read_text())
+    (tmp_path / "score.json").write_text(json.dumps([] if changes is None else {**written, **changes}))
+    with pytest.raises(Corrupt, match=rf"score.json is no result of an evaluation: .*{message}"):
+        ocvtp.results(tmp_path)
+
+
+def test_what_is_said_twice_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["results", str(place), "--where", "benchmark=gqa", "benchmark=mme"]) == 2
+    assert "benchmark is given twice; benchmark=gqa,mme takes rows with any of these" in capsys.readouterr().err
+    assert cli.main(["results", str(place), "--where", "benchmark=gqa", "--where", "method=random", "--json"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == ["random"], "both conditions hold"
+    asked = arguments(Path("no-such-vlm"), tmp_path, tmp_path, "--method", "oc-vtp", "--keep", "4")
+    assert cli.main([*asked, "--set", "top_k=1", "top_k=2"]) == 2
+    assert "--set top_k=2: top_k is given twice, before as 1" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from ocvtp.evaluation.answered import Answer
 from ocvtp.evaluation.ask import answers_to
 from ocvtp.evaluation.benchmarks import benchmark, benchmarks
 from ocvtp.evaluation.generate import finish
-from ocvtp.evaluation.lmms.official import opened
+from ocvtp.evaluation.lmms.official import cause_of, opened
 from ocvtp.evaluation.lmms.outcome import primary_of, scored
 from ocvtp.evaluation.lmms.quiet import import_lmms_eval
 from ocvtp.evaluation.lmms.tasks import write_task
@@ -215,6 +215,24 @@ def test_a_scorer_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
         run("pope", rows, ["yes"] * 4, tmp_path)
 
 
+def test_a_question_or_a_score_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmms_eval.evaluator_utils import TaskOutput
+
+    rows = MAKERS["mmmu"](4)
+    rows[2]["options"] = "no list"  # preflight would have said so
+    with pytest.raises(
+        BadInput, match=r"question 2 of mmmu_val_local \(test\) cannot be read: (ValueError|SyntaxError)"
+    ):
+        run("mmmu", rows, ["A"] * 4, tmp_path)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(TaskOutput, "calculate_aggregate_metric", fails)
+    with pytest.raises(BadInput, match=r"no score of the 2 answers to gqa_local \(test\): ZeroDivisionError"):
+        run("gqa", gqa(2), ["red"] * 2, tmp_path)
+
+
 def test_it_is_quiet_and_leaves_the_process_as_it_was(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,3 +346,17 @@ def test_an_official_data_set_that_is_not_here(tmp_path: Path, monkeypatch: pyte
         opened(benchmark("pope"), None),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["LocalTokenNotFoundError", "GatedRepoError", "RepositoryNotFoundError"])
+def test_without_a_token_it_says_how_to_get_the_data(name: str) -> None:
+    from huggingface_hub import errors
+    from tenacity import Future, RetryError
+
+    kind = getattr(errors, name)
+    last = Future(5)
+    last.set_exception(kind.__new__(kind, "Token is required"))
+    error = cause_of(benchmark("mme"), RetryError(last))
+    assert isinstance(error, NotAvailable)
+    assert "lmms-lab-encoder/MME" in str(error)
+    assert "`ocvtp prefetch mme` gets it" in str(error)

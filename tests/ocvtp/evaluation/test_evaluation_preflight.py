@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from evaluation_data import MAKERS, Row, gqa, mmbench, mme, pope, write_parquet
 
@@ -53,8 +54,6 @@ def test_unfit_files_are_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "plain.parquet", gqa(2), features=False)
     with pytest.raises(BadInput, match="column 'image' is not marked as images"):
         preflight.check(entry, path)
-    import pyarrow.parquet as pq
-
     pq.write_table(pq.read_table(write_parquet(tmp_path / "g.parquet", gqa(1))).slice(0, 0), path)
     with pytest.raises(BadInput, match="has no rows"):
         preflight.check(entry, path)
@@ -73,13 +72,67 @@ def test_a_limit_leaves_pairs_whole(rows: list[Any], limit: int | None, expected
             preflight.check(benchmark("mme"), path, limit)
 
 
-def test_a_limit_on_data_that_is_not_seen() -> None:
-    assert [preflight.unseen(benchmark("mme"), n) for n in (None, 2, 7)] == [None, 2, 6]
-    assert preflight.unseen(benchmark("gqa"), 7) == 7
-    with pytest.raises(BadInput, match="limit 1 leaves no pair"):
-        preflight.unseen(benchmark("mme"), 1)
-    with pytest.raises(BadInput, match="at least 1"):
-        preflight.whole_units(benchmark("gqa"), [0, 1], 0)
+def test_a_limit_is_of_whole_units() -> None:
+    pairs = [0, 0, 1, 1, 2, 2]
+    assert [preflight.whole_units(benchmark("mme"), pairs, n) for n in (None, 2, 5, 9)] == [6, 2, 4, 6]
+    assert preflight.whole_units(benchmark("gqa"), range(9), 7) == 7
+    circles = [0, 1, 2, 0, 1, 2, 3, 3]
+    with pytest.raises(BadInput, match=r"limit 4 leaves no whole unit of mmbench: .* are complete after 6"):
+        preflight.whole_units(benchmark("mmbench"), circles, 4)
+    with pytest.raises(BadInput, match=r"limit 1 leaves no whole unit of mme: .* are complete after 2"):
+        preflight.whole_units(benchmark("mme"), pairs, 1)
+
+
+@pytest.mark.parametrize("limit", [0, -2])
+@pytest.mark.parametrize("data", [True, False], ids=["local", "official"])
+def test_a_limit_that_leaves_nothing(limit: int, data: bool, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "pope.parquet", pope(4)) if data else None
+    with pytest.raises(BadInput, match=f"limit {limit}: at least 1 question"):
+        evaluate(EvaluationSetting(vlm="no-such-vlm"), "pope", path, tmp_path / "out", limit=limit)
+
+
+def changed(rows: list[Row], row: int, **values: Any) -> list[Row]:
+    rows[row] = {**rows[row], **values}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("mmbench", changed(mmbench(4), 2, index=None), "row 2: 'index' is None; a whole number is needed"),
+        ("mmbench", [{**row, "index": f"x{i}"} for i, row in enumerate(mmbench(4))], "row 0: 'index' is 'x0'"),
+        ("pope", changed(pope(4), 3, question=None), "row 3: 'question' is None; a text is needed"),
+        ("mme", changed(mme(4), 1, question_id=None), "row 1: 'question_id' is None; mme is scored in groups of it"),
+        ("mmmu", changed(MAKERS["mmmu"](4), 1, options="red, green"), "row 1: 'options' is 'red, green'; a list"),
+        ("mmmu", changed(MAKERS["mmmu"](4), 2, options=None), "row 2: 'options' is None; a list"),
+        ("scienceqa", changed(MAKERS["scienceqa"](4), 2, choices=None), "row 2: 'choices' is None; a list"),
+        ("gqa", changed(gqa(4), 3, image=None), "row 3: 'image' has no image"),
+        ("gqa", changed(gqa(70), 68, image={"bytes": None, "path": "68.png"}), "row 68: 'image' has no image"),
+        ("seedbench", changed(MAKERS["seedbench"](4), 1, image=[]), "row 1: 'image' has no image"),
+        ("mmmu", changed(MAKERS["mmmu"](4), 0, image_1=None), "row 0: 'image_1' has no image"),
+    ],
+)  # fmt: skip
+def test_values_that_no_question_can_be_made_of_are_named(
+    name: str, rows: list[Row], message: str, tmp_path: Path
+) -> None:
+    path = write_parquet(tmp_path / f"{name}.parquet", rows)
+    with pytest.raises(BadInput, match=message) as found:
+        evaluate(EvaluationSetting(vlm="no-such-vlm"), name, path, tmp_path / "out")
+    assert str(path) in str(found.value)
+
+
+@pytest.mark.parametrize("column", ["question", "image", "fullAnswer"])
+def test_a_damaged_file_with_a_whole_footer_is_named(column: str, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "gqa.parquet", gqa(8))
+    about = pq.ParquetFile(path).metadata.row_group(0)
+    parts = [about.column(i) for i in range(about.num_columns)]
+    part = next(one for one in parts if one.path_in_schema.split(".")[0] == column)
+    data = bytearray(path.read_bytes())
+    start = part.dictionary_page_offset or part.data_page_offset
+    data[start : start + part.total_compressed_size] = b"\xff" * part.total_compressed_size
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=rf"gqa.parquet, column '{column}' cannot be read"):
+        evaluate(EvaluationSetting(vlm="no-such-vlm"), "gqa", path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,20 @@ def test_what_is_missing_is_none() -> None:
     assert average["average"] == {"relative": None, "ci_low": None, "ci_high": None}
     assert average["benchmarks"]["gqa"]["relative"] == 100.0
     assert average["benchmarks"]["textvqa"]["relative"] is None
+    assert average["average"]["relative"] is None, "textvqa was not evaluated"
+    # What the unpruned model does not know is in no average, for no method; what it was not asked leaves none.
+    none, half = answers([0.0, 0.0]), answers([1.0, 0.0])
+    known = relative_average({"gqa": some, "textvqa": none}, {"gqa": [half], "textvqa": [half]}, resamples=100)
+    alone = relative_average({"gqa": some}, {"gqa": [half]}, resamples=100).to_dict()["average"]
+    assert known.to_dict()["average"] == alone
+    assert known.rows["textvqa"]["score"] == 0.5
+    guessed = answers([1.0] + 4 * [0.0], category="image")  # of four letters each fifth: worse than drawing one
+    drawn = relative_average(
+        {"gqa": some, "seedbench": guessed}, {"gqa": [half], "seedbench": [guessed]}, resamples=100
+    )
+    assert drawn.to_dict()["average"] == alone
+    assert drawn.rows["seedbench"]["relative"] == 100
+    assert relative_average({"textvqa": none}, {"textvqa": [half]}).relative is None
     assert relative_average({}, {}).to_dict()["average"]["relative"] is None
 
 

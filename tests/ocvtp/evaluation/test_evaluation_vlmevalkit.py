@@ -72,6 +72,8 @@ def test_parts_stay_in_their_order_and_turns_apart(paths: list[str]) -> None:
     assert (system["role"], system["content"]) == ("system", [{"type": "text", "text": "Be brief."}])
     assert user["role"] == "user"
     assert [part["type"] for part in user["content"]] == ["text", "image", "text", "image"]
+    for words in (f"{'Is it red? ' * 500}a.png", "a\0b.png"):
+        assert conversation([words])[0]["content"] == [{"type": "text", "text": words}], "too long for a path, or none"
     assert conversation("no/such.png")[0]["content"] == [{"type": "text", "text": "no/such.png"}]
 
 
@@ -83,6 +85,7 @@ def test_parts_stay_in_their_order_and_turns_apart(paths: list[str]) -> None:
         ([3], "a part of a message is 3"),
         ([{"type": "video", "value": "a.mp4"}], "is of type 'video'; text and image can be answered"),
         ([{"type": "image", "value": "nowhere.png"}], r"nowhere\.png"),
+        ([{"type": "image", "value": f"{'long' * 100}.png"}], "longlong"),
         ([{"type": "image", "value": __file__}], r"test_evaluation_vlmevalkit\.py"),
     ],
 )
