@@ -7,7 +7,12 @@ from typing import Any
 from ocvtp.commands import common
 from ocvtp.errors import BadInput
 
-SHOWN = ("vlm", "method", "keep", "seed", "benchmark", "score", "relative", "n")
+AXES = ["vlm", "method", "keep", "seed", "benchmark"]
+NUMBERS = ["score", "relative", "n"]
+TELLING = ("fingerprint", "revision", "dtype", "protocol", "limit", "max_new_tokens", "data")
+"""Columns that are shown, beside options of the method, where rows of the same axes differ in them."""
+DIGESTS = ("fingerprint", "revision", "data")
+"""Of which the first digits are enough to tell rows apart."""
 
 
 def add(subparsers: Any) -> None:
@@ -34,12 +39,20 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         common.print_json(frame.astype(object).where(frame.notna(), None).to_dict("records"))
         return 0
-    columns = [*SHOWN, *(("ci_low", "ci_high") if args.intervals else ())]
-    table = common.table(f"{len(frame)} results", *columns, right=("keep", "seed", *columns[5:]))
+    numbers = [*NUMBERS, *(("ci_low", "ci_high") if args.intervals else ())]
+    columns = [*AXES, *telling(frame), *numbers]
+    table = common.table(f"{len(frame)} results", *columns, right=("keep", "seed", *numbers))
     for row in frame[columns].astype(object).where(frame[columns].notna(), None).to_dict("records"):
-        table.add_row(*(cell(row[name]) for name in columns))
+        table.add_row(*(cell(row[name])[:8] if name in DIGESTS else cell(row[name]) for name in columns))
     common.console().print(table)
     return 0
+
+
+def telling(frame: Any) -> list[str]:
+    """Columns by which rows are told apart that look alike otherwise, such as two pruners of one method."""
+    groups = frame.astype(str).groupby(AXES)
+    columns = [name for name in frame.columns if name in TELLING or name.startswith("option.")]
+    return [name for name in columns if (groups[name].nunique() > 1).any()]
 
 
 def where(words: list[str]) -> dict[str, list[str]]:

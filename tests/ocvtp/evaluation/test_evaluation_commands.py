@@ -171,6 +171,26 @@ def test_results_are_printed(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {row["seed"] for row in found} == {None, 1}
 
 
+def test_rows_that_look_alike_show_what_they_differ_in(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    (source,) = ocvtp.results(place, {"method": "random", "benchmark": "gqa"})["path"]
+    written = json.loads((Path(source) / "score.json").read_text())
+    for name, fingerprint, budget in (("a", "12345678abc", 1), ("b", "87654321abc", 1), ("c", "87654321abc", [2, 3])):
+        (tmp_path / name).mkdir()
+        setting = {**written["setting"], "fingerprint": fingerprint, "options": {"budget": budget}}
+        (tmp_path / name / "score.json").write_text(json.dumps({**written, "setting": setting}))
+    assert cli.main(["results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert [word in printed for word in ("12345678 ", "87654321 ", "abc", "option.budget", "[2, 3]")] == [
+        True, True, False, True, True,
+    ]  # fmt: skip
+    assert cli.main(["results", str(place), "--where", "method=random"]) == 0
+    printed = capsys.readouterr().out
+    assert not any(word in printed for word in ("fingerprint", "option.", "dtype"))
+
+
 def test_what_cannot_be_read_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["results", str(tmp_path / "nowhere")]) == 2
     assert cli.main(["results", str(tmp_path)]) == 2
