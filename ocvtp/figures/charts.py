@@ -17,6 +17,8 @@ from ocvtp.figures.style import INK, RULE, Format, drawn, saved
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b68c8", "#8c6d31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LEGEND_LINE = 4.0
+"""Length of a line in a legend, in letters: long enough for a dash to show."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 HATCHES = ("", "////", "....", "xxxx")
 """On bars, once all colours are taken."""
@@ -89,7 +91,9 @@ def accuracy(
             axes.grid(axis="x", visible=False)
         row[0].set_ylabel(ylabel)
         handles = {name: handle for axes in row for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8)
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside right center", fontsize=8, handlelength=LEGEND_LINE
+        )
         return saved(figure, form)
 
 
@@ -112,7 +116,8 @@ def curves(panels: Sequence[tuple[str, Sequence[Series]]], *, xlabel: str = "ste
                 axes.set_xlabel(xlabel)
         if len(labels) > 1:
             handles = {str(h.get_label()): h for axes in figure.axes for h in axes.get_lines()}
-            figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8)
+            figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8,
+                          handlelength=LEGEND_LINE)  # fmt: skip
         return saved(figure, form)
 
 
@@ -219,7 +224,7 @@ def looks(label: str, among: Sequence[str]) -> tuple[str, str, Any]:
     """Colour, marker and dash of a label: fixed for methods, in the order of `among` for anything else."""
     index = _place(label, among)
     turn = index // len(COLORS)
-    return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)], DASHES[(index + turn) % len(DASHES)]
+    return COLORS[index % len(COLORS)], MARKERS[(index + 3 * turn) % len(MARKERS)], DASHES[(index + turn) % len(DASHES)]
 
 
 def _place(label: str, among: Sequence[str]) -> int:
