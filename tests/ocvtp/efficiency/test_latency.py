@@ -112,9 +112,10 @@ def test_phases_add_up_to_the_whole(model, inputs) -> None:
     found = measure(model, inputs, {"slow": slow}, new_tokens=1, repeats=5, warmup=0)["slow"]
     assert found.accounted == pytest.approx(1, abs=0.05)
     assert found.accounted == found.as_dict()["accounted"]
-    assert {name for name, took in found.phases.items() if took.median > 2000 * PAUSE} == {
+    # Phases are mean shares of the median run: on a busy machine one that waits 100 ms may be told with a little less.
+    assert {name for name, took in found.phases.items() if took.median > 1000 * PAUSE} == {
         "tower", "projector", "prefill", "other"}  # fmt: skip
-    assert 0 < found.phases["method"].median < 2000 * PAUSE
+    assert 0 < found.phases["method"].median < 1000 * PAUSE
 
 
 def test_phases_are_of_the_runs_whose_whole_is_measured(model, inputs) -> None:
