@@ -78,6 +78,14 @@ def writable(option: str, path: Path) -> None:
         raise BadInput(f"{option} {path} cannot be written: {error.strerror} ({error.filename or folder})") from error
 
 
+def write(option: str, path: Path, data: bytes) -> None:
+    """Write a file that an option names; `BadInput` if that cannot be."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise BadInput(f"{option} {path} cannot be written: {error.strerror}") from error
+
+
 def named_values(option: str, given: Sequence[str], example: str) -> dict[str, Any]:
     """`NAME=VALUE` of a command line, each value read as YAML.
 

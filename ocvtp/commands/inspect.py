@@ -58,10 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     if min(args.batch_size, 1 if args.limit is None else args.limit) < 1:
         raise BadInput(f"--batch-size {args.batch_size} and --limit {args.limit}: at least 1 each")
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise BadInput(f"{args.out} cannot be written: the folder {args.out.absolute().parent} does not exist")
-    if args.out is not None and args.out.is_dir():
-        raise BadInput(f"{args.out} is a folder: --out is the PNG to draw into")
+    if args.out is not None:
+        common.writable("--out", args.out)
     asked = [Asked.parse(text, args.pruner) for text in args.methods]
     found = pictures(args.source, args.images, args.limit)
     subject = _subject(args)
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     means = list(summary(rows))
     if args.out is not None:
-        args.out.write_bytes(draw(means))
+        common.write("--out", args.out, draw(means))
     if args.json:
         facts = {"images": len(found), "layer": args.layer, "fit": subject.fit, "rows": [row.to_dict() for row in rows]}
         common.print_json(facts)

@@ -309,7 +309,9 @@ def _draw(path: Path, vlm: str, times: dict[str, Any]) -> None:
     from ocvtp import figures
 
     bars = {name: {phase: spread.median for phase, spread in took.phases.items()} for name, took in times.items()}
-    _write("--figure", path, figures.phases(bars, title=f"{vlm}: milliseconds to the first token", form=_form(path)))
+    common.write(
+        "--figure", path, figures.phases(bars, title=f"{vlm}: milliseconds to the first token", form=_form(path))
+    )
 
 
 def _draw_bars(path: Path, found: Measured) -> None:
@@ -324,14 +326,7 @@ def _draw_bars(path: Path, found: Measured) -> None:
         for kind, of in kinds.items() if method != "vanilla" and name in found.times else ():
             groups.setdefault(f"keep {keep:g},\n{kind}", {"vanilla": of(whole)})[method] = of(found.times[name])
     if groups:
-        _write("--bars", path, figures.times({found.about["vlm"]: groups}, form=_form(path)))
-
-
-def _write(option: str, path: Path, drawn: bytes) -> None:
-    try:
-        path.write_bytes(drawn)
-    except OSError as error:
-        raise BadInput(f"{option} {path} cannot be written: {error.strerror}") from error
+        common.write("--bars", path, figures.times({found.about["vlm"]: groups}, form=_form(path)))
 
 
 def _form(path: Path) -> Literal["png", "svg"]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -11,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paper_results import PAPER, of_the_paper
 from report_results import write_results
 
-from ocvtp import figures
 from ocvtp.efficiency.flops import paper_llm_flops, paper_pruner_flops, pruner_flops
-from ocvtp.errors import Corrupt
-from pipelines.report_html import charts, claims, facts, names
-from pipelines.report_html.data import Results, load, paper
+from pipelines.report_html import claims, names
+from pipelines.report_html.data import Results, load
 from pipelines.report_html.formats import as_csv, as_latex, latex
 from pipelines.report_html.page import documents, table_files
 from pipelines.report_html.paper_tables import common, mean_relative, paper_tables
 from pipelines.report_html.rerun import NEVER, rerun
 from pipelines.report_html.tables import Block, Cell, Line, Table
 
-PAPER: Any = paper()
 MAIN = ("table1_llava_1_5_7b", "table2_llava_next_7b", "table3_qwen2_5_vl_7b", "table5_slots_top_k")
 ODD = {
     ("table2_llava_next_7b", "640 Tokens (22.2%)", "HiPrune"): 100.0,
@@ -45,30 +42,6 @@ def test_our_average_of_the_papers_numbers_is_its_column_avg(key: str) -> None:
         assert found is not None
         odd = (key, row["retain"], row["method"]) in ODD
         assert (abs(found - printed) > 0.07) == odd, (row["retain"], row["method"], found, printed)
-
-
-def of_the_paper(vlm: str = "llava-1.5-7b", drop: str = "") -> Results:
-    """Results whose scores are the paper's own."""
-    table = PAPER[PAPER["vlms"][vlm]]
-    names_of = {label: name for name, label in PAPER["benchmarks"].items()}
-    methods = {label: name for name, label in PAPER["methods"].items()}
-    whole, rows = table["rows"][0], []
-    for row in table["rows"]:
-        if row["method"] not in methods:
-            continue
-        method, share = methods[row["method"]], float(re.findall(r"([\d.]+)%", row["retain"])[0]) / 100
-        found = {
-            names_of[label]: {"score": row[label], "relative": 100 * row[label] / whole[label]}
-            for label in table["benchmarks"]
-            if row[label] is not None and names_of[label] != drop
-        }
-        ours = method == "oc-vtp"
-        axes = {"layer": 9, "loss": "aw_mse", "slots": [16], "top_k": 1} if ours else dict.fromkeys(
-            ("layer", "loss", "slots", "top_k"))  # fmt: skip
-        rows.append({"vlm": vlm, "method": method, "tokens": None, "share": share, "benchmarks": found,
-                     "average": {"relative": None}, "changes": {}, "difference": None, "against": {},
-                     "coverage": None, **axes})  # fmt: skip
-    return Results(Path(), [], rows, paper=PAPER)
 
 
 @pytest.mark.parametrize(("vlm", "number"), [("llava-1.5-7b", 1), ("llava-next-7b", 2), ("qwen2.5-vl-7b", 3)])
@@ -231,63 +204,6 @@ def test_table_4_by_the_papers_own_count() -> None:
     assert {cell.top for cells in table("llava-1.5-13b").values() for cell in cells} == {names.DASH}, "no 7B model"
 
 
-GPU = {
-    "machine": {"device": "NVIDIA H200"},
-    "vlms": [{"vlm": "llava-1.5-7b", "tables": [
-        {"batch": 8, "new_tokens": 1, "tokens": 576, "rows": [
-            {"method": name, "kept": kept, "ms": {"first_token": ms}}
-            for name, kept, ms in (("vanilla", 576, 160.0), ("random", 64, 72.0), ("random", 128, 99.0),
-                                   ("oc-vtp-untrained", 64, 80.0), ("css", 64, 90.0))]},
-        {"batch": 1, "new_tokens": 32, "tokens": 576, "rows": [
-            {"method": "vanilla", "kept": 576, "ms": {"first_token": 1.0}}]},
-    ]}],
-}  # fmt: skip
-"""What benchmarks/gpu.py writes, in short: one table at the paper's budget and to the first token."""
-
-
-def test_figure_3_has_the_papers_bars_beside_what_was_measured(tmp_path: Path) -> None:
-    place = tmp_path / "benchmarks" / "results"
-    place.mkdir(parents=True)
-    (place / "gpu-h200-2026-11-26.json").write_text(json.dumps(GPU))
-    results = Results(tmp_path, [], of_the_paper().summary, paper=PAPER)
-    table = facts.figure3_table(results)
-    assert table is not None
-    assert list(table.head) == ["Method", "paper, V100", "h200-2026-11-26, batch 8"]
-    small, large = ({line.label: [(c.top, c.bottom) for c in line.cells] for line in b.lines} for b in table.blocks)
-    dash = (names.DASH, "")
-    assert small == {  # an image: an eighth of the batch
-        "Vanilla": [("305.4", "100.0%"), ("20.0", "100.0%")], "Random": [dash, ("9.0", "45.0%")],
-        "HiPrune": [dash, dash], "OC-VTP": [("138.2", "45.3%"), ("10.0", "50.0%")],
-    }  # fmt: skip
-    assert large["OC-VTP"] == [("287.3", "35.4%"), dash]
-    assert "random weights" in table.note
-    drawn = (facts.figure3(results, "svg") or b"").decode()
-    for said in ("305.4 ms", "138.2 ms", "10.0 ms", "9.0 ms", "811.8 ms", "batch 8", "OC-VTP"):
-        assert said in drawn, said
-    assert "12.4 ms" not in drawn, "128 tokens are another budget"
-    files = documents(results)
-    assert 'id="table-figure3"' in files["index.html"].decode()
-    assert "figures/figure3.png" in files["report.md"].decode()
-    (measured,) = [one.measured for one in rerun(results) if one.where == "Figure 3"]
-    said = "random weights: 50% of the unpruned model's time to the first token"
-    assert measured[0].endswith(NEVER)
-    assert measured[1:] == [f"LLaVA-1.5, 64 tokens, h200-2026-11-26, batch 8, {said}"]
-
-
-def test_figure_3_says_where_nothing_was_measured_and_what_is_damaged(tmp_path: Path) -> None:
-    results = Results(tmp_path, [], of_the_paper().summary, paper=PAPER)
-    table = facts.figure3_table(results)
-    assert table is not None
-    assert list(table.head) == ["Method", "paper, V100"]
-    assert "never measured" in table.note
-    assert next(one.measured for one in rerun(results) if one.where == "Figure 3")[1:] == []
-    place = tmp_path / "benchmarks" / "results"
-    place.mkdir(parents=True)
-    (place / "gpu-x.json").write_text(json.dumps({"vlms": [{"vlm": "llava-next-7b", "tables": [{"rows": []}]}]}))
-    with pytest.raises(Corrupt, match=r"gpu-x.json is not what benchmarks/gpu.py writes: it has no '"):
-        facts.figure3_table(results)
-
-
 def test_files_for_other_programs_hold_the_same_cells(tiny: Results) -> None:
     files = documents(tiny) | table_files(paper_tables(tiny, "tiny-llava"))
     for table in paper_tables(tiny, "tiny-llava"):
@@ -366,46 +282,3 @@ def test_findings_are_joined_to_claims_by_key_whatever_their_words(
 def test_without_the_papers_numbers_there_are_no_such_tables(tiny: Results) -> None:
     bare = Results(tiny.root, tiny.scores, tiny.summary)
     assert paper_tables(bare, "tiny-llava") == []
-
-
-# --- Figure 1 --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("vlm", "of"), [("tiny-llava", "LLaVA-1.5-7B"), ("qwen2.5-vl-7b", "Qwen2.5-VL-7B")])
-def test_figure_1_has_the_papers_averages_beside_ours(
-    vlm: str, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = load(write_results(tmp_path))
-    for row in results.summary:
-        row["vlm"] = vlm
-    drawn: dict[str, Any] = {}
-    monkeypatch.setattr(figures, "accuracy", lambda series, **more: drawn.update(more, series=series) or b"")
-    charts.accuracy_svg(results, vlm)
-    ours = next(line for line in drawn["series"] if line.label == "oc-vtp")
-    row = {row["tokens"]: row["average"]["relative"] for row in results.summary if row["method"] == "oc-vtp"}
-    assert (list(ours.x), [round(y, 1) for y in ours.y]) == ([16, 32, 48], [row[k] for k in (16, 32, 48)])
-    assert drawn["titles"] == (f"{vlm}, here", f"{of}, in the paper")
-    table = PAPER[PAPER["vlms"].get(vlm, "table1_llava_1_5_7b")]
-    for name, label in PAPER["methods"].items():
-        printed = [row["average_relative_percent"] for row in table["rows"][1:] if row["method"] == label]
-        lines = [line for line in drawn["beside"] if line.label == name]
-        assert [list(line.y) for line in lines] == ([printed[::-1]] if printed else [])
-        assert all(list(line.x) == [11.1, 22.2, 33.3] for line in lines)
-    assert drawn["beside"][0].label == "oc-vtp"
-
-
-def test_figure_1_is_named_and_drawn_with_or_without_the_papers_numbers(tmp_path: Path) -> None:
-    results = load(write_results(tmp_path))
-    pages = documents(results)
-    assert "The paper's Figure 1: average accuracy" in pages["report.md"].decode()
-    page = pages["index.html"].decode()
-    assert "The paper’s Figure 1: mean over the benchmarks" in page
-    assert "The paper has no tiny-llava" in page
-    svg = charts.accuracy_svg(results, "tiny-llava")
-    assert svg is not None
-    assert {"LLaVA-1.5-7B, in the paper", "tiny-llava, here", "HiPrune", "OC-VTP"} <= set(
-        re.findall(r">([^<>]+)</text>", svg.decode())
-    )
-    alone = charts.accuracy_svg(replace(results, paper=None), "tiny-llava")
-    assert alone is not None
-    assert b"in the paper" not in alone

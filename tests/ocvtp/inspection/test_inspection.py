@@ -240,7 +240,7 @@ def test_the_command(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "at least 1 each" in capsys.readouterr().err
     assert cli.main([*call, "--out", str(tmp_path / "no/where.png")]) == 2
     assert cli.main([*call, "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+    assert f"--out {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_a_method_that_works_inside_the_tower_has_no_time_of_its_own(
